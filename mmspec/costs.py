@@ -1,0 +1,147 @@
+"""What drafting and verifying cost on this machine: measured once, cached beside the head, keyed by hardware."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from mmspec.tree import chain
+from mmspec.types import Drafter, Plan, Prompt, Target
+
+_NODES = (1, 2, 4, 8, 16, 32)
+_CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Median seconds, on a grid.
+
+    Args:
+        hardware: what it was measured on, in words without host names.
+        verify_s: {batch: {nodes per row, root included: seconds}}.
+        draft_s: {batch: {depth: seconds}}, catch-up and tree building included.
+    """
+
+    hardware: str
+    verify_s: Mapping[int, Mapping[int, float]]
+    draft_s: Mapping[int, Mapping[int, float]]
+
+    def verify(self, batch: int, nodes: int) -> float:
+        return _lookup(self.verify_s, batch, nodes)
+
+    def draft(self, batch: int, depth: int) -> float:
+        return _lookup(self.draft_s, batch, depth)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(asdict(self), indent=1))
+        os.replace(scratch, path)
+
+    @staticmethod
+    def load(path: Path) -> CostTable:
+        raw = json.loads(path.read_text())
+        tables = [
+            {int(b): {int(k): float(s) for k, s in row.items()} for b, row in raw[name].items()}
+            for name in ("verify_s", "draft_s")
+        ]
+        return CostTable(str(raw["hardware"]), *tables)
+
+
+def _lookup(table: Mapping[int, Mapping[int, float]], batch: int, x: int) -> float:
+    """Linear interpolation, and extrapolation from the last two points; batch sizes between grid points likewise."""
+    return _line({b: _line(row, x) for b, row in table.items()}, batch)
+
+
+def _line(points: Mapping[int, float], x: int) -> float:
+    if x in points or len(points) == 1:
+        return points.get(x, next(iter(points.values())))
+    xs = sorted(points)
+    right = next((i for i, value in enumerate(xs) if value > x), len(xs) - 1) or 1
+    a, b = xs[right - 1], xs[right]
+    return max(points[a] + (points[b] - points[a]) * (x - a) / (b - a), 0.0)
+
+
+def hardware(target: Target) -> str:
+    """The key of a cost table: device, threads, dtype and torch version."""
+    if target.device.type == "cuda":
+        name = torch.cuda.get_device_name(target.device)
+    else:
+        name = f"cpu-{platform.machine()}-{torch.get_num_threads()}t"
+    kind = str(target.dtype).removeprefix("torch.")
+    return "-".join([name, kind, "torch" + torch.__version__.split("+")[0]]).replace(" ", "_").replace("/", "_")
+
+
+@torch.inference_mode()
+def measure(target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int, repeats: int = 7) -> CostTable:
+    """Time verification over nodes and drafting over depth, at batch sizes 1, 2, 4, .. up to `max_batch`.
+
+    The rows hold arbitrary text: what a pass costs does not depend on what the tokens say.
+    """
+    batches = sorted({min(2**i, max_batch) for i in range(max_batch.bit_length() + 1)})
+    cells = {batch: _measure_batch(target, drafter, batch, depth, budget, repeats) for batch in batches}
+    return CostTable(hardware(target), {b: c[0] for b, c in cells.items()}, {b: c[1] for b, c in cells.items()})
+
+
+def _measure_batch(
+    target: Target, drafter: Drafter, batch: int, depth: int, budget: int, repeats: int
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Seconds of a verification by nodes, and of drafting by depth, at one batch size."""
+    ids = torch.arange(_CONTEXT) % min(97, target.shape.vocab_size)
+    ids = ids.masked_fill(ids == target.image_token_id, 0)
+    prompt = Prompt(ids, torch.zeros(_CONTEXT, dtype=torch.bool))
+    capacity = _CONTEXT + 2 * budget + depth + 8
+    state = target.open(batch, capacity)
+    drafter.open(batch, capacity)
+    roots = torch.zeros(batch, dtype=torch.long, device=target.device)
+    for row in range(batch):
+        drafter.admit(row, prompt, target.prefill(state, row, prompt, drafter.taps), roots[row])
+    trees = {n: chain(roots.unsqueeze(1).repeat(1, n)) for n in {*(n for n in _NODES if n <= budget), budget + 1}}
+    plans = {d: Plan(d, (budget,) * batch) for d in {1, max(depth // 2, 1), depth}}
+    verify = _times(target, lambda n: target.forward(state, trees[n], ()), sorted(trees), repeats)
+    draft = _times(target, lambda d: drafter.propose(roots, plans[d]), sorted(plans), repeats)
+    return verify, draft
+
+
+def _times(target: Target, call: Callable[[int], object], keys: Sequence[int], repeats: int) -> dict[int, float]:
+    """Median seconds of `call(key)`, the keys interleaved so that drift hits all alike; never falling with the key."""
+    taken: dict[int, list[float]] = {key: [] for key in keys}
+    for repeat in range(repeats + 1):
+        for key in keys:
+            _settle(target)
+            start = time.perf_counter()
+            call(key)
+            _settle(target)
+            if repeat:  # the first is a warm-up
+                taken[key].append(time.perf_counter() - start)
+    medians = [statistics.median(taken[key]) for key in keys]
+    # More nodes or levels are never cheaper; a table that says so has measured noise, and a policy would chase it.
+    return dict(zip(keys, accumulate(medians, max)))
+
+
+def _settle(target: Target) -> None:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+
+
+def load_or_measure(
+    folder: Path, target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int
+) -> CostTable:
+    """The cost table of this hardware from `folder/<hardware>.json`; measured and stored when absent or too small."""
+    path = folder / f"{hardware(target)}.json"
+    if path.is_file():
+        table = CostTable.load(path)
+        if max(table.verify_s) >= max_batch and max(table.draft_s[1]) >= depth:
+            return table
+    table = measure(target, drafter, max_batch, depth, budget)
+    table.save(path)
+    return table

@@ -1,0 +1,131 @@
+"""The ViSkip controller: how far will the target agree with the next draft? Asked before anything is drafted.
+
+A trunk over the target's last hidden state, the root's embedding and free scalars; a head that estimates the visual
+attention of the next tokens (distilled from the target, so no attention map is needed at run time); a survival head for
+the paired drafter. Source: methods D3, first version: no counterfactual labels yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmspec.nn import RMSNorm
+from mmspec.types import Objective, TargetShape
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape and loss weights; 0 means "as the target".
+
+    Args:
+        hidden_size: D of the target.
+        n_scalars: K, the free scalars.
+        width: of the trunk.
+        depth: Dmax, the deepest draft it is asked about.
+        n_mass: S, decoder layers whose visual attention is distilled; 0 turns the visual head off.
+        mass_weight: of the visual attention term.
+    """
+
+    hidden_size: int = 0
+    n_scalars: int = 14
+    width: int = 256
+    depth: int = 8
+    n_mass: int = 2
+    mass_weight: float = 0.3
+
+    def resolve(self, shape: TargetShape) -> Config:
+        return replace(self, hidden_size=self.hidden_size or shape.hidden_size)
+
+
+class Head(nn.Module):
+    """Survival model of a paired drafter."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = c = config
+        if not c.hidden_size:
+            raise ValueError("viskip.Config has hidden_size 0; call config.resolve(target.shape) first")
+        self.norm_state = RMSNorm(c.hidden_size, 1e-6)
+        self.norm_root = RMSNorm(c.hidden_size, 1e-6)
+        self.from_state = nn.Linear(c.hidden_size, c.width)
+        self.from_root = nn.Linear(c.hidden_size, c.width, bias=False)
+        self.from_scalars = nn.Linear(c.n_scalars, c.width, bias=False)
+        self.inner = nn.Linear(c.width, c.width)
+        self.mass = nn.Linear(c.width, max(c.n_mass, 1))
+        self.hazard = nn.Linear(c.width + max(c.n_mass, 1) + c.n_scalars, c.depth)
+        self.register_buffer("scalar_mean", torch.zeros(c.n_scalars))
+        self.register_buffer("scalar_std", torch.ones(c.n_scalars))
+        self.register_buffer("prior", torch.full((c.depth,), 0.5).cumprod(0))
+        self.scalar_mean: Tensor
+        self.scalar_std: Tensor
+        self.prior: Tensor
+
+    def fit_statistics(self, rounds: Mapping[str, Tensor]) -> None:
+        """Standardisation of the scalars and mean survival by depth, from the training rounds."""
+        table = rounds["scalars"].float()
+        self.scalar_mean.copy_(table.mean(0))
+        self.scalar_std.copy_(table.std(0).clamp_min(1e-3))
+        k = torch.arange(1, self.config.depth + 1)
+        kept, offered = rounds["accepted"].unsqueeze(1) >= k, rounds["reach"].unsqueeze(1) >= k
+        reached = rounds["accepted"].unsqueeze(1) >= k - 1
+        # Conditional survival over rounds that offered depth k at all, so that shallow rounds do not bias it.
+        share = (kept & offered).sum(0) / (reached & offered).sum(0).clamp_min(1)
+        self.prior.copy_(share.cumprod(0))
+
+    def _logits(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional survival logits [R, Dmax] and visual attention logits [R, S]."""
+        s = ((scalars - self.scalar_mean) / self.scalar_std).clamp(-5.0, 5.0)
+        h = F.silu(
+            self.from_state(self.norm_state(last_hidden))
+            + self.from_root(self.norm_root(root_embed))
+            + self.from_scalars(s)
+        )
+        h = h + F.silu(self.inner(h))
+        mass = self.mass(h)
+        return self.hazard(torch.cat([h, mass.sigmoid(), s], -1)), mass
+
+    def survival(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Tensor:
+        """P(at least k draft tokens are accepted), k = 1..Dmax: [R, Dmax], non-increasing.
+
+        Args:
+            last_hidden: [R, D] f_{n-1}; root_embed: [R, D] e(x_n); scalars: [R, K].
+        """
+        return self._logits(last_hidden, root_embed, scalars)[0].sigmoid().cumprod(1)
+
+    def forward(self, rounds: Mapping[str, Tensor]) -> Objective:
+        """Negative log-likelihood of the accepted lengths, plus the visual attention term.
+
+        Args:
+            rounds: last_hidden, root_embed [R, D], scalars [R, K], accepted, reach [R], and optionally visual_mass
+                [R, S] with visual_mass_valid [R]. A round with accepted == reach is censored: no failure was seen.
+        """
+        logits, mass_logits = self._logits(rounds["last_hidden"], rounds["root_embed"], rounds["scalars"])
+        accepted, reach = rounds["accepted"].unsqueeze(1), rounds["reach"].unsqueeze(1)
+        k = torch.arange(1, self.config.depth + 1, device=logits.device)
+        observed = (k <= reach) & (k <= accepted + 1)
+        outcome = (k <= accepted).float()
+        loss = F.binary_cross_entropy_with_logits(logits, outcome, weight=observed.float(), reduction="sum")
+        count = torch.tensor(len(logits), device=logits.device)
+        with torch.no_grad():
+            q = logits.sigmoid().cumprod(1)[:, 0]
+            sums = {
+                "survival_nll": loss.detach(),
+                "brier_1": (q - outcome[:, 0]).square().sum(),
+                "a0_predicted": (1 - q).sum(),
+                "a0_observed": (1 - outcome[:, 0]).sum(),
+            }
+        counts = dict.fromkeys(sums, count.float())
+        if self.config.n_mass and "visual_mass" in rounds:
+            valid = rounds["visual_mass_valid"].float().unsqueeze(1).expand_as(mass_logits)
+            label = rounds["visual_mass"].clamp(0, 1)
+            mass_loss = F.binary_cross_entropy_with_logits(mass_logits, label, weight=valid, reduction="sum")
+            loss = loss + self.config.mass_weight * mass_loss / self.config.n_mass
+            sums["mass_mae"] = ((mass_logits.sigmoid() - label).abs() * valid).sum().detach()
+            counts["mass_mae"] = valid.sum()
+        sums["loss"], counts["loss"] = loss.detach(), count.float()
+        return Objective(loss, count, sums, counts)

@@ -1,0 +1,337 @@
+"""The one decode loop: plain decoding, every drafter and every policy run this code on the same target.
+
+    plan -> draft -> verify -> accept -> [host sync] -> emit -> keep -> observe
+
+A step talks to the host once: accepted paths, new tokens and what the policy sensed travel in one transfer. Stop
+tokens, length limits and truncation are decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmspec.tree import root_only
+from mmspec.types import (
+    Accepted,
+    Drafter,
+    Evidence,
+    Forward,
+    Output,
+    Plan,
+    Policy,
+    Request,
+    Round,
+    Sampler,
+    StepTrace,
+    Target,
+    Tree,
+    Verifier,
+)
+from mmspec.verify import MatchVerifier
+
+
+@torch.inference_mode()
+def generate(
+    target: Target,
+    requests: Sequence[Request],
+    drafter: Drafter,
+    policy: Policy,
+    sampler: Sampler,
+    max_batch: int = 1,
+    verifier: Verifier | None = None,
+    on_output: Callable[[Output], None] | None = None,
+    want_gaps: bool = False,
+    traces: list[StepTrace] | None = None,
+) -> list[Output]:
+    """Decode any number of requests, `max_batch` rows at a time; a finished row makes room for the next request.
+
+    Args:
+        target: frozen model.
+        requests: of any lengths and image sizes.
+        drafter, policy: what to propose and how much of it; neither changes the output.
+        sampler: greedy, or keyed noise.
+        verifier: MatchVerifier unless told otherwise.
+        on_output: called with each result as soon as it is finished.
+        want_gaps: also report how close the runner-up was at each token (for tie reports).
+        traces: a list to which one StepTrace a round is added.
+
+    Returns:
+        Outputs in the order of the requests.
+
+    Raises:
+        ValueError: a batch below 1, or a prompt that leaves no room for a token in the target's context.
+    """
+    if max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+    if not requests:
+        return []
+    run = _Run(target, requests, drafter, policy, sampler, min(max_batch, len(requests)), want_gaps, on_output)
+    verifier = verifier or MatchVerifier()
+    clock = _Clock(target.device)
+    while run.fill():
+        start = clock.mark()
+        plan = policy.plan(run.sensed, run.remaining())
+        planned = clock.mark()
+        trees = drafter.propose(run.roots, plan) if plan.depth and any(plan.budget) else root_only(run.roots)
+        drafted = clock.mark()
+        forward = target.forward(run.state, trees, drafter.taps)
+        scores = sampler.scores(forward.logits, run.keys, run.positions(trees))
+        accepted = verifier.accept(trees, scores)
+        sensed = policy.sense(run.evidence(trees, forward, accepted), run.all_rows)
+        news = run.transfer(trees, accepted, scores, sensed)
+        verified = clock.mark()
+        trace = run.emit(plan, trees.tokens.shape[1], news)
+        target.keep(run.state, accepted, run.paths)
+        run.roots = accepted.next_tokens
+        drafter.observe(Round(trees, forward, accepted, run.paths))
+        run.retire()
+        clock.lap(start, planned, drafted, verified)
+        if target.device.type == "cpu":
+            trace = clock.timed(trace, -1)
+        policy.observe(trace)
+        if traces is not None:
+            traces.append(trace)
+    if traces is not None and target.device.type != "cpu":
+        first = len(traces) - len(clock.laps)
+        traces[first:] = [clock.timed(t, i) for i, t in enumerate(traces[first:])]
+    return [run.outputs[i] for i in range(len(requests))]
+
+
+@dataclass
+class _Row:
+    """A request being decoded."""
+
+    index: int
+    request: Request
+    limit: int
+    started: float
+    ttft: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    rounds: list[tuple[str, int, int, int]] = field(default_factory=list)
+    finish: str = ""
+
+    def take(self, tokens: Sequence[int], gaps: Sequence[float], stop_ids: frozenset[int]) -> int:
+        """Append decided tokens up to the first stop token or the limit; returns how many were kept."""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            self.gaps.extend(gaps[i : i + 1])
+            if token in stop_ids:
+                self.finish = "stop"
+            elif len(self.tokens) >= self.limit:
+                self.finish = "length" if self.limit == self.request.max_new_tokens else "context"
+            if self.finish:
+                return i + 1
+        return len(tokens)
+
+
+@dataclass(frozen=True)
+class _News:
+    """One step's transfer to the host, per row: kept path, tokens it decided (bonus last), their gaps."""
+
+    paths: list[list[int]]
+    tokens: list[list[int]]
+    gaps: list[list[float]]
+
+
+class _Run:
+    """Rows, their device-side companions, and the bookkeeping between two verifications."""
+
+    def __init__(
+        self,
+        target: Target,
+        requests: Sequence[Request],
+        drafter: Drafter,
+        policy: Policy,
+        sampler: Sampler,
+        batch: int,
+        want_gaps: bool,
+        on_output: Callable[[Output], None] | None,
+    ) -> None:
+        self.target, self.drafter, self.policy, self.sampler = target, drafter, policy, sampler
+        self.want_gaps, self.on_output = want_gaps, on_output
+        self.queue = deque(enumerate(requests))
+        self.outputs: dict[int, Output] = {}
+        self.rows: list[_Row | None] = [None] * batch
+        self.limits = {id(r): _limit(target, r) for r in requests}
+        longest = max(len(r.prompt) + self.limits[id(r)] for r in requests)
+        # Beyond the longest answer a last tree still needs its nodes, and a commit its path.
+        slack = policy.max_budget + policy.max_depth + 2
+        self.state: Any = target.open(batch, longest + slack)
+        drafter.open(batch, longest + slack)
+        policy.open(batch, target.device)
+        zeros = torch.zeros(batch, dtype=torch.long, device=target.device)
+        self.all_rows = torch.arange(batch, device=target.device)
+        self.roots, self.keys = zeros.clone(), zeros.clone()
+        self.n_prompt, self.n_visual = zeros.clone() + 1, zeros.clone()
+        self.sensed: list[list[float]] = [[] for _ in range(batch)]
+        self.paths: tuple[tuple[int, ...], ...] = ((),) * batch
+
+    def fill(self) -> bool:
+        """Admit waiting requests to free rows; False when nothing is left to decode."""
+        for row in range(len(self.rows)):
+            while self.rows[row] is None and self.queue:
+                self._admit(row, *self.queue.popleft())
+        return any(self.rows)
+
+    def _admit(self, row: int, index: int, request: Request) -> None:
+        started, prompt = time.perf_counter(), request.prompt
+        forward = self.target.prefill(self.state, row, prompt, self.drafter.taps)
+        one = self.all_rows[row : row + 1]
+        self.keys[row] = request.key
+        self.n_prompt[row], self.n_visual[row] = len(prompt), int(prompt.visual.sum())
+        position = self.n_prompt[one].unsqueeze(1)
+        scores = self.sampler.scores(forward.logits, self.keys[one], position)
+        self.roots[row] = scores[0, -1].argmax()
+        self.drafter.admit(row, prompt, forward, self.roots[row])
+        none = torch.zeros_like(one)
+        evidence = Evidence(
+            forward.last_hidden[:, -1],
+            forward.logits[:, -1],
+            self.roots[one],
+            none,
+            none,
+            self.n_prompt[one],
+            self.n_prompt[one],
+            self.n_visual[one],
+            self.keys[one],
+        )
+        sensed = self.policy.sense(evidence, one)
+        gap = scores[0, -1:].topk(2).values
+        news = [self.roots[one].double(), (gap[:, 0] - gap[:, 1]).double()]
+        token, top2, *rest = torch.cat(news if sensed is None else [*news, sensed[0].double()]).tolist()
+        self.sensed[row] = rest
+        fresh = _Row(index, request, self.limits[id(request)], started, time.perf_counter() - started)
+        fresh.take([int(token)], [top2] if self.want_gaps else [], self.target.stop_ids)
+        self.rows[row] = fresh
+        if fresh.finish:
+            self._finish(row)
+
+    def remaining(self) -> list[int]:
+        """Tokens each row may still emit; 0 for idle rows."""
+        return [row.limit - len(row.tokens) if row else 0 for row in self.rows]
+
+    def positions(self, trees: Tree) -> Tensor:
+        """[B, N] index of the token that each node decides: what keyed noise hangs on."""
+        return self.state.lengths_device.unsqueeze(1) + trees.depths + 1
+
+    def evidence(self, trees: Tree, forward: Forward, accepted: Accepted) -> Evidence:
+        """What the verification left behind at each row's last kept node."""
+        last = accepted.path.gather(1, accepted.n_kept.unsqueeze(1) - 1).unsqueeze(-1)
+        return Evidence(
+            forward.last_hidden.gather(1, last.expand(-1, -1, forward.last_hidden.shape[-1])).squeeze(1),
+            forward.logits.gather(1, last.expand(-1, -1, forward.logits.shape[-1])).squeeze(1),
+            accepted.next_tokens,
+            accepted.n_kept,
+            trees.depths.amax(1),
+            self.state.lengths_device + accepted.n_kept,
+            self.n_prompt,
+            self.n_visual,
+            self.keys,
+        )
+
+    def transfer(self, trees: Tree, accepted: Accepted, scores: Tensor, sensed: Tensor | None) -> _News:
+        """The step's one device-to-host transfer."""
+        path = accepted.path
+        P = path.shape[1]
+        columns = [accepted.n_kept.unsqueeze(1), path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)]
+        packed = [c.double() for c in columns]
+        if self.want_gaps:
+            top = scores.topk(2, dim=-1).values
+            packed.append((top[..., 0] - top[..., 1]).gather(1, path).double())
+        if sensed is not None:
+            packed.append(sensed.double())
+        paths, tokens, gaps = [], [], []
+        for b, line in enumerate(torch.cat(packed, 1).tolist()):
+            kept = int(line[0]) if self.rows[b] else 0
+            paths.append([int(x) for x in line[1 : 1 + kept]])
+            drafted = [int(x) for x in line[2 + P : 1 + P + kept]]
+            tokens.append([*drafted, int(line[1 + 2 * P])] if kept else [])
+            rest = line[2 + 2 * P :]
+            gaps.append(rest[:kept] if self.want_gaps else [])
+            self.sensed[b] = rest[P if self.want_gaps else 0 :]
+        return _News(paths, tokens, gaps)
+
+    def emit(self, plan: Plan, width: int, news: _News) -> StepTrace:
+        """Give each row its tokens, truncated at a stop token or a limit."""
+        emitted, accepted = [], []
+        for b, row in enumerate(self.rows):
+            if row is None:
+                emitted.append(0)
+                accepted.append(0)
+                continue
+            kept = row.take(news.tokens[b], news.gaps[b], self.target.stop_ids)
+            nodes = min(plan.budget[b], width - 1)
+            row.rounds.append(("draft" if nodes else "skip", nodes, len(news.paths[b]) - 1, kept))
+            emitted.append(kept)
+            accepted.append(len(news.paths[b]) - 1)
+        # Rows that are finished keep nothing: their cache is about to be released.
+        self.paths = tuple(tuple(path) if row and not row.finish else () for path, row in zip(news.paths, self.rows))
+        active = tuple(row is not None for row in self.rows)
+        return StepTrace(plan, active, tuple(accepted), tuple(emitted), width)
+
+    def retire(self) -> None:
+        """Hand out finished rows."""
+        for b, row in enumerate(self.rows):
+            if row and row.finish:
+                self._finish(b)
+
+    def _finish(self, b: int) -> None:
+        row = self.rows[b]
+        assert row is not None
+        seconds = time.perf_counter() - row.started
+        output = Output(row.request.id, row.tokens, row.finish, row.ttft, seconds, row.rounds, row.gaps)
+        self.outputs[row.index] = output
+        self.rows[b] = None
+        self.target.release(self.state, b)
+        self.drafter.evict(b)
+        if self.on_output:
+            self.on_output(output)
+
+
+def _limit(target: Target, request: Request) -> int:
+    """Tokens a request may emit: its own limit, or what the context has room for (the last one needs no slot)."""
+    room = target.max_length - len(request.prompt) + 1
+    if room < 1 or request.max_new_tokens < 1:
+        raise ValueError(
+            f"request '{request.id}': a prompt of {len(request.prompt)} tokens and max_new_tokens "
+            f"{request.max_new_tokens} leave no token to decode in a context of {target.max_length}"
+        )
+    return min(request.max_new_tokens, room)
+
+
+class _Clock:
+    """Phase borders without syncs: the host clock on a CPU, events on the stream of a GPU, resolved at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[Any, ...]] = []
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, *marks: Any) -> None:
+        self.laps.append((*marks, self.mark()))
+
+    def timed(self, trace: StepTrace, index: int) -> StepTrace:
+        """The trace with the seconds of its phases."""
+        marks = self.laps[index]
+        if self.cuda:
+            marks[-1].synchronize()
+            spans = [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
+        else:
+            spans = [b - a for a, b in pairwise(marks)]
+        control, draft, verify, commit = spans
+        return replace(trace, control_s=control, draft_s=draft, verify_s=verify, commit_s=commit)

@@ -1,0 +1,176 @@
+"""The one decoder block of all draft heads.
+
+The attention is passed in as a function of (queries, keys, values): training hands in the unrolled form, drafting the
+one that reads a KV cache. Everything else is the same code, so that training and drafting cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, Hq, M, Dh], k, v [B, Hkv, M, Dh]) -> [B, Hq, M, Dh]; where k and v go is the function's business."""
+
+
+class RotaryTable:
+    """Cosines and sines by position, computed once and extended on demand; not part of any checkpoint.
+
+    Args:
+        dim: head dimension (even).
+        theta: base of the frequencies.
+    """
+
+    def __init__(self, dim: int, theta: float) -> None:
+        self.dim, self.theta = dim, theta
+        self._cos = self._sin = torch.empty(0)
+
+    def at(self, positions: Tensor, bound: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotation of each position.
+
+        Args:
+            positions: [B, M] int64, all below `bound`.
+            bound: known on the host, so that no sync is needed to size the table.
+
+        Returns:
+            cos, sin, each [B, 1, M, dim].
+        """
+        if self._cos.shape[0] < bound or self._cos.dtype != dtype or self._cos.device != positions.device:
+            size = 1 << max(bound - 1, 255).bit_length()
+            # fp64 angles: at position 4,000 an fp32 product is off by more than bf16 can show, and it costs nothing.
+            frequency = self.theta ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+            angles = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
+            angles = torch.cat([angles, angles], -1)
+            self._cos = angles.cos().to(positions.device, dtype)
+            self._sin = angles.sin().to(positions.device, dtype)
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary positions (half-split layout) to x [B, H, M, Dh]."""
+    cos, sin = rope
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention with grouped heads left uncopied; mask is additive, [B, 1, M, L]."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, statistics in fp32 at least."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DecoderBlock(nn.Module):
+    """Llama-style block: attention with residual, RMSNorm, SwiGLU with residual.
+
+    Args:
+        width: D, input and output width.
+        n_heads, n_kv_heads, head_dim: attention shape.
+        inner: MLP width.
+        eps: of the norms.
+        input_norm: RMSNorm before attention. EAGLE's block has none: its input is a fresh projection.
+
+    Source: EAGLE (arXiv 2401.15077), draft decoder layer.
+    """
+
+    def __init__(
+        self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, inner: int, eps: float, input_norm: bool
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.input_layernorm = RMSNorm(width, eps) if input_norm else nn.Identity()
+        self.q_proj = nn.Linear(width, n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, n_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(n_heads * head_dim, width, bias=False)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, inner)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What later tokens need of x: in a one-layer head the past enters through these alone.
+
+        Args:
+            x: [B, M, D].
+            rope: cos, sin of x's positions.
+
+        Returns:
+            keys (rotated) and values, each [B, Hkv, M, Dh].
+        """
+        x = self.input_layernorm(x)
+        return rotate(self._heads(self.k_proj(x)), rope), self._heads(self.v_proj(x))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[B, M, D] -> [B, M, D]; `attention` gets rotated queries and keys."""
+        normed = self.input_layernorm(x)
+        q = rotate(self._heads(self.q_proj(normed)), rope)
+        k = rotate(self._heads(self.k_proj(normed)), rope)
+        v = self._heads(self.v_proj(normed))
+        x = x + self.o_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class UnrolledAttention:
+    """Training-time test: attention of the simulated draft step s (EAGLE-3, arXiv 2503.01840).
+
+    The query of index t at step s sees the true prefix (step-0 keys at indices <= t) and, of each simulated step
+    1..s, the key at its own index alone: just what drafting from the prefix t would see. Call it once a step, in order.
+
+    Scores are [T, T + s] a head; the memory-lean form belongs to the training-at-scale work.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        self.keys.append(k)
+        self.values.append(v)
+        if len(self.keys) == 1:
+            return attend(q, k, v, causal=True)
+        T = q.shape[2]
+        q = q * q.shape[-1] ** -0.5
+        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        prefix = (q @ self.keys[0].transpose(-1, -2)).masked_fill(hidden, float("-inf"))
+        own = torch.stack([(q * key).sum(-1) for key in self.keys[1:]], -1)
+        weights = torch.cat([prefix, own], -1).softmax(-1)
+        out = weights[..., :T] @ self.values[0]
+        for step, value in enumerate(self.values[1:]):
+            out = out + weights[..., T + step, None] * value
+        return out

@@ -1,0 +1,266 @@
+"""Policies: how much to draft, decided before anything is drafted.
+
+`sense` looks at what the last verification left on the device (no sync); `plan` reads it on the host, where it arrived
+with the step's one transfer. Any choice made of the committed context alone leaves the output unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmspec.types import Evidence, Plan, StepTrace
+
+SCALARS = (
+    "entropy",
+    "top1_probability",
+    "top2_margin",
+    "root_log_probability",
+    "accepted_share_ema_fast",
+    "accepted_share_ema_slow",
+    "accepted_share_last",
+    "accepted_share_previous",
+    "rounds_since_zero",
+    "log_committed",
+    "log_generated",
+    "log_visual",
+    "visual_share",
+    "has_image",
+)
+"""Free scalars of the controller, in the order of its input (Source: methods D3)."""
+
+_FAST, _SLOW = 0.5, 0.9
+_PRIOR_SHARE = 0.7
+
+
+class History:
+    """Acceptance of recent rounds per row, on the device: [B, 5] (two averages, last two shares, rounds since zero)."""
+
+    def __init__(self, max_batch: int, device: torch.device) -> None:
+        self.start = torch.tensor([_PRIOR_SHARE] * 4 + [4.0], device=device)
+        self.state = self.start.repeat(max_batch, 1)
+
+    def update(self, evidence: Evidence, rows: Tensor) -> Tensor:
+        """Take in the last round of some rows; a skip (reach 0) says nothing, a fresh row (n_kept 0) starts anew.
+
+        Returns:
+            [R, 5].
+        """
+        old = self.state[rows]
+        share = ((evidence.n_kept - 1) / evidence.reach.clamp_min(1)).to(old.dtype).unsqueeze(1)
+        age = (old[:, 4:] + 1).masked_fill(share <= 0, 0.0)
+        new = torch.cat(
+            [
+                _FAST * old[:, :1] + (1 - _FAST) * share,
+                _SLOW * old[:, 1:2] + (1 - _SLOW) * share,
+                share,
+                old[:, 2:3],
+                age,
+            ],
+            1,
+        )
+        new = torch.where((evidence.reach > 0).unsqueeze(1), new, old)
+        new = torch.where((evidence.n_kept == 0).unsqueeze(1), self.start, new)
+        self.state[rows] = new
+        return new
+
+
+def scalars(evidence: Evidence, history: Tensor) -> Tensor:
+    """The controller's free scalars, [R, len(SCALARS)] fp32, not yet standardised."""
+    log_p = evidence.logits.float().log_softmax(-1)
+    p = log_p.exp()
+    top = p.topk(2, dim=-1).values
+    committed, visual = evidence.n_committed.float(), evidence.n_visual.float()
+    columns = [
+        -(p * log_p.clamp_min(-50.0)).sum(-1),
+        top[:, 0],
+        top[:, 0] - top[:, 1],
+        log_p.gather(1, evidence.roots.unsqueeze(1)).squeeze(1).clamp_min(-20.0),
+        *history[:, :4].float().unbind(1),
+        history[:, 4].float().log1p(),
+        committed.log(),
+        (committed - evidence.n_prompt).log1p(),
+        visual.log1p(),
+        visual / committed,
+        (visual > 0).float(),
+    ]
+    return torch.stack(columns, 1)
+
+
+class FixedPolicy:
+    """The same depth and node budget every round.
+
+    Args:
+        depth: draft levels.
+        budget: draft nodes a row, root excluded.
+    """
+
+    def __init__(self, depth: int, budget: int) -> None:
+        if depth < 0 or budget < 0:
+            raise ValueError(f"depth and budget must not be negative, got {depth} and {budget}")
+        self.max_depth, self.max_budget = depth, budget
+
+    def open(self, max_batch: int, device: torch.device) -> None:
+        """No state."""
+
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
+        return None
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        # A round emits up to depth + 1 tokens: deeper than what is still wanted would be thrown away.
+        depth = min(self.max_depth, max(remaining) - 1)
+        return Plan(depth, tuple(self.max_budget if left > 1 and depth > 0 else 0 for left in remaining))
+
+    def observe(self, trace: StepTrace) -> None:
+        """Nothing to adapt."""
+
+
+class SkipPolicy(FixedPolicy):
+    """Never draft: plain decoding."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0)
+
+
+class RecordingPolicy(FixedPolicy):
+    """A fixed policy that keeps what a controller would have seen, and what came of the draft.
+
+    Args:
+        depth, budget: the largest that the controller shall be able to choose.
+        embed: the target's token embedding.
+    """
+
+    def __init__(self, depth: int, budget: int, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(depth, budget)
+        self.embed = embed
+        self._now: dict[int, dict[str, Tensor]] = {}
+        self._rounds: list[dict[str, Tensor]] = []
+
+    def open(self, max_batch: int, device: torch.device) -> None:
+        self.history = History(max_batch, device)
+
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
+        table = scalars(evidence, self.history.update(evidence, rows))
+        embeds = self.embed(evidence.roots)
+        for i, row in enumerate(rows.tolist()):
+            self._now[row] = {
+                "key": evidence.keys[i],
+                "n_committed": evidence.n_committed[i],
+                "last_hidden": evidence.last_hidden[i].float(),
+                "root": evidence.roots[i],
+                "root_embed": embeds[i].float(),
+                "scalars": table[i],
+            }
+        return None
+
+    def observe(self, trace: StepTrace) -> None:
+        for row, active in enumerate(trace.active):
+            if active and trace.plan.budget[row]:
+                seen = {name: value.cpu() for name, value in self._now[row].items()}
+                seen["accepted"] = torch.tensor(trace.accepted[row])
+                seen["reach"] = torch.tensor(trace.plan.depth)
+                self._rounds.append(seen)
+
+    def rounds(self) -> dict[str, Tensor]:
+        """One entry a drafted round: key, n_committed, last_hidden [R, D], root, root_embed [R, D], scalars [R, K],
+        accepted, reach."""
+        if not self._rounds:
+            return {}
+        return {name: torch.stack([r[name] for r in self._rounds]) for name in self._rounds[0]}
+
+
+class Costs(Protocol):
+    """Seconds on this machine: of a verification with `nodes` per row, and of drafting `depth` levels."""
+
+    def verify(self, batch: int, nodes: int) -> float: ...
+    def draft(self, batch: int, depth: int) -> float: ...
+
+
+class Controller(Protocol):
+    """A trained survival model: cumulative probability of accepting k tokens, [R, Dmax]."""
+
+    @property
+    def prior(self) -> Tensor: ...
+    def survival(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Tensor: ...
+
+
+class LearnedPolicy:
+    """ViSkip: choose the depth (0: skip) with the best expected gain at the going price of time.
+
+    Tokens per second over a whole answer are maximised by `argmax E(A) - g C(A)` with g the throughput achieved
+    (renewal reward), not by the best ratio round by round. g is the running mean of expected tokens over predicted
+    cost, so that one cost table always gives one sequence of plans, whatever else the machine is doing.
+
+    Args:
+        controller: in eval mode, on the target's device.
+        costs: measured seconds.
+        embed: the target's token embedding.
+        depth, budget: the largest plan; a plan of depth d gets `budget * d / depth` nodes.
+
+    Source: methods D4. The batch shares a depth; a row that cannot pay for its nodes gets none (D5, first version).
+    """
+
+    _MEMORY = 0.98
+
+    def __init__(
+        self, controller: Controller, costs: Costs, embed: Callable[[Tensor], Tensor], depth: int, budget: int
+    ) -> None:
+        self.controller, self.costs, self.embed = controller, costs, embed
+        self.max_depth, self.max_budget = min(depth, controller.prior.shape[0]), budget
+        self.prior = controller.prior[: self.max_depth].tolist()
+
+    def nodes(self, depth: int) -> int:
+        """Draft nodes a row of a plan of this depth."""
+        return min(self.max_budget, math.ceil(self.max_budget * depth / self.max_depth)) if depth else 0
+
+    def cost(self, batch: int, depth: int) -> float:
+        """Predicted seconds of a round."""
+        return self.costs.verify(batch, 1 + self.nodes(depth)) + (self.costs.draft(batch, depth) if depth else 0.0)
+
+    def open(self, max_batch: int, device: torch.device) -> None:
+        self.history = History(max_batch, device)
+        self._prices = [[self.cost(b, d) for d in range(self.max_depth + 1)] for b in range(1, max_batch + 1)]
+        per_token = self._prices[max_batch - 1]
+        gains = [1 + sum(self.prior[:d]) for d in range(self.max_depth + 1)]
+        self.throughput = max(max_batch * gain / price for gain, price in zip(gains, per_token))
+        self._tokens, self._seconds = self.throughput * 0.2, 0.2
+
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor:
+        """Expected accepted tokens of each depth, [R, Dmax]."""
+        table = scalars(evidence, self.history.update(evidence, rows))
+        survival = self.controller.survival(evidence.last_hidden.float(), self.embed(evidence.roots).float(), table)
+        return survival[:, : self.max_depth].cumsum(1)
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        active = [row for row, left in enumerate(remaining) if left > 0]
+        prices = self._prices[len(active) - 1]
+        deepest = min(self.max_depth, max(remaining) - 1)
+        best, best_value, best_gain = 0, -math.inf, 0.0
+        for depth in range(deepest + 1):
+            gain = len(active) + sum(sensed[row][depth - 1] for row in active) if depth else len(active)
+            value = gain - self.throughput * prices[depth]
+            if value > best_value:
+                best, best_value, best_gain = depth, value, gain
+        self._tokens = self._MEMORY * self._tokens + best_gain
+        self._seconds = self._MEMORY * self._seconds + prices[best]
+        self.throughput = self._tokens / self._seconds
+        return Plan(best, self._budgets(sensed, remaining, best, len(active)))
+
+    def _budgets(
+        self, sensed: Sequence[Sequence[float]], remaining: Sequence[int], depth: int, n_active: int
+    ) -> tuple[int, ...]:
+        if not depth:
+            return (0,) * len(remaining)
+        nodes = self.nodes(depth)
+        if n_active == 1:
+            return tuple(nodes if left > 0 else 0 for left in remaining)
+        share = (self.costs.verify(n_active, 1 + nodes) - self.costs.verify(n_active, 1)) / n_active
+        price = self.throughput * max(share, 0.0)
+        return tuple(nodes if left > 1 and sensed[row][depth - 1] > price else 0 for row, left in enumerate(remaining))
+
+    def observe(self, trace: StepTrace) -> None:
+        """The price follows the plans themselves; measured times stay out of the decisions."""

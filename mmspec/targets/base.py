@@ -1,0 +1,464 @@
+"""A frozen Hugging Face vision-language model as a decoding target, unmodified.
+
+What the model is given instead of patches: explicit positions, an additive 4-D mask for the tree, a cache whose
+layers write into ragged buffers (`mmspec.cache`), and an attention function of our own, registered by name, that
+leaves grouped heads uncopied and can measure how much a query looks at the image without eager attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from mmspec.assets import resolve
+from mmspec.cache import RaggedKV
+from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
+
+ATTENTION = "mmspec"
+_MASS_CHUNK = 128
+
+
+class MassRecorder:
+    """Collects visual attention mass during a teacher pass: per wanted layer, [B, T] fp32, the mean over heads."""
+
+    def __init__(self, layers: Sequence[int], visual: Tensor) -> None:
+        self.visual = visual
+        self.mass: dict[int, Tensor] = dict.fromkeys(layers, visual.new_zeros(visual.shape, dtype=torch.float32))
+
+    def record(self, layer: int, q: Tensor, k: Tensor, scaling: float) -> None:
+        """Softmax row by row in chunks, so that no [H, T, T] tensor exists. q [B,Hq,T,Dh], k [B,Hkv,T,Dh]."""
+        if layer not in self.mass:
+            return
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else k
+        T, columns = q.shape[2], torch.arange(k.shape[2], device=q.device)
+        parts = []
+        for start in range(0, T, _MASS_CHUNK):
+            rows = torch.arange(start, min(start + _MASS_CHUNK, T), device=q.device)
+            scores = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scaling
+            weights = scores.masked_fill(columns > rows[:, None], float("-inf")).softmax(-1)
+            parts.append((weights.mean(1) * self.visual.unsqueeze(1)).sum(-1))
+        self.mass[layer] = torch.cat(parts, 1)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature on torch's sdpa; without a mask it is causal from an empty cache."""
+    recorder: MassRecorder | None = module.__dict__.get("mmspec_recorder")
+    if recorder is not None:
+        recorder.record(int(module.layer_idx), query, key, scaling or query.shape[-1] ** -0.5)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None and query.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Without an explicit 4-D mask the attention above is causal by itself."""
+    return None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """One layer of `RaggedKV` behind the interface that transformers expects of a cache layer."""
+
+    is_sliding = False
+
+    def __init__(self, kv: RaggedKV, layer: int) -> None:
+        super().__init__()
+        self.kv, self.layer, self.is_initialized = kv, layer, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.kv.write(self.layer, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.kv.offset + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.kv.offset
+
+    def get_max_length(self) -> int:
+        return self.kv.capacity
+
+
+@dataclass
+class HFState:
+    """Decoding state: ragged buffers, their transformers face, and per-row position offsets (0 but for M-RoPE)."""
+
+    kv: RaggedKV
+    cache: Cache
+    rope_delta: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.kv.lengths
+
+    @property
+    def lengths_device(self) -> Tensor:
+        return self.kv.lengths_device
+
+
+class HFTarget:
+    """Mechanics common to all families; a family's file says how images enter and what positions look like.
+
+    Args:
+        model: a `...ForConditionalGeneration`, frozen, in eval mode, its text model on the `mmspec` attention.
+        processor: the matching processor.
+        name: what the user called it.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor, self.name = processor, name
+        self.text_model: Any = model.model.language_model
+        self.lm_head: Any = model.get_output_embeddings()
+        self.embedding: Any = model.get_input_embeddings()
+        text = model.config.get_text_config()
+        self.shape = text_shape(text)
+        self.image_token_id = int(model.config.image_token_id)
+        self.max_length = int(text.max_position_embeddings)
+        self.stop_ids = _stop_ids(model.generation_config, processor.tokenizer)
+        self.device = self.lm_head.weight.device
+        self.dtype = self.lm_head.weight.dtype
+        self.fingerprint = self._fingerprint()
+
+    # ---- what a family overrides ----
+
+    def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        """Projected features of all images of one prompt, [n_visual, D], in order of their placeholders."""
+        raise NotImplementedError
+
+    def prompt_positions(self, prompt: Prompt) -> tuple[Tensor, int]:
+        """Position ids of a prompt and its rope delta (next position = length + delta)."""
+        return torch.arange(len(prompt), device=self.device).unsqueeze(0), 0
+
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """Position ids for text at [B, M] positions, in the shape that the family's text model takes."""
+        return positions
+
+    # ---- prompts ----
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Prompt:
+        """Render the chat template with the generation prompt, expand image placeholders.
+
+        Args:
+            messages: Hugging Face chat messages, content as a list of {type: image} and {type: text, text}.
+            images: PIL images in order of their placeholders.
+        """
+        return self._encode(self._render(messages, True), images)
+
+    def encode_dialogue(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> tuple[Prompt, Tensor]:
+        """A finished conversation and, per token, the number of the reply it belongs to.
+
+        The mask comes from the template itself: reply k lies between the render of the messages before it with the
+        generation prompt, and the render with it. Its stop token is included.
+
+        Returns:
+            Prompt of length L, and [L] int64: 0 outside replies, else 1-based.
+
+        Raises:
+            ValueError: when the template does not render a conversation as an extension of its beginning.
+        """
+        prompt = self._encode(self._render(messages, False), images)
+        answer = torch.zeros(len(prompt), dtype=torch.long)
+        reply = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            reply += 1
+            before = self._encode(self._render(messages[:index], True), images).input_ids
+            after = self._encode(self._render(messages[: index + 1], False), images).input_ids
+            start, end = len(before), _trim(after, prompt.input_ids, self.stop_ids)
+            if not torch.equal(prompt.input_ids[:start], before):
+                raise ValueError(
+                    f"the chat template of {self.name} does not extend its own prefix at message {index}: "
+                    "answers cannot be located in the tokens"
+                )
+            answer[start:end] = reply
+        return prompt, answer
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
+        return str(self.processor.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False))
+
+    def _encode(self, text: str, images: Sequence[Any]) -> Prompt:
+        tokens = self.processor.tokenizer
+        prefix = bool(tokens.bos_token) and text.startswith(tokens.bos_token)
+        out = self.processor(
+            text=[text],
+            images=list(images)[: text.count(self.processor.image_token)] or None,
+            return_tensors="pt",
+            add_special_tokens=not prefix,
+        )
+        ids = out["input_ids"][0]
+        pixels = {k: v for k, v in out.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
+        return Prompt(ids, ids == self.image_token_id, pixels)
+
+    # ---- decoding ----
+
+    def open(self, max_batch: int, max_tokens: int) -> HFState:
+        """Buffers for `max_batch` rows of `max_tokens` slots each, tree nodes included."""
+        text = self.model.config.get_text_config()
+        s = self.shape
+        kv = RaggedKV(s.n_layers, max_batch, s.n_kv_heads, max_tokens, s.head_dim, self.dtype, self.device)
+        cache = Cache(layers=[_RaggedLayer(kv, i) for i in range(text.num_hidden_layers)])
+        return HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device))
+
+    def prefill(self, state: HFState, row: int, prompt: Prompt, taps: Sequence[int] = ()) -> Forward:
+        """Run a prompt into one row; logits of the last position only."""
+        ids = prompt.input_ids.to(self.device).unsqueeze(0)
+        embeds = self.merge(ids, prompt.visual.to(self.device).unsqueeze(0), [prompt.pixels])
+        positions, delta = self.prompt_positions(prompt)
+        state.kv.begin_prefill(row)
+        state.rope_delta[row] = delta
+        with self._tapped(taps) as hidden:
+            last = self._text(embeds, positions, None, state.cache)
+        state.kv.set_length(row, len(prompt))
+        visual = prompt.visual.to(self.device).unsqueeze(0)
+        return Forward(self.unembed(last[:, -1:]), last, hidden, embeds, visual)
+
+    def forward(self, state: HFState, trees: Tree, taps: Sequence[int] = ()) -> Forward:
+        """Verify trees: every node sees its row's committed tokens and its own ancestors."""
+        kv = state.kv
+        kv.begin_tree(trees.tokens.shape[1])
+        positions = (kv.lengths_device + state.rope_delta).unsqueeze(1) + trees.depths
+        with self._tapped(taps) as hidden:
+            last = self._text(
+                self.embed(trees.tokens), self.position_ids(positions), self._mask(kv, trees), state.cache
+            )
+        return Forward(self.unembed(last), last, hidden)
+
+    def keep(self, state: HFState, accepted: Accepted, paths: Sequence[Sequence[int]]) -> None:
+        """Commit each row's path and drop the other nodes."""
+        state.kv.commit(accepted.path, paths)
+
+    def release(self, state: HFState, row: int) -> None:
+        """Free a row: it holds nothing until its next prefill."""
+        state.kv.set_length(row, 0)
+
+    def _mask(self, kv: RaggedKV, trees: Tree) -> Tensor:
+        """Additive mask [B, 1, N, offset + N]; float, because eager attention adds a boolean one as 0 and 1."""
+        B, N = trees.tokens.shape
+        mask = torch.zeros((B, 1, N, kv.offset + N), dtype=self.dtype, device=self.device)
+        if len(set(kv.lengths)) > 1:
+            mask[..., : kv.offset].masked_fill_(~kv.visible(kv.offset)[:, None, None], float("-inf"))
+        if N > 1:
+            mask[..., kv.offset :].masked_fill_(~trees.ancestors.unsqueeze(1), float("-inf"))
+        return mask
+
+    def _text(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        out = self.text_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+    # ---- shared, frozen ends ----
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden.to(self.dtype))
+
+    def merge(self, ids: Tensor, visual: Tensor, pixels: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Input embeddings [B, T, D] with image features at the placeholders."""
+        # The placeholder's own id may lie beyond a smaller embedding table; what stands there is overwritten anyway.
+        embeds = self.embed(ids.masked_fill(visual, 0))
+        features = [self.image_features(p) for p in pixels if p]
+        if features:
+            stacked = torch.cat(features).to(embeds.dtype)
+            if stacked.shape[0] != int(visual.sum()):
+                raise ValueError(f"{int(visual.sum())} image placeholders but {stacked.shape[0]} image features")
+            embeds = embeds.masked_scatter(visual.unsqueeze(-1), stacked)
+        return embeds
+
+    # ---- training ----
+
+    @torch.no_grad()
+    def teacher(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Tensor],
+        taps: Sequence[int] = (),
+        mass_layers: Sequence[int] = (),
+    ) -> Features:
+        """Teacher-forced states of finished conversations, right-padded: causal attention needs no padding mask then.
+
+        Args:
+            prompts, answers: as `encode_dialogue` gives them.
+            taps: indices into hidden_states to return as well.
+            mass_layers: decoder layers (0-based) whose visual attention mass is wanted.
+        """
+        T = max(len(p) for p in prompts)
+        ids, answer = (torch.zeros((len(prompts), T), dtype=torch.long) for _ in range(2))
+        valid, visual = (torch.zeros((len(prompts), T), dtype=torch.bool) for _ in range(2))
+        for row, (prompt, marks) in enumerate(zip(prompts, answers)):
+            n = len(prompt)
+            ids[row, :n], answer[row, :n] = prompt.input_ids, marks
+            valid[row, :n], visual[row, :n] = True, prompt.visual
+        ids, answer, valid, visual = (x.to(self.device) for x in (ids, answer, valid, visual))
+        embeds = self.merge(ids, visual, [p.pixels for p in prompts])
+        recorder = MassRecorder(mass_layers, visual) if mass_layers else None
+        with self._tapped(taps) as hidden, self._recording(recorder):
+            last = self._text(embeds, self.batch_positions(prompts, T), None, None)
+        mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
+        return Features(ids, valid, answer, visual, last, embeds, hidden, mass)
+
+    def batch_positions(self, prompts: Sequence[Prompt], T: int) -> Tensor:
+        """Position ids of a right-padded batch."""
+        return torch.arange(T, device=self.device).expand(len(prompts), T)
+
+    @contextlib.contextmanager
+    def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Outputs of the tapped layers during one pass: index k is what leaves the k-th layer (0: the embeddings)."""
+        hidden: dict[int, Tensor] = {}
+        handles = []
+        for tap in taps:
+
+            def save(_: nn.Module, args: tuple[Any, ...], tap: int = tap) -> None:
+                hidden[tap] = args[0]
+
+            handles.append(self._layer_or_norm(tap).register_forward_pre_hook(save))
+        try:
+            yield hidden
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layer_or_norm(self, tap: int) -> nn.Module:
+        """The module whose input is hidden_states[tap] before the final norm."""
+        layers = self.text_model.layers
+        if not 0 <= tap <= len(layers):
+            raise ValueError(f"tap {tap} is outside 0..{len(layers)}, the hidden states of {self.name}")
+        return self.text_model.norm if tap == len(layers) else layers[tap]
+
+    @contextlib.contextmanager
+    def _recording(self, recorder: MassRecorder | None) -> Iterator[None]:
+        modules = [layer.self_attn for layer in self.text_model.layers] if recorder else []
+        for module in modules:
+            module.__dict__["mmspec_recorder"] = recorder
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.__dict__["mmspec_recorder"]
+
+    def _fingerprint(self) -> str:
+        """Identifies the weights a head was trained on: shape, vocabulary, and samples of three tensors in bf16.
+
+        bf16, so that one checkpoint gives one fingerprint in whatever dtype it is run.
+        """
+        digest = hashlib.sha256(repr(self.shape).encode())
+        vocabulary = sorted(self.processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        digest.update(repr(vocabulary).encode())
+        for weight in (self.embedding.weight, self.lm_head.weight, self.text_model.norm.weight):
+            sample = weight.detach().flatten()[:65536].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _trim(after: Tensor, full: Tensor, stop_ids: frozenset[int]) -> int:
+    """End of a reply: what follows its stop token in the template (a newline, say) is not the reply's."""
+    end = len(after)
+    while end > 0 and int(after[end - 1]) not in stop_ids and any(int(t) in stop_ids for t in after[-3:]):
+        end -= 1
+    return min(end, len(full))
+
+
+def _stop_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:
+    ids = generation.eos_token_id if generation is not None else None
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
+
+
+def text_shape(text: Any) -> TargetShape:
+    """The shape of a text model from its transformers config."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return TargetShape(
+        hidden_size=int(text.hidden_size),
+        intermediate_size=int(text.intermediate_size),
+        n_layers=int(text.num_hidden_layers),
+        n_heads=int(text.num_attention_heads),
+        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        vocab_size=int(text.vocab_size),
+        rms_eps=float(text.rms_norm_eps),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+    )
+
+
+def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTarget:
+    """Load a target by name.
+
+    Args:
+        name: `tiny_llava` (embedded), a folder, or a Hub id.
+        dtype: float32, float64, bfloat16 or float16.
+        device: torch device.
+
+    Raises:
+        InputError: unknown dtype, unsupported family, or files that cannot be found.
+    """
+    kinds = {"float32", "float64", "bfloat16", "float16"}
+    if dtype not in kinds:
+        raise InputError(f"dtype '{dtype}' is not one of {', '.join(sorted(kinds))}")
+    path = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        family = family_of(config.model_type)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"}
+        )
+        processor = AutoProcessor.from_pretrained(path)
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(
+            f"target '{name}' cannot be loaded: {first} (give a folder, a Hub id, or tiny_llava)"
+        ) from None
+    return family(model.to(device), processor, name)
+
+
+def family_of(model_type: str) -> type[HFTarget]:
+    """The class in `mmspec/targets/<model_type>.py`."""
+    here = Path(__file__).parent
+    known = sorted(p.stem for p in here.glob("*.py") if p.stem not in ("__init__", "base"))
+    if model_type not in known:
+        raise InputError(f"target family '{model_type}' is not supported; known: {', '.join(known)}")
+    family: type[HFTarget] = importlib.import_module(f"mmspec.targets.{model_type}").Target
+    return family

@@ -1,0 +1,359 @@
+"""The central types: what flows between target, drafter, verifier, policy and loop.
+
+Invariant at the start of every round, for each row `b` of the batch: tokens `x_0..x_{n[b]-1}` are in the target's
+KV cache, and one *root* token `x_{n[b]}` has been decided by the target but is not in the cache yet.
+
+Dimensions: B rows, N tree nodes (root included), P nodes on an accepted path, T or L tokens, D hidden width,
+V vocabulary, S tapped layers. The batch is the first dimension of everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """The user's input is wrong: the message is one line that names the value and the remedy (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Draft trees of a batch, in topological order.
+
+    Args:
+        tokens: [B, N] int64; `tokens[:, 0]` are the roots.
+        parents: [B, N] int64; -1 for the root, `parents[b, i] < i` for a node, and -1 again for padding (`i > 0`),
+            which no verifier accepts. Siblings have distinct tokens.
+        depths: [B, N] int64; 0 for the root and for padding.
+        ancestors: [B, N, N] bool; `[b, i, j]` when `j` is `i` or an ancestor of `i`.
+        max_depth: the largest depth, known on the host (no sync is needed to ask for it).
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    max_depth: int
+
+    def __post_init__(self) -> None:
+        B, N = self.tokens.shape
+        if self.parents.shape != (B, N) or self.depths.shape != (B, N) or self.ancestors.shape != (B, N, N):
+            raise ValueError(
+                f"Tree shapes disagree: tokens {tuple(self.tokens.shape)}, parents {tuple(self.parents.shape)}, "
+                f"depths {tuple(self.depths.shape)}, ancestors {tuple(self.ancestors.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One encoded request, on the host.
+
+    Args:
+        input_ids: [L] int64, image placeholders expanded.
+        visual: [L] bool, True at image placeholders.
+        pixels: what the target's vision tower takes, by the processor's own names (empty without an image).
+    """
+
+    input_ids: Tensor
+    visual: Tensor
+    pixels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to decode: `key` selects its sampling noise, so it must not depend on batch or order."""
+
+    id: str
+    prompt: Prompt
+    max_new_tokens: int
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Outputs of one target pass.
+
+    Args:
+        logits: [B, N, V]; of a prefill only the last position, [1, 1, V].
+        last_hidden: [B, N, D] after the final norm: exactly what the unembedding multiplies (prefill: all positions).
+        hidden: tapped layers {index into hidden_states: [B, N, D]}.
+        embeds: prefill only, [1, L, D]: input embeddings with image features merged in.
+        visual: prefill only, [1, L] bool.
+    """
+
+    logits: Tensor
+    last_hidden: Tensor
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    embeds: Tensor | None = None
+    visual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What the verifier decided.
+
+    Args:
+        path: [B, P] int64 node indices by depth, `path[:, 0] == 0`; entries from `n_kept` on are meaningless.
+        n_kept: [B] int64, accepted nodes with the root: a + 1.
+        next_tokens: [B] int64, the bonus token: the next root.
+    """
+
+    path: Tensor
+    n_kept: Tensor
+    next_tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a drafter observes after a verification: trees, outputs of all nodes, and the accepted path.
+
+    `paths` is the host's copy of the kept node indices per row; empty for rows that are not active (any more).
+    """
+
+    trees: Tree
+    forward: Forward
+    accepted: Accepted
+    paths: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draft, decided before anything is drafted; plain host numbers.
+
+    Args:
+        depth: draft levels, common to the batch (0: nobody drafts).
+        budget: [B] draft nodes per row, root excluded; 0 makes the row a root-only tree (a skip).
+    """
+
+    depth: int
+    budget: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is free to look at before drafting; all on the device, B being the rows it is about.
+
+    Args:
+        last_hidden: [B, D], the target state that produced the root.
+        logits: [B, V], the logits the root was chosen from.
+        roots: [B] int64.
+        n_kept: [B] int64, kept nodes of the last round; 0 directly after the prefill.
+        reach: [B] int64, deepest node offered in the last round (0: it was a skip, n_kept says nothing of drafts).
+        n_committed: [B] int64, tokens in the target's KV cache.
+        n_prompt: [B] int64, tokens of the prompt.
+        n_visual: [B] int64, image placeholders among them.
+        keys: [B] int64, `Request.key` of the row: tells recorders whose evidence this is.
+    """
+
+    last_hidden: Tensor
+    logits: Tensor
+    roots: Tensor
+    n_kept: Tensor
+    reach: Tensor
+    n_committed: Tensor
+    n_prompt: Tensor
+    n_visual: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One round of the loop, host numbers; rows that were not active have `active[b] == False`.
+
+    Times are in seconds: between phase borders on the host clock (CPU), or of CUDA events resolved at the end.
+    """
+
+    plan: Plan
+    active: tuple[bool, ...]
+    accepted: tuple[int, ...]
+    """a per row, bonus excluded, untruncated."""
+    emitted: tuple[int, ...]
+    """Tokens kept of this round after truncation at a stop token or a limit."""
+    n_nodes: int
+    """Width of the verified tree, root included."""
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    commit_s: float = 0.0
+    control_s: float = 0.0
+
+
+@dataclass
+class Output:
+    """The result of one request.
+
+    Args:
+        tokens: generated ids, the stop token included.
+        finish_reason: "stop", "length" (max_new_tokens) or "context" (the target's window is full).
+        ttft_s, latency_s: seconds from the start of its prefill to the first and to the last token.
+        rounds: (action, nodes, accepted, emitted) per round, where action is "draft" or "skip", nodes exclude the
+            root and accepted excludes the bonus.
+        gaps: top-2 logit gap of the target at each generated token, filled only when asked for (tie reports).
+    """
+
+    id: str
+    tokens: list[int]
+    finish_reason: str
+    ttft_s: float
+    latency_s: float
+    rounds: list[tuple[str, int, int, int]]
+    gaps: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A teacher-forced batch with the frozen target's states: what heads train on.
+
+    Index contract (methods of EAGLE's family): `last_hidden[:, i]` is f_i, its unembedding is the distribution of
+    `input_ids[:, i + 1]`. The pair i is (f_i, embeds_{i+1}); its output predicts token i + 2.
+
+    Args:
+        input_ids: [B, T] int64, right-padded.
+        valid: [B, T] bool, False at padding.
+        answer: [B, T] int64, 0 outside answers, else the 1-based number of the reply the token belongs to (its stop
+            token included): two tokens are of the same reply when the numbers are equal.
+        visual: [B, T] bool.
+        last_hidden: [B, T, D].
+        embeds: [B, T, D] input embeddings, image features merged in.
+        hidden: tapped layers {index: [B, T, D]}.
+        visual_mass: [B, T, S] fp32, attention mass on image positions of the layers asked for (head mean), or None.
+    """
+
+    input_ids: Tensor
+    valid: Tensor
+    answer: Tensor
+    visual: Tensor
+    last_hidden: Tensor
+    embeds: Tensor
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    visual_mass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What a head must know of its target's text model to be built, without any weights."""
+
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_eps: float
+    rope_theta: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a head's training forward returns: sums, never means, so that ranks and micro-batches add up.
+
+    Args:
+        loss: scalar, sum of the loss over valid positions.
+        count: scalar, the number of valid positions the loss is to be divided by (over all ranks and micro-batches).
+        sums: named scalars to add up for logging; `sums[name]` divided by `counts[name]` is the logged mean.
+    """
+
+    loss: Tensor
+    count: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class State(Protocol):
+    """Decoding state of a batch of rows, owned by the target."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens per row, mirrored on the host."""
+
+    @property
+    def lengths_device(self) -> Tensor:
+        """The same, [B] int64 on the device."""
+
+
+class Target(Protocol):
+    """A frozen vision-language model."""
+
+    name: str
+    shape: TargetShape
+    fingerprint: str
+    max_length: int
+    stop_ids: frozenset[int]
+    image_token_id: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Prompt: ...
+    def open(self, max_batch: int, max_tokens: int) -> Any: ...
+    def prefill(self, state: Any, row: int, prompt: Prompt, taps: Sequence[int]) -> Forward: ...
+    def forward(self, state: Any, trees: Tree, taps: Sequence[int]) -> Forward: ...
+    def keep(self, state: Any, accepted: Accepted, paths: Sequence[Sequence[int]]) -> None: ...
+    def release(self, state: Any, row: int) -> None: ...
+    def embed(self, tokens: Tensor) -> Tensor: ...
+    def unembed(self, hidden: Tensor) -> Tensor: ...
+    def decode(self, tokens: Sequence[int]) -> str: ...
+    def encode_dialogue(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
+    ) -> tuple[Prompt, Tensor]: ...
+    def teacher(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Tensor],
+        taps: Sequence[int] = (),
+        mass_layers: Sequence[int] = (),
+    ) -> Features: ...
+
+
+class Drafter(Protocol):
+    """Proposes trees. It is told of every committed token, and may fall behind when it is skipped."""
+
+    taps: tuple[int, ...]
+
+    def open(self, max_batch: int, max_tokens: int) -> None: ...
+    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None: ...
+    def propose(self, roots: Tensor, plan: Plan) -> Tree: ...
+    def observe(self, round: Round) -> None: ...
+    def evict(self, row: int) -> None: ...
+
+
+class Sampler(Protocol):
+    """Scores whose argmax is the chosen token; noise depends on (seed, request key, position) only.
+
+    Args of `scores`: logits [B, N, V], keys [B] int64, positions [B, N] int64 (index of the token to be chosen).
+    """
+
+    def scores(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor: ...
+
+
+class Verifier(Protocol):
+    """Walks each tree from its root and says how far the target agrees. `scores` come from the sampler."""
+
+    def accept(self, trees: Tree, scores: Tensor) -> Accepted: ...
+
+
+class Policy(Protocol):
+    """Decides how much to draft: `sense` on the device before the step's one host sync, `plan` on the host after it."""
+
+    max_depth: int
+    max_budget: int
+
+    def open(self, max_batch: int, device: torch.device) -> None: ...
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
+        """What the plan needs, [R, any]: evidence is of the rows [R] int64 (all of them, or one just admitted)."""
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        """Decide for all rows: `sensed[b]` is what `sense` said of row b, `remaining[b]` tokens may still be emitted
+        (0: the row is idle)."""
+
+    def observe(self, trace: StepTrace) -> None: ...
+
+
+Unembed = Callable[[Tensor], Tensor]

@@ -1,0 +1,197 @@
+"""Every head: training and drafting are one computation, and the shift contract holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmspec.drafters.null import NullDrafter
+from mmspec.heads.eagle import Config, Head
+from mmspec.loop import generate
+from mmspec.losses import LossConfig
+from mmspec.policy import FixedPolicy, SkipPolicy
+from mmspec.sampling import GreedySampler
+from mmspec.types import Plan, Prompt, Request
+from tests.tiny import llava, prompt
+
+
+def head(target, **config):
+    torch.manual_seed(2)
+    return Head(replace(Config(), **config).resolve(target.shape), LossConfig(steps=4)).double()
+
+
+def dialogue(target, n_turns=2, images=1):
+    """A conversation with `images` in the first turn, and its answer marks."""
+    messages = []
+    for turn in range(n_turns):
+        pictures = [{"type": "image"}] * (images if turn == 0 else 0)
+        text = " ".join(f"w{(7 * turn + i) % 50}" for i in range(4))
+        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": text}]})
+        reply = " ".join(f"w{(3 * turn + 2 * i) % 50}" for i in range(6))
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+    from tests.tiny import image
+
+    return target.encode_dialogue(messages, [image(i) for i in range(images)])
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_training_states_equal_drafting_states(images, batch):
+    """Teacher-forced unrolled states equal step-by-step drafting along the same tokens (fp64, 1e-9).
+
+    The unroll feeds the true next tokens, so the drafter is walked along them: a chain whose tokens are forced.
+    """
+    target, steps = llava(), 4
+    trained = head(target)
+    rows = [dialogue(target, n_turns=1 + b % 2, images=images) for b in range(batch)]
+    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
+    with torch.no_grad():
+        outputs = trained.unroll(features, steps)
+    drafter = trained.drafter(target, 1)
+    with torch.inference_mode():
+        drafter.open(batch, 64)
+        state = target.open(batch, 64)
+        cut = [len(p) - steps - 2 - b for b, (p, _) in enumerate(rows)]  # ragged prefixes
+        for b, (p, _) in enumerate(rows):
+            prefix = Prompt(p.input_ids[: cut[b]], p.visual[: cut[b]], p.pixels)
+            forward = target.prefill(state, b, prefix)
+            drafter.admit(b, prefix, forward, p.input_ids[cut[b]])
+        drafter._take_in(keep_last=False)
+        states = drafter._root_state()
+        stable = max(drafter.kv.lengths)
+        drafter.kv.begin_tree(steps - 1)
+        for step in range(steps):
+            for b in range(batch):
+                expected = outputs[step][b, cut[b] - 1]
+                assert torch.allclose(states[b, 0], expected, atol=1e-9, rtol=0), (step, b)
+            if step == steps - 1:
+                break
+            tokens = torch.stack([p.input_ids[cut[b] + step + 1] for b, (p, _) in enumerate(rows)])
+            mask = torch.zeros(batch, 1, 1, stable + step + 1, dtype=torch.float64)
+            mask[..., :stable].masked_fill_(~drafter.kv.visible(stable)[:, None, None], float("-inf"))
+            states = drafter._draft_pass(tokens[:, None], states, step + 1, mask)
+
+
+def test_tree_drafting_equals_chain_drafting_along_each_path():
+    """A node's score in the dynamic tree is the score a chain forced through its ancestors gets."""
+    target = llava()
+    trained = head(target).eval().requires_grad_(False)
+    request = prompt(target, 4)
+    with torch.inference_mode():
+        state = target.open(1, 64)
+        forward = target.prefill(state, 0, request)
+        root = forward.logits[0, -1].argmax()
+        wide = trained.drafter(target, 3)
+        wide.open(1, 64)
+        wide.admit(0, request, forward, root)
+        wide._take_in(keep_last=False)
+        base = torch.zeros(1, 1, 1, max(wide.kv.lengths), dtype=torch.float64)
+        tokens, parents, scores = wide._expand(wide._root_state(), base, 3)
+        for node in range(tokens.shape[1]):
+            path, walk = [], node
+            while walk >= 0:
+                path.insert(0, walk)
+                walk = int(parents[0, walk])
+            narrow = trained.drafter(target, 1)
+            narrow.open(1, 64)
+            narrow.admit(0, request, forward, root)
+            narrow._take_in(keep_last=False)
+            states, total = narrow._root_state(), 0.0
+            narrow.kv.begin_tree(3)
+            for level, index in enumerate(path):
+                log_q = target.unembed(states).log_softmax(-1)
+                total += float(log_q[0, 0, tokens[0, index]])
+                mask = torch.zeros(1, 1, 1, narrow.kv.offset + 1, dtype=torch.float64)
+                states = narrow._draft_pass(tokens[:, index : index + 1], states, level + 1, mask)
+            assert total == pytest.approx(float(scores[0, node]), abs=1e-9)
+
+
+def test_the_loss_covers_the_first_reply_pair_and_ends_at_the_stop_token():
+    """Shift contract: with reply tokens at 5..8 (stop at 8), step 0 predicts tokens 6, 7, 8 and never 5 or 9."""
+    target = llava()
+    trained = head(target)
+    rows = [dialogue(target, n_turns=2)]
+    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
+    answer = torch.zeros_like(features.answer)
+    answer[0, 5:9] = 1
+    objective = trained(replace(features, answer=answer), target.unembed)
+    assert int(objective.count) == 3
+    assert float(objective.counts["pos_1"]) == 3
+    two = answer.clone()
+    two[0, 9:12] = 2  # another reply right behind: no pair spans both
+    assert int(trained(replace(features, answer=two), target.unembed).count) == 3 + 2
+
+
+def test_padding_changes_nothing():
+    target = llava()
+    trained = head(target)
+    short, long = dialogue(target, 1), dialogue(target, 2)
+    alone = trained(target.teacher([short[0]], [short[1]]), target.unembed)
+    both = trained(target.teacher([short[0], long[0]], [short[1], long[1]]), target.unembed)
+    other = trained(target.teacher([long[0]], [long[1]]), target.unembed)
+    assert both.loss.item() == pytest.approx((alone.loss + other.loss).item(), rel=1e-6)
+    assert int(both.count) == int(alone.count + other.count)
+
+
+def test_chunked_loss_has_the_value_and_gradient_of_the_whole():
+    target = llava()
+    rows = [dialogue(target, 2)]
+    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
+    grads = []
+    for chunk in (2, 1000):
+        torch.manual_seed(0)
+        trained = Head(Config().resolve(target.shape), LossConfig(chunk=chunk, total_variation=0.5, regression=0.1))
+        objective = trained.double()(features, target.unembed)
+        objective.loss.backward()
+        grads.append((objective.loss.item(), trained.fc.weight.grad))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
+    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-6)
+
+
+def test_a_head_overfits_one_batch_and_then_drafts_its_answers():
+    target = llava(dtype="float32")
+    wanted = [Request(f"r{i}", prompt(target, i, 5, 1), 20, i) for i in range(3)]
+    plain = generate(target, wanted, NullDrafter(), SkipPolicy(), GreedySampler())
+    rows = []
+    for request, output in zip(wanted, plain):
+        ids = torch.cat([request.prompt.input_ids, torch.tensor(output.tokens)])
+        extra = torch.zeros(len(output.tokens), dtype=torch.bool)
+        answer = torch.cat([torch.zeros(len(request.prompt), dtype=torch.long), extra.long() + 1])
+        visual = torch.cat([request.prompt.visual, extra])
+        rows.append((Prompt(ids, visual, request.prompt.pixels), answer))
+    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
+    torch.manual_seed(0)
+    trained = Head(Config().resolve(target.shape), LossConfig(steps=4))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(400):
+        objective = trained(features, target.unembed)
+        optimizer.zero_grad()
+        (objective.loss / objective.count).backward()
+        optimizer.step()
+    assert float(objective.sums["top1"] / objective.counts["top1"]) > 0.95
+    # A chain: a random target is unsure of itself, and a tree of its best nodes would be broad and shallow.
+    drafted = generate(target, wanted, trained.drafter(target, 1), FixedPolicy(4, 4), GreedySampler(), max_batch=3)
+    rounds = [r for o in drafted for r in o.rounds[:-1]]
+    assert [o.tokens for o in drafted] == [o.tokens for o in plain]
+    assert sum(r[2] for r in rounds) / len(rounds) > 3.0  # of 4 offered
+
+
+def test_a_skipped_round_runs_no_head():
+    target = llava()
+    drafter = head(target).drafter(target, 2)
+    calls = []
+    drafter.head.block.register_forward_pre_hook(lambda *_: calls.append(1))
+    generate(target, [Request("r", prompt(target, 1), 15)], drafter, SkipPolicy(), GreedySampler())
+    assert not calls
+    assert drafter.propose(torch.tensor([3]), Plan(0, (0,))).tokens.shape == (1, 1)
+    assert not calls
+
+
+def test_a_head_in_training_is_copied_not_frozen():
+    target = llava()
+    trained = head(target)
+    trained.drafter(target, 2)
+    assert trained.training
+    assert all(p.requires_grad for p in trained.parameters())

@@ -1,0 +1,60 @@
+"""Who may import whom: the layers of design, enforced on the syntax tree of every file."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYER_1 = {"types", "tree", "sampling", "nn", "losses", "cache", "metrics", "records"}
+LAYER_2 = {"targets", "heads", "drafters", "verify", "policy"}
+ONLY_OUTSIDE = {"deepspeed", "wandb", "peft", "datasets"}
+FILES = sorted(p for folder in ("mmspec", "train", "eval", "scripts") for p in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{path}: star import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(path: Path) -> str:
+    """The member of mmspec that a file belongs to: `loop` of loop.py, `heads` of heads/eagle.py."""
+    return path.relative_to(ROOT / "mmspec").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers(path: Path):
+    names = imports(path)
+    packages = {name.split(".")[0] for name in names}
+    assert "scripts" not in packages
+    if path.is_relative_to(ROOT / "train"):
+        assert "eval" not in packages
+        return
+    if path.is_relative_to(ROOT / "eval"):
+        assert "train" not in packages
+        return
+    if path.is_relative_to(ROOT / "scripts"):
+        return
+    assert not packages & (ONLY_OUTSIDE | {"train", "eval"}), f"{path} imports {packages}"
+    mine, used = part(path), {name.split(".")[1] for name in names if name.startswith("mmspec.")}
+    if "transformers" in packages:
+        assert mine in {"targets", "checkpoint", "assets"}
+    if mine in LAYER_1:
+        assert used <= LAYER_1, f"{path} reaches up to {used - LAYER_1}"
+    elif mine in LAYER_2:
+        # `assets` is a leaf of paths; a package may use its own base.
+        assert used <= LAYER_1 | {mine, "assets"}, f"{path} reaches up to {used - LAYER_1}"
+        siblings = {n for n in names if n.startswith(f"mmspec.{mine}.")} - {f"mmspec.{mine}.base"}
+        siblings = {n for n in siblings if not n.startswith(f"mmspec.{mine}.base.")}
+        assert path.name == "__init__.py" or not siblings, f"{path} imports its siblings {siblings}"
+    elif mine == "loop":
+        assert used <= LAYER_1 | {"verify"}, f"loop reaches up to {used}"

@@ -1,0 +1,89 @@
+"""Trees: hand-written cases a person can check, and a property test against a slow reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmspec.tree import ancestors_of, best_of_pool, chain, from_parents, root_only
+from mmspec.types import Tree
+
+# root ─┬─ 1 ── 3
+#       └─ 2
+PARENTS = torch.tensor([[-1, 0, 0, 1]])
+
+
+def test_ancestor_matrix_of_a_small_tree():
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    assert ancestors_of(PARENTS, 2)[0].int().tolist() == expected
+
+
+def test_padding_is_no_ancestor_and_has_no_children():
+    tree = from_parents(torch.zeros(1, 3, dtype=torch.long), torch.tensor([[-1, 0, -1]]), 1)
+    assert tree.ancestors[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert tree.depths.tolist() == [[0, 1, 0]]
+
+
+def test_root_only_and_chain():
+    assert root_only(torch.tensor([5, 6])).tokens.tolist() == [[5], [6]]
+    tree = chain(torch.tensor([[5, 6, 7]]))
+    assert tree.parents.tolist() == [[-1, 0, 1]]
+    assert tree.depths.tolist() == [[0, 1, 2]]
+    assert tree.ancestors[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_shapes_are_checked():
+    one = torch.zeros(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="Tree shapes disagree"):
+        Tree(one, one, one, torch.ones(1, 3, 3, dtype=torch.bool), 1)
+
+
+def test_budget_cuts_each_row_on_its_own():
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    parents = torch.tensor([[-1, -1, 0, 0], [-1, -1, 0, 0]])
+    scores = torch.tensor([[-0.1, -3.0, -0.2, -0.3], [-0.1, -0.5, -2.0, -2.1]])
+    tree = best_of_pool(torch.tensor([9, 9]), tokens, parents, scores, (3, 1), 2)
+    assert tree.tokens[0].tolist() == [9, 1, 3, 4]
+    assert tree.parents[0].tolist() == [-1, 0, 1, 1]
+    assert tree.parents[1].tolist() == [-1, 0, -1, -1]  # one node, the rest is padding
+
+
+def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
+    """log q = 0 makes parent and child score alike: the parent has to win the tie."""
+    tokens, parents = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 0, 1]])
+    tree = best_of_pool(torch.tensor([0]), tokens, parents, torch.zeros(1, 3), (2,), 3)
+    assert tree.tokens.tolist() == [[0, 1, 2]]
+    assert tree.parents.tolist() == [[-1, 0, 1]]
+
+
+@st.composite
+def pools(draw):
+    """A pool in order of creation, scores non-increasing along paths, often tied."""
+    size = draw(st.integers(1, 14))
+    parents = [-1] + [draw(st.integers(-1, i - 1)) for i in range(1, size)]
+    scores: list[float] = []
+    for parent in parents:
+        scores.append((scores[parent] if parent >= 0 else 0.0) - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0])))
+    return parents, scores, draw(st.integers(1, 16))
+
+
+@given(pools())
+@settings(max_examples=200, deadline=None)
+def test_best_of_pool_against_a_slow_reference(pool):
+    parents, scores, budget = pool
+    size = len(parents)
+    ranked = sorted(range(size), key=lambda i: (-scores[i], i))[:budget]
+    kept = sorted(ranked)
+    place = {-1: 0} | {node: i + 1 for i, node in enumerate(kept)}
+    tree = best_of_pool(
+        torch.tensor([99]), torch.arange(size)[None], torch.tensor([parents]), torch.tensor([scores]), (budget,), size
+    )
+    assert tree.tokens[0].tolist() == [99, *kept]
+    assert tree.parents[0].tolist() == [-1, *(place[parents[node]] for node in kept)]
+    for i in range(len(kept) + 1):
+        line, node = set(), i
+        while node >= 0:
+            line.add(node)
+            node = int(tree.parents[0, node])
+        assert set(tree.ancestors[0, i].nonzero().flatten().tolist()) == line
+        assert int(tree.depths[0, i]) == len(line) - 1
