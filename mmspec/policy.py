@@ -31,7 +31,7 @@ SCALARS = (
     "visual_share",
     "has_image",
 )
-"""Free scalars of the controller, in the order of its input (Source: methods D3)."""
+"""Free scalars of the controller, in the order of its input."""
 
 _FAST, _SLOW = 0.5, 0.9
 _PRIOR_SHARE = 0.7
@@ -137,7 +137,8 @@ class RecordingPolicy(FixedPolicy):
     def __init__(self, depth: int, budget: int, embed: Callable[[Tensor], Tensor]) -> None:
         super().__init__(depth, budget)
         self.embed = embed
-        self._now: dict[int, dict[str, Tensor]] = {}
+        self._sensed: dict[int, dict[str, Tensor]] = {}
+        self._planned: dict[int, dict[str, Tensor]] = {}
         self._rounds: list[dict[str, Tensor]] = []
 
     def open(self, max_batch: int, device: torch.device) -> None:
@@ -147,8 +148,8 @@ class RecordingPolicy(FixedPolicy):
         table = scalars(evidence, self.history.update(evidence, rows))
         embeds = self.embed(evidence.roots)
         for i, row in enumerate(rows.tolist()):
-            self._now[row] = {
-                "key": evidence.keys[i],
+            self._sensed[row] = {
+                "key": evidence.keys[i].clone(),  # the loop's own tensor changes when the row is given away
                 "n_committed": evidence.n_committed[i],
                 "last_hidden": evidence.last_hidden[i].float(),
                 "root": evidence.roots[i],
@@ -157,10 +158,15 @@ class RecordingPolicy(FixedPolicy):
             }
         return None
 
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        # By the time the outcome of this plan is observed, the evidence for the next one has been sensed already.
+        self._planned = dict(self._sensed)
+        return super().plan(sensed, remaining)
+
     def observe(self, trace: StepTrace) -> None:
         for row, active in enumerate(trace.active):
             if active and trace.plan.budget[row]:
-                seen = {name: value.cpu() for name, value in self._now[row].items()}
+                seen = {name: value.cpu() for name, value in self._planned[row].items()}
                 seen["accepted"] = torch.tensor(trace.accepted[row])
                 seen["reach"] = torch.tensor(trace.plan.depth)
                 self._rounds.append(seen)
@@ -201,7 +207,7 @@ class LearnedPolicy:
         embed: the target's token embedding.
         depth, budget: the largest plan; a plan of depth d gets `budget * d / depth` nodes.
 
-    Source: methods D4. The batch shares a depth; a row that cannot pay for its nodes gets none (D5, first version).
+    The batch shares a depth; a row that cannot pay for its nodes gets none.
     """
 
     _MEMORY = 0.98

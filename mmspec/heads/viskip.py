@@ -2,7 +2,8 @@
 
 A trunk over the target's last hidden state, the root's embedding and free scalars; a head that estimates the visual
 attention of the next tokens (distilled from the target, so no attention map is needed at run time); a survival head for
-the paired drafter. Source: methods D3, first version: no counterfactual labels yet.
+the paired drafter. MMSpec's ViSkip (arXiv 2603.14989) is a fixed threshold on attention mass, read after the draft was
+paid for; this one is trained, and asked before. First version: no counterfactual labels yet.
 """
 
 from __future__ import annotations

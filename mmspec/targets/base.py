@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as hf_logging
 
 from mmspec.assets import resolve
 from mmspec.cache import RaggedKV
@@ -442,16 +443,34 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTar
     try:
         config = AutoConfig.from_pretrained(path)
         family = family_of(config.model_type)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"}
-        )
-        processor = AutoProcessor.from_pretrained(path)
+        with _quiet():
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+            )
+            processor = AutoProcessor.from_pretrained(path)
     except OSError as error:
         first = str(error).splitlines()[0]
         raise InputError(
             f"target '{name}' cannot be loaded: {first} (give a folder, a Hub id, or tiny_llava)"
         ) from None
     return family(model.to(device), processor, name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and no hints about optional packages: they would stand between the user and our own lines."""
+    before = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def family_of(model_type: str) -> type[HFTarget]:

@@ -1,0 +1,1 @@
+"""Scoring of heads on MMSpec; imports mmspec, never train."""

@@ -1,0 +1,324 @@
+"""Run folders: a head and its controller with everything needed to decode with them again.
+
+Layout: `head.safetensors head.json viskip.safetensors viskip.json tree.json recipe.yaml provenance.json`.
+Invariant: every file is written under a temporary name and renamed, so a reader sees the old file or the new one,
+and weights are safetensors only (nothing here unpickles). A checkpoint names its target by fingerprint, and refuses
+another one before a single token is decoded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmspec.losses import LossConfig
+from mmspec.recipe import Recipe, build_config, import_head
+from mmspec.types import InputError, Target, TargetShape
+
+SCHEMA = 1
+LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors", "omegaconf", "mmspec-toolkit")
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """The draft tree to decode with: levels, candidates per level, and verified nodes (the root excluded)."""
+
+    depth: int
+    width: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class TargetIdentity:
+    """What a checkpoint remembers of the target it was made for."""
+
+    name: str
+    fingerprint: str
+    shape: TargetShape
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run folder that was read and found complete; weights are loaded on demand.
+
+    Args:
+        folder: where it is.
+        kind: file name under `mmspec/heads`.
+        config: the head's `Config`.
+        target: the target it was made for.
+        tree: depth, width and budget to decode with.
+        viskip: the controller's `Config`, or None.
+    """
+
+    folder: Path
+    kind: str
+    config: Any
+    target: TargetIdentity
+    tree: DraftTree
+    viskip: Any | None = None
+
+    def check_target(self, target: Target) -> None:
+        """Refuses a target this checkpoint was not made for.
+
+        Raises:
+            InputError: hidden size, vocabulary or fingerprint differ; both values are named.
+        """
+        pairs: tuple[tuple[str, Any, Any], ...] = (
+            ("hidden size", self.target.shape.hidden_size, target.shape.hidden_size),
+            ("vocabulary size", self.target.shape.vocab_size, target.shape.vocab_size),
+            ("target fingerprint", self.target.fingerprint, target.fingerprint),
+        )
+        for what, mine, its in pairs:
+            if mine != its:
+                raise InputError(
+                    f"checkpoint {self.folder} was made for {self.target.name} with {what} {mine}, but the target "
+                    f"{target.name} has {its}; use its own target or train a head for this one"
+                )
+
+    def head(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The draft head, in eval mode.
+
+        Raises:
+            InputError: weights and config disagree.
+        """
+        module = build_head(self.kind, self.config, LossConfig())
+        return _filled(module, self.folder / "head.safetensors", dtype)
+
+    def controller(self, dtype: torch.dtype = torch.float32) -> nn.Module | None:
+        """The ViSkip controller in eval mode, or None where none was trained."""
+        if self.viskip is None:
+            return None
+        module = build_controller(self.viskip)
+        return _filled(module, self.folder / "viskip.safetensors", dtype)
+
+
+def build_head(kind: str, config: Any, loss: LossConfig) -> nn.Module:
+    """A fresh head of `mmspec.heads.<kind>`."""
+    head: nn.Module = import_head(kind).Head(config, loss)
+    return head
+
+
+def build_controller(config: Any) -> nn.Module:
+    """A fresh ViSkip controller."""
+    controller: nn.Module = _viskip().Head(config)
+    return controller
+
+
+def save_head(folder: Path, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
+    """Writes `head.safetensors` and `head.json`.
+
+    Args:
+        folder: the run folder.
+        state: the head's state dict.
+        config: its resolved `Config`; the module that defines it is the head's kind.
+        target: the target it drafts for.
+    """
+    _save_module(folder, "head", state, config, target)
+
+
+def save_controller(folder: Path, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
+    """Writes `viskip.safetensors` and `viskip.json`; arguments as for `save_head`."""
+    _save_module(folder, "viskip", state, config, target)
+
+
+def save_tree(folder: Path, tree: DraftTree) -> None:
+    """Writes `tree.json`."""
+    write_json(folder / "tree.json", dataclasses.asdict(tree))
+
+
+def load(path: Path | str) -> Checkpoint:
+    """Reads a run folder.
+
+    Raises:
+        InputError: the folder is missing, empty or incomplete, or a file in it is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} does not exist; train one with train/distill.py")
+    if not any(folder.iterdir()):
+        raise InputError(f"checkpoint {folder} is empty; train a head into it with train/distill.py")
+    for name in ("head.json", "head.safetensors", "tree.json"):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"checkpoint {folder} is incomplete: it has no {name}; finish its training (run.resume=true)"
+            )
+    if (folder / "viskip.json").is_file() != (folder / "viskip.safetensors").is_file():
+        raise InputError(f"checkpoint {folder} has only one of viskip.json and viskip.safetensors; train it again")
+    head = _read_json(folder / "head.json")
+    _check_weights(folder / "head.safetensors")
+    viskip = None
+    if (folder / "viskip.json").is_file():
+        _check_weights(folder / "viskip.safetensors")
+        values = _field(_read_json(folder / "viskip.json"), "config", folder / "viskip.json")
+        viskip = build_config(str(folder / "viskip.json"), _viskip().Config, values)
+    where = folder / "head.json"
+    kind = _field(head, "kind", where)
+    config = build_config(str(where), import_head(kind).Config, _field(head, "config", where))
+    identity = _field(head, "target", where)
+    target = TargetIdentity(
+        _field(identity, "name", where),
+        _field(identity, "fingerprint", where),
+        build_config(str(where), TargetShape, _field(identity, "shape", where)),
+    )
+    tree = build_config(str(folder / "tree.json"), DraftTree, _read_json(folder / "tree.json"))
+    return Checkpoint(folder, kind, config, target, tree, viskip)
+
+
+def save_provenance(folder: Path, recipe: Recipe, target: Target, data_hash: str, argv: Sequence[str]) -> None:
+    """Writes `provenance.json`: how this run came about, without host names or paths outside the project."""
+    write_json(
+        folder / "provenance.json",
+        {
+            "schema": SCHEMA,
+            "command": [_discreet(word) for word in argv],
+            "commit": git_commit(),
+            "python": sys.version.split()[0],
+            "libraries": {name: _version(name) for name in LIBRARIES},
+            "seed": recipe.run.seed,
+            "data_hash": data_hash,
+            "target": {"name": _discreet(target.name), "fingerprint": target.fingerprint, "dtype": recipe.target.dtype},
+        },
+    )
+
+
+def git_commit() -> str | None:
+    """The project's commit, with `+changes` when the working tree differs; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes safetensors atomically; tensors are copied, so shared storage is no obstacle."""
+    temporary = path.with_name(path.name + ".tmp")
+    copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(copied, str(temporary), metadata=dict(metadata or {}))
+    os.replace(temporary, path)
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _discreet(word: str) -> str:
+    """A command-line word with every absolute path made relative to the project, or cut to its last part."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        key, value = "", word
+    if os.path.isabs(value):
+        root = Path(__file__).resolve().parents[1]
+        path = Path(value)
+        value = str(path.relative_to(root)) if path.is_relative_to(root) else f".../{path.name}"
+    return f"{key}{equals}{value}"
+
+
+def _viskip() -> ModuleType:
+    return importlib.import_module("mmspec.heads.viskip")
+
+
+def _save_module(folder: Path, stem: str, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / f"{stem}.safetensors", state, {"format": "pt", "schema": str(SCHEMA)})
+    write_json(
+        folder / f"{stem}.json",
+        {
+            "schema": SCHEMA,
+            "kind": type(config).__module__.rsplit(".", 1)[-1],
+            "config": dataclasses.asdict(config),
+            "target": {
+                "name": _discreet(target.name),
+                "fingerprint": target.fingerprint,
+                "shape": dataclasses.asdict(target.shape),
+            },
+        },
+    )
+
+
+def _filled(module: nn.Module, path: Path, dtype: torch.dtype) -> nn.Module:
+    """The module with the file's weights, names and shapes strictly equal."""
+    state = _tensors(path)
+    wanted = module.state_dict()
+    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    if missing or extra:
+        raise InputError(
+            f"{path} does not fit its config: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise InputError(
+                f"{path}: {name} has shape {tuple(state[name].shape)}, its config asks for {tuple(tensor.shape)}"
+            )
+    module.load_state_dict(state)
+    floating = {name for name, tensor in wanted.items() if tensor.is_floating_point()}
+    return (module.to(dtype) if floating else module).eval()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({_line(error)}); copy or train it again") from error
+
+
+def _check_weights(path: Path) -> None:
+    """Opens the file: its header and its length are checked without reading the weights."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            empty = not list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({_line(error)}); copy or train it again") from error
+    if empty:
+        raise InputError(f"{path} holds no weights; train it again")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged ({_line(error)}); copy or train it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (not a JSON object); copy or train it again")
+    return value
+
+
+def _field(values: Mapping[str, Any], key: str, path: Path) -> Any:
+    if key not in values:
+        raise InputError(f"{path} is damaged (no {key!r}); copy or train it again")
+    return values[key]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

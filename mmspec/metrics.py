@@ -1,0 +1,184 @@
+"""What the numbers mean: pure functions from decoded outputs to figures, each defined once and used everywhere.
+
+Invariant: a figure that cannot be computed (no rounds, no seconds, fewer than two clusters) is NaN, never 0 or 1.
+
+A round is `(action, nodes, accepted, emitted)` as in `types.Output`: one active forward of one row after its prefill.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmspec.types import Output
+
+TIE_GAP = 1e-4
+"""Top-2 logit gap under which a divergence in fp32 is a tie: cached and full forward differ by 1e-5 in logits."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate with the ends of its 95% interval."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a method's tokens compare with plain decoding's.
+
+    Args:
+        first_divergence: index of the first token that differs, None when the outputs are identical.
+        tie: they differ, and there the target's two best logits were closer than the tolerance.
+    """
+
+    first_divergence: int | None
+    tie: bool
+
+    @property
+    def identical(self) -> bool:
+        """No token differs."""
+        return self.first_divergence is None
+
+    @property
+    def lossless(self) -> bool:
+        """Identical, or different only because of a tie."""
+        return self.identical or self.tie
+
+
+def mat(outputs: Sequence[Output]) -> float:
+    """tau: kept tokens after the prefill token / active row-forwards of the target after prefill.
+
+    Bonus tokens and skipped steps count, tokens after a stop do not. Without the bonus it is `mat - 1`.
+    """
+    n_rounds = sum(len(output.rounds) for output in outputs)
+    n_kept = sum(len(output.tokens) - 1 for output in outputs if output.tokens)
+    return n_kept / n_rounds if n_rounds else math.nan
+
+
+def mat_untruncated(outputs: Sequence[Output]) -> float:
+    """tau with the last round of every output counted whole: mean of accepted + 1, the drafter's own quality."""
+    accepted = [round[2] for output in outputs for round in output.rounds]
+    return 1 + sum(accepted) / len(accepted) if accepted else math.nan
+
+
+def skip_rate(outputs: Sequence[Output]) -> float:
+    """Rounds that drafted nothing / all rounds."""
+    actions = [round[0] for output in outputs for round in output.rounds]
+    return actions.count("skip") / len(actions) if actions else math.nan
+
+
+def acceptance_by_depth(outputs: Sequence[Output]) -> list[float]:
+    """Share of the drafting rounds that accepted at least k draft tokens, for k = 1, 2, ...
+
+    These are joint prefix hits: 1 + their sum is `mat_untruncated` of the drafting rounds, and the ratio of neighbours
+    is the conditional acceptance of one depth.
+
+    Returns:
+        One share a depth, up to the deepest that was ever accepted; [] when nothing was drafted.
+    """
+    accepted = [round[2] for output in outputs for round in output.rounds if round[0] == "draft"]
+    deepest = max(accepted, default=0)
+    return [sum(a >= k for a in accepted) / len(accepted) for k in range(1, deepest + 1)]
+
+
+def draft_efficiency(outputs: Sequence[Output]) -> float:
+    """Accepted draft tokens / drafted tree nodes."""
+    rounds = [round for output in outputs for round in output.rounds]
+    nodes = sum(round[1] for round in rounds)
+    return sum(round[2] for round in rounds) / nodes if nodes else math.nan
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100) with linear interpolation between order statistics."""
+    if not values:
+        return math.nan
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q / 100))
+
+
+def speedup(
+    null_s: Sequence[float],
+    method_s: Sequence[float],
+    clusters: Sequence[Hashable],
+    n_resamples: int = 4000,
+    seed: int = 0,
+) -> Interval:
+    """Total seconds of plain decoding / total seconds of the method, with a paired bootstrap interval.
+
+    A resample draws whole clusters with replacement and keeps each unit's two times together: prompts about one image
+    are alike, and so are the two times of one prompt.
+
+    Args:
+        null_s, method_s: seconds of the same units (a request; at batch > 1 a group) in the same order.
+        clusters: what each unit belongs to: its image (at batch > 1 its group).
+        n_resamples: bootstrap resamples; the interval is their 2.5th to 97.5th percentile.
+        seed: of the resampling only.
+
+    Returns:
+        The ratio and its 95% interval; the ends are NaN with fewer than two clusters.
+
+    Raises:
+        ValueError: the three sequences differ in length.
+    """
+    if not len(null_s) == len(method_s) == len(clusters):
+        raise ValueError(f"unpaired units: {len(null_s)} null, {len(method_s)} method, {len(clusters)} clusters")
+    index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    C = len(index)
+    rows = torch.tensor([index[name] for name in clusters], dtype=torch.long)
+    null = torch.zeros(C, dtype=torch.float64).index_add_(0, rows, torch.tensor(null_s, dtype=torch.float64))
+    method = torch.zeros(C, dtype=torch.float64).index_add_(0, rows, torch.tensor(method_s, dtype=torch.float64))
+    if not len(rows) or method.sum() <= 0:
+        return Interval(math.nan, math.nan, math.nan)
+    value = float(null.sum() / method.sum())
+    if C < 2:
+        return Interval(value, math.nan, math.nan)
+    drawn = torch.randint(C, (n_resamples, C), generator=torch.Generator().manual_seed(seed))
+    ratios = null[drawn].sum(1) / method[drawn].sum(1)
+    ends = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Interval(value, float(ends[0]), float(ends[1]))
+
+
+def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+    """Index of the first token that differs (an output that ends early differs at its end), None when identical."""
+    for i, (token, expected) in enumerate(zip(tokens, reference)):
+        if token != expected:
+            return i
+    return None if len(tokens) == len(reference) else min(len(tokens), len(reference))
+
+
+def compare(
+    tokens: Sequence[int], reference: Sequence[int], gaps: Sequence[float] = (), tolerance: float = TIE_GAP
+) -> Match:
+    """Compare a method's output with plain decoding's.
+
+    Args:
+        tokens: the method's ids.
+        reference: the plain run's ids.
+        gaps: top-2 logit gap of the plain run at each of its tokens; without them no divergence is a tie.
+        tolerance: gaps strictly under it are ties (fp32: `TIE_GAP`; fp64: 0, no exception).
+    """
+    at = first_divergence(tokens, reference)
+    # An output that merely ends early is no tie: both chose the same tokens, one of them stopped.
+    is_tie = at is not None and at < min(len(tokens), len(reference), len(gaps)) and gaps[at] < tolerance
+    return Match(at, is_tie)
+
+
+def exact_match(matches: Sequence[Match]) -> float:
+    """Share of outputs that are identical to plain decoding's or diverge first at a tie."""
+    return sum(match.lossless for match in matches) / len(matches) if matches else math.nan
+
+
+def token_sources(output_rounds: Sequence[tuple[str, int, int, int]]) -> list[str]:
+    """Where each generated token came from: "prefill", then per round "draft" (accepted), "bonus" or "skip"."""
+    sources = ["prefill"]
+    for action, _, accepted, emitted in output_rounds:
+        if action == "skip":
+            sources += ["skip"] * emitted
+        else:
+            sources += ["draft"] * min(accepted, emitted) + ["bonus"] * max(0, emitted - accepted)
+    return sources

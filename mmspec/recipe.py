@@ -1,0 +1,484 @@
+"""Recipes: typed settings of one training run, read from YAML and the command line.
+
+Invariant: whatever is wrong with a recipe is an `InputError` of one line that names the key or value and the remedy,
+and what `load` returns are plain dataclasses (no OmegaConf object leaves this file). `head.kind: foo` imports
+`mmspec.heads.foo`, whose `Config` gives the other keys of the `head` node: the file name is the registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import pkgutil
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+import mmspec.heads
+from mmspec.losses import LossConfig
+from mmspec.types import InputError
+
+NOT_A_DRAFT_HEAD = ("base", "viskip")
+"""Files of `mmspec/heads` that `head.kind` cannot name: shared code, and the controller."""
+
+
+@dataclass
+class TargetNode:
+    """Which frozen model is distilled."""
+
+    name: str = MISSING
+    """`tiny_llava` (embedded), a folder in Hugging Face layout, or a hub id."""
+    dtype: str = MISSING
+    """float32 or bfloat16."""
+    device: str = "auto"
+    """auto: this rank's CUDA device where there is one, else the CPU."""
+
+
+@dataclass
+class HeadNode:
+    """The draft head; every other key of the node is a field of `mmspec.heads.<kind>.Config`."""
+
+    kind: str = MISSING
+    init_from: str | None = None
+    """A run folder whose head of the same shape is where training starts."""
+    config: Any = None
+
+
+@dataclass
+class Source:
+    """One data source: `synth:train`, a LLaVA JSON file, or a folder with `llava.json`."""
+
+    path: str = MISSING
+    weight: float = 1.0
+    """How often a record is drawn per epoch: 2 twice, 0.5 in every other epoch on average."""
+    limit: int | None = None
+    """Use the first so many records."""
+
+
+@dataclass
+class Data:
+    """What the head is trained on."""
+
+    sources: list[Source] = field(default_factory=list)
+    answers: str = "regenerated"
+    """regenerated: the target's own greedy answers (recommended); given: the answers of the data file."""
+    max_new_tokens: int = 192
+    """Limit of a regenerated answer, in tokens."""
+    answer_batch: int = 16
+    """Rows decoded together while answers are regenerated."""
+    answers_dir: str | None = None
+    """Where regenerated answers are kept; default `<run folder>/answers`. Share it between runs on the same data."""
+    max_length: int | None = None
+    """Longer conversations are quarantined; default: the target's context."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the records is quarantined."""
+
+
+@dataclass
+class Optim:
+    """AdamW, its schedule and the batch: global batch = processes x micro_batch x accumulate."""
+
+    lr: float = MISSING
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """cosine, linear or constant."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    """Global gradient norm limit; 0: none."""
+    micro_batch: int = MISSING
+    """Sequences (for the controller: rounds) per process and forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+
+
+@dataclass
+class PolicyNode:
+    """How much to draft when decoding, and the training of the ViSkip controller."""
+
+    kind: str = "learned"
+    """learned: train the controller after the head; fixed: no controller."""
+    depth: int = MISSING
+    """Draft levels."""
+    width: int = MISSING
+    """Candidates kept and expanded per level."""
+    budget: int = MISSING
+    """Draft nodes verified per round, the root excluded."""
+    rollouts: int = 256
+    """Training requests decoded with the trained head to label rounds."""
+    rollout_batch: int = 8
+    """Rows decoded together in the rollout."""
+    steps: int = 300
+    """Optimizer steps of the controller."""
+    controller: Any = None
+    """Fields of `mmspec.heads.viskip.Config`."""
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-3, weight_decay=0.01, micro_batch=256, clip=1.0))
+
+
+@dataclass
+class Run:
+    """One run: its name, length and what is looked at on the way."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    max_steps: int = MISSING
+    """Optimizer steps of the head."""
+    out: str = "runs"
+    resume: bool = False
+    """Go on with `<out>/<name>` where it stopped."""
+    eval_every: int = 100
+    """Steps between measurements of real tau; 0: only at the end."""
+    eval_data: str = "synth:val"
+    eval_prompts: int = 24
+    eval_max_new_tokens: int = 64
+    samples: int = 4
+    """Sample generations shown in the table at each evaluation."""
+    save_every: int = 0
+    """Steps between resumable checkpoints; 0: only when stopped and between phases."""
+
+
+@dataclass
+class DeepSpeedNode:
+    """The engine."""
+
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    bf16: bool = False
+    config: str | None = None
+    """A DeepSpeed JSON file with anything else; it may not repeat what the recipe says."""
+
+
+@dataclass
+class Recipe:
+    """All settings of a run."""
+
+    target: TargetNode
+    head: HeadNode
+    data: Data
+    loss: LossConfig
+    optim: Optim
+    policy: PolicyNode
+    run: Run
+    deepspeed: DeepSpeedNode
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.out) / self.run.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers in the layout of the YAML file."""
+        plain = dataclasses.asdict(self)
+        plain["head"] = {"kind": self.head.kind, "init_from": self.head.init_from, **plain["head"]["config"]}
+        return _lists(plain)
+
+    def save(self, path: Path | str) -> None:
+        """Writes the resolved recipe; `load` reads it back to an equal object."""
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `key.path=value` items, later ones win.
+
+    Raises:
+        InputError: the file is missing or no YAML, a key is unknown, a value is missing, mistyped or impossible.
+    """
+    raw = _merge_raw(_read_yaml(Path(path)), overrides)
+    head_module = import_head(_head_kind(raw, path))
+    schema = _schema(head_module)
+    _check_keys(raw, schema, prefix="")
+    plain = _typed(schema, raw)
+    recipe = _assemble(plain, head_module)
+    check(recipe)
+    return recipe
+
+
+def head_kinds() -> list[str]:
+    """Names that `head.kind` may take: the files of `mmspec/heads`."""
+    names = [module.name for module in pkgutil.iter_modules(mmspec.heads.__path__)]
+    return sorted(name for name in names if name not in NOT_A_DRAFT_HEAD)
+
+
+def import_head(kind: str) -> ModuleType:
+    """The module `mmspec.heads.<kind>`.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if kind not in head_kinds():
+        raise InputError(f"head.kind={kind!r} is unknown; mmspec/heads has: {', '.join(head_kinds()) or 'none'}")
+    return importlib.import_module(f"mmspec.heads.{kind}")
+
+
+def check(recipe: Recipe) -> None:
+    """Checks values that types cannot express.
+
+    Raises:
+        InputError: the first impossible value.
+    """
+    _check_numbers(recipe)
+    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("target.dtype", recipe.target.dtype, ("float32", "bfloat16", "float16", "float64")),
+        ("data.answers", recipe.data.answers, ("regenerated", "given")),
+        ("optim.schedule", recipe.optim.schedule, ("cosine", "linear", "constant")),
+        ("policy.optim.schedule", recipe.policy.optim.schedule, ("cosine", "linear", "constant")),
+        ("policy.kind", recipe.policy.kind, ("learned", "fixed")),
+    )
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise InputError(f"{key}={value!r} must be one of: {', '.join(allowed)}{_likely(value, allowed)}")
+    if not recipe.data.sources:
+        raise InputError("data.sources is empty; give data.train=PATH or a list of {path, weight, limit}")
+    name = recipe.run.name
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise InputError(f"run.name={name!r} must be a plain folder name; where it goes is run.out")
+    engine = recipe.deepspeed
+    if engine.zero_stage not in (0, 1, 2, 3):
+        raise InputError(f"deepspeed.zero_stage={engine.zero_stage} must be 0, 1, 2 or 3")
+    if engine.offload_param and engine.zero_stage != 3:
+        raise InputError("deepspeed.offload_param=true needs deepspeed.zero_stage=3")
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        raise InputError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage of 1 or more")
+    if engine.config is not None and not Path(engine.config).is_file():
+        raise InputError(f"deepspeed.config={engine.config}: no such file")
+    if recipe.head.init_from is not None and not Path(recipe.head.init_from).is_dir():
+        raise InputError(f"head.init_from={recipe.head.init_from}: no such run folder")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    at_least: list[tuple[str, float | None, float]] = [
+        ("optim.micro_batch", recipe.optim.micro_batch, 1),
+        ("optim.accumulate", recipe.optim.accumulate, 1),
+        ("optim.warmup", recipe.optim.warmup, 0),
+        ("optim.clip", recipe.optim.clip, 0),
+        ("optim.weight_decay", recipe.optim.weight_decay, 0),
+        ("policy.optim.micro_batch", recipe.policy.optim.micro_batch, 1),
+        ("policy.optim.accumulate", recipe.policy.optim.accumulate, 1),
+        ("policy.depth", recipe.policy.depth, 1),
+        ("policy.width", recipe.policy.width, 1),
+        ("policy.budget", recipe.policy.budget, 1),
+        ("policy.rollouts", recipe.policy.rollouts, 1),
+        ("policy.rollout_batch", recipe.policy.rollout_batch, 1),
+        ("policy.steps", recipe.policy.steps, 1),
+        ("data.answer_batch", recipe.data.answer_batch, 1),
+        ("data.max_new_tokens", recipe.data.max_new_tokens, 1),
+        ("data.max_length", recipe.data.max_length, 4),
+        ("data.max_bad_share", recipe.data.max_bad_share, 0),
+        ("run.max_steps", recipe.run.max_steps, 1),
+        ("run.eval_every", recipe.run.eval_every, 0),
+        ("run.eval_prompts", recipe.run.eval_prompts, 1),
+        ("run.eval_max_new_tokens", recipe.run.eval_max_new_tokens, 1),
+        ("run.samples", recipe.run.samples, 0),
+        ("run.save_every", recipe.run.save_every, 0),
+    ]
+    at_least += [(f"data.sources[{i}].limit", source.limit, 1) for i, source in enumerate(recipe.data.sources)]
+    for key, value, low in at_least:
+        if value is not None and value < low:
+            raise InputError(f"{key}={value} must be at least {low:g}")
+    above: list[tuple[str, float]] = [("optim.lr", recipe.optim.lr), ("policy.optim.lr", recipe.policy.optim.lr)]
+    above += [(f"data.sources[{i}].weight", source.weight) for i, source in enumerate(recipe.data.sources)]
+    for key, value in above:
+        if not value > 0:
+            raise InputError(f"{key}={value} must be greater than 0")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        raise InputError(f"recipe {path} does not exist" + (f"; there are: {', '.join(near)}" if near else ""))
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is no valid YAML: {_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"recipe {path} must be a mapping with the nodes {', '.join(_nodes())}")
+    return raw
+
+
+def _merge_raw(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The file's containers with the overrides applied, and `data.train` written out as one source."""
+    for item in overrides:
+        if "=" not in item or item.startswith(("-", "=")):
+            raise InputError(f"override {item!r} is not of the form key=value, as in optim.lr=1e-3")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        plain: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"the recipe or its overrides cannot be read: {_line(error)}") from error
+    for node in ("head", "data", "policy"):
+        if node in plain and not isinstance(plain[node], dict):
+            raise InputError(f"{node} must be a mapping, not {plain[node]!r}")
+    data = plain.get("data", {})
+    if "train" in data:
+        data["sources"] = [{"path": data.pop("train")}]
+    return plain
+
+
+def _head_kind(raw: Mapping[str, Any], path: Path | str) -> str:
+    kind = raw.get("head", {}).get("kind")
+    if not isinstance(kind, str):
+        raise InputError(f"{path}: head.kind is missing; mmspec/heads has: {', '.join(head_kinds()) or 'none'}")
+    return kind
+
+
+def _nodes() -> list[str]:
+    return [f.name for f in dataclasses.fields(Recipe)]
+
+
+def _schema(head_module: ModuleType) -> dict[str, Any]:
+    """Structured node by node: the classes whose fields and types the raw containers must fit."""
+    viskip = importlib.import_module("mmspec.heads.viskip")
+    head_class = dataclasses.make_dataclass(
+        "HeadKeys", [("kind", str, MISSING), ("init_from", str | None, None)], bases=(_thawed(head_module.Config),)
+    )
+    controller = _thawed(viskip.Config)
+    policy_class = dataclasses.make_dataclass(
+        "PolicyKeys",
+        [("controller", controller, dataclasses.field(default_factory=controller))],
+        bases=(PolicyNode,),
+    )
+    return {
+        "target": TargetNode,
+        "head": head_class,
+        "data": Data,
+        "loss": _thawed(LossConfig),
+        "optim": Optim,
+        "policy": policy_class,
+        "run": Run,
+        "deepspeed": DeepSpeedNode,
+    }
+
+
+def _thawed(config: type) -> type:
+    """A non-frozen twin of a dataclass: OmegaConf makes nodes of frozen ones read-only, overrides included."""
+    hints = typing.get_type_hints(config)
+    entries: list[Any] = []
+    for item in dataclasses.fields(config):
+        if item.default_factory is not dataclasses.MISSING:
+            entries.append((item.name, hints[item.name], dataclasses.field(default_factory=item.default_factory)))
+        elif item.default is not dataclasses.MISSING:
+            entries.append((item.name, hints[item.name], item.default))
+        else:
+            entries.append((item.name, hints[item.name], MISSING))
+    return dataclasses.make_dataclass(config.__name__, entries)
+
+
+def _check_keys(raw: Mapping[str, Any], schema: Mapping[str, Any], prefix: str) -> None:
+    """Every key of the recipe must be a field; recursion follows dataclasses and lists of dataclasses."""
+    for key, value in raw.items():
+        if key not in schema:
+            extra = ["train"] if prefix == "data." else []
+            raise InputError(f"unknown recipe key {prefix}{key}{_likely(str(key), [*schema, *extra])}")
+        kind = schema[key]
+        arguments = typing.get_args(kind)
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            _check_keys(value, typing.get_type_hints(kind), f"{prefix}{key}.")
+        elif arguments and dataclasses.is_dataclass(arguments[0]) and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    _check_keys(entry, typing.get_type_hints(arguments[0]), f"{prefix}{key}[{index}].")
+
+
+def _typed(schema: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values converted to the fields' types, as plain containers with defaults filled in."""
+    plain: dict[str, Any] = {}
+    for name, node in schema.items():
+        values = raw.get(name)
+        if values is not None and not isinstance(values, dict):
+            raise InputError(f"{name} must be a mapping, not {values!r}")
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(node), OmegaConf.create(values or {}))
+            plain[name] = OmegaConf.to_container(merged, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            key = f"{name}.{error.full_key}" if error.full_key else name
+            raise InputError(f"recipe key {key} is missing; give it in the file or as {key}=VALUE") from error
+        except OmegaConfBaseException as error:
+            key = f"{name}.{error.full_key}" if getattr(error, "full_key", None) else name
+            raise InputError(f"recipe key {key}: {_line(error)}") from error
+    return plain
+
+
+def _assemble(plain: dict[str, Any], head_module: ModuleType) -> Recipe:
+    """Plain containers to the dataclasses; heads' own checks speak here."""
+    viskip = importlib.import_module("mmspec.heads.viskip")
+    head, data, policy = dict(plain["head"]), dict(plain["data"]), dict(plain["policy"])
+    kind, init_from = head.pop("kind"), head.pop("init_from")
+    data["sources"] = [Source(**source) for source in data["sources"]]
+    policy["controller"] = _build("policy.controller", viskip.Config, policy["controller"])
+    policy["optim"] = _build("policy.optim", Optim, policy["optim"])
+    return Recipe(
+        target=TargetNode(**plain["target"]),
+        head=HeadNode(kind, init_from, _build("head", head_module.Config, head)),
+        data=Data(**data),
+        loss=_build("loss", LossConfig, plain["loss"]),
+        optim=_build("optim", Optim, plain["optim"]),
+        policy=PolicyNode(**policy),
+        run=Run(**plain["run"]),
+        deepspeed=DeepSpeedNode(**plain["deepspeed"]),
+    )
+
+
+def build_config(name: str, config: type, values: Mapping[str, Any]) -> Any:
+    """A `Config` from JSON-like values: lists become tuples where the field says so.
+
+    Raises:
+        InputError: `name` says where the values that the class refuses came from.
+    """
+    return _build(name, config, values)
+
+
+def _build(name: str, config: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(config)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise InputError(f"{name}: unknown key {unknown[0]!r}{_likely(unknown[0], list(hints))}")
+    made = {key: tuple(v) if isinstance(v, list) and _is_tuple(hints[key]) else v for key, v in values.items()}
+    try:
+        return config(**made)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {_line(error)}") from error
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple or any(typing.get_origin(a) is tuple for a in typing.get_args(hint))
+
+
+def _lists(value: Any) -> Any:
+    """Tuples to lists, all the way down: YAML and JSON know no tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lists(entry) for entry in value]
+    return value
+
+
+def _likely(value: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of an exception, on one line."""
+    text = " ".join(
+        part.strip() for part in str(error).splitlines() if "full_key" not in part and "object_type" not in part
+    )
+    return text or type(error).__name__

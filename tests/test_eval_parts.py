@@ -1,0 +1,265 @@
+"""The parts of the evaluation, each against the mistake it could make; no model is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from eval import bench as bench_module
+from eval.bench import Bench, Method, Result
+from eval.plots import Series, line_chart, ticks
+from eval.report import bars, render
+from eval.samples import pieces
+from eval.summary import clean, figures, hardware, summarise, unreliable
+from eval.tasks import Dialogues, balanced
+from mmspec import metrics
+from mmspec.records import Quarantine, Record
+from mmspec.types import Output, Prompt, Request
+
+
+def record(n: int, topic: str, turns: int = 1) -> Record:
+    return Record(f"r{n}", None, tuple(f"question {t}" for t in range(turns)), "", topic, n)
+
+
+class WordTarget:
+    """Encodes a conversation as one token a word and decodes ids as letters."""
+
+    max_length = 40
+    name = "words"
+
+    def encode(self, messages: Sequence[Any], images: Sequence[Any]) -> Prompt:
+        words = [word for message in messages for part in message["content"] for word in part["text"].split()]
+        return Prompt(torch.arange(len(words)), torch.zeros(len(words), dtype=torch.bool))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(chr(97 + token) for token in tokens)
+
+
+def dialogues(records: Sequence[Record], system: str = "") -> Dialogues:
+    target: Any = WordTarget()
+    return Dialogues(target, records, system, 8, Quarantine(None))
+
+
+def test_a_limit_keeps_the_topics_balanced_and_the_order() -> None:
+    records = [record(n, topic) for n, topic in enumerate("aaaaabbc")]
+    assert [r.id for r in balanced(records, 4)] == ["r0", "r1", "r5", "r7"]
+    assert balanced(records, 99) == balanced(records, None) == records
+
+
+def test_groups_mix_neither_topics_nor_turns_of_one_record() -> None:
+    records = [record(0, "a"), record(1, "b", 3), record(2, "a", 2), record(3, "b", 2), record(4, "b")]
+    made = dialogues(records)
+    seen = []
+    for group in made.groups(2):
+        assert len({task.record.topic for task in group}) == 1
+        assert len({task.record.id for task in group}) == len(group)
+        for task in group:
+            made.answer(task, f" answer{task.turn} ")
+        seen.append([(task.record.id, task.turn) for task in group])
+    assert seen == [
+        [("r0", 1), ("r2", 1)],
+        [("r2", 2)],
+        [("r1", 1), ("r3", 1)],
+        [("r4", 1)],
+        [("r1", 2), ("r3", 2)],
+        [("r1", 3)],
+    ]
+    texts = [part["text"] for message in made.messages(records[1], 3) for part in message["content"]]
+    assert texts == ["question 0", "answer1", "question 1", "answer2", "question 2"]
+    assert [m["role"] for m in made.messages(records[1], 3)] == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_a_system_text_comes_first_and_only_when_there_is_one() -> None:
+    assert dialogues([record(0, "a")], "be kind").messages(record(0, "a"), 1)[0]["role"] == "system"
+    assert dialogues([record(0, "a")]).messages(record(0, "a"), 1)[0]["role"] == "user"
+
+
+def test_noise_keys_depend_on_id_and_turn_only() -> None:
+    few = next(iter(dialogues([record(3, "a")]).groups(1)))[0]
+    many = [group[0] for group in dialogues([record(n, "a") for n in (9, 3)]).groups(1)]
+    assert few.request.key == many[1].request.key
+    assert many[0].request.key != many[1].request.key
+
+
+def test_a_prompt_that_outgrows_the_context_drops_the_rest_of_its_record() -> None:
+    made = dialogues([record(0, "a", 3), record(1, "a")])
+    for group in made.groups(1):
+        for task in group:
+            made.answer(task, "word " * 50)
+    assert made.quarantine.count == 1
+    assert "context" in next(iter(made.quarantine.reasons()))
+    assert made.n_turns == 1
+
+
+class Script:
+    """Stands in for the loop: notes who decodes, and gives each method its own tokens."""
+
+    def __init__(self, tokens: dict[str, list[int]], gaps: list[float]) -> None:
+        self.tokens, self.gaps, self.calls = tokens, gaps, []
+
+    def __call__(self, target: Any, requests: Sequence[Request], drafter: Any, *_: Any, **words: Any) -> list[Output]:
+        self.calls.append((drafter, words["want_gaps"], requests[0].id))
+        tokens = self.tokens[drafter]
+        rounds = [("skip", 0, 0, 1)] * (len(tokens) - 1)
+        return [
+            Output(r.id, tokens, "stop", 0.1, 1.0, rounds, self.gaps if words["want_gaps"] else []) for r in requests
+        ]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, script: Script, n: int) -> list[Result]:
+    monkeypatch.setattr(bench_module, "generate", script)
+    target: Any = WordTarget()
+    methods = [Method(name, name, None) for name in script.tokens]  # type: ignore[arg-type]
+    results: list[Result] = []
+    Bench(target, methods, None, 1).run(dialogues([record(i, "a") for i in range(n)]), results.extend)
+    return results
+
+
+def test_methods_alternate_in_abba_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script({"plain": [1, 2], "a": [1, 2], "b": [1, 2]}, [])
+    results = scripted(monkeypatch, script, 3)
+    assert [call[0] for call in script.calls] == ["plain", "a", "b", "b", "a", "plain", "plain", "a", "b"]
+    assert not any(call[1] for call in script.calls), "gaps are not asked for while the clock runs"
+    assert [result.method for result in results] == ["plain", "a", "b"] * 3, "results keep the methods' order"
+    assert all(result.match.identical for result in results)
+
+
+@pytest.mark.parametrize(("gap", "tie"), [(9e-5, True), (2e-4, False)])
+def test_a_divergence_fetches_gaps_in_an_untimed_pass_and_is_a_tie_or_not(
+    monkeypatch: pytest.MonkeyPatch, gap: float, tie: bool
+) -> None:
+    script = Script({"plain": [1, 2, 3], "a": [1, 7, 3]}, [1.0, gap, 1.0])
+    plain, other = scripted(monkeypatch, script, 1)
+    assert [call[:2] for call in script.calls] == [("plain", False), ("a", False), ("plain", True)]
+    assert plain.match.identical
+    assert other.match == metrics.Match(1, tie)
+
+
+def result(topic: str, method: str, group: int, seconds: float, image: str, n: int = 5) -> Result:
+    output = Output("x", list(range(n)), "stop", 0.01, seconds, [("draft", 4, n - 2, n - 1)])
+    return Result("x", topic, image, 1, method, output, "", group, seconds, metrics.Match(None, False), 9, 4)
+
+
+def of_one_token(method: str) -> Result:
+    output = Output("x", [1], "stop", 0.1, 0.1, [])
+    return Result("x", "t", "i", 1, method, output, "", 0, 0.1, metrics.Match(None, False), 9, 0)
+
+
+def test_figures_by_hand() -> None:
+    plain = [result("t", "plain", g, s, f"i{g}") for g, s in enumerate([4.0, 2.0])]
+    mine = [result("t", "m", g, s, f"i{g}") for g, s in enumerate([1.0, 1.0])]
+    row = figures(mine, plain, 1, 0)
+    assert row["speedup"] == 3.0
+    assert (row["speedup_lo"], row["speedup_hi"]) == (2.0, 4.0)
+    assert (row["mat"], row["mat_without_bonus"], row["n_tokens"], row["tokens_per_s"]) == (4.0, 3.0, 10, 5.0)
+    assert (row["latency_p50_s"], row["exact_match"], row["skip_rate"]) == (1.0, 1.0, 0.0)
+
+
+def test_in_a_batch_the_group_s_seconds_count_once() -> None:
+    plain = [result("t", "plain", 0, 6.0, "i0"), result("t", "plain", 0, 6.0, "i1")]
+    mine = [result("t", "m", 0, 2.0, "i0"), result("t", "m", 0, 2.0, "i1")]
+    row = figures(mine, plain, 2, 0)
+    assert row["speedup"] == 3.0
+    assert row["tokens_per_s"] == 5.0
+    assert row["speedup_lo"] is None, "one group has no interval"
+
+
+def test_summary_holds_valid_json_and_the_primary_s_figures_on_top() -> None:
+    lone = [of_one_token(name) for name in ("plain", "m")]
+    summary = summarise(lone, ["plain", "m"], "m", 1, 0)
+    json.dumps(summary, allow_nan=False)
+    assert summary["mat"] is None, "an answer of one token has no rounds"
+    assert summary["n_requests"] == 1
+    assert clean({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
+
+
+def test_a_report_of_answers_without_rounds_still_renders() -> None:
+    lone = [of_one_token(name) for name in ("plain", "m")]
+    summary = summarise(lone, ["plain", "m"], "m", 1, 0)
+    settings = dict.fromkeys(
+        ("checkpoint", "data", "target", "dtype", "batch_size", "max_new_tokens", "temperature"), 0
+    )
+    summary |= {
+        "quarantined": {"count": 0, "reasons": {}},
+        "settings": settings | {"seed": 0, "tie_gap": 1e-4, "methods": {}},
+        "contention": {"other_cores": 1.5, "unreliable": True},
+        "versions": {},
+        "hardware": hardware(torch.device("cpu")),
+        "definitions": {},
+    }
+    page = render(clean(summary), [r.row() for r in lone], [])
+    assert "Other processes used 1.50 cores" in page or "Other processes used 1.5 cores" in page
+    assert "one image: no interval" in page
+
+
+def test_bars_stay_on_their_axis() -> None:
+    summary = {
+        "methods": {
+            name: {"overall": row, "topics": {"t": row}}
+            for name, row in (
+                ("plain", {"speedup": 1.0, "speedup_lo": 1.0, "speedup_hi": 1.0}),
+                ("m", {"speedup": 2.9, "speedup_lo": 2.5, "speedup_hi": 4.7}),
+            )
+        }
+    }
+    chart = bars(summary, ["m"], "speedup", "speedup_lo", "speedup_hi")
+    (bar,) = chart["groups"][0]["bars"]
+    assert bar["lo"] + bar["span"] <= 100
+    assert bar["width"] == pytest.approx(58.0)
+    assert chart["one"] == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("top", "expected"),
+    [(3.4, [0, 1, 2, 3, 4]), (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.0, [0, 1]), (math.nan, [0, 1])],
+)
+def test_ticks_are_round_and_cover_the_data(top: float, expected: list[float]) -> None:
+    assert ticks(top) == pytest.approx(expected)
+
+
+def test_charts_escape_names() -> None:
+    svg = line_chart([Series("<b>", "m0", [(0, 0), (1, 1)])], "x <", "y &", [0, 1], [0, 1])
+    assert "<b>" not in svg
+    assert "&lt;b&gt;" in svg
+
+
+def test_pieces_give_back_the_whole_text_with_its_sources() -> None:
+    class Bytes:
+        """A token a byte, so that one character can take several tokens."""
+
+        def decode(self, tokens: Sequence[int]) -> str:
+            return bytes(tokens).decode(errors="replace")
+
+    text = "grün × 3"
+    rounds = [("draft", 4, 2, 3), ("skip", 0, 0, 1), ("draft", 4, 9, 5)]
+    target: Any = Bytes()
+    cut = pieces(target, list(text.encode()), rounds)
+    assert "".join(piece["text"] for piece in cut) == text
+    assert [(piece["source"], piece["text"]) for piece in cut] == [
+        ("prefill", "g"),
+        ("draft", "r"),
+        ("bonus", "ü"),  # its first byte was drafted, but it became a character here
+        ("skip", "n"),
+        ("draft", " × 3"),
+    ]
+
+
+def test_contention_is_called_out_only_when_cores_were_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert unreliable(1.0, 2)
+    assert not unreliable(0.1, 2)
+    assert not unreliable(1.0, 1)
+    assert not unreliable(None, 2)
+
+
+def test_hardware_names_no_host(tmp_path: Path) -> None:
+    words = json.dumps(hardware(torch.device("cpu")))
+    node = SimpleNamespace(name=__import__("platform").node()).name
+    assert not node or node not in words

@@ -1,0 +1,208 @@
+"""Policies: decided before drafting, priced by cost, and blind to everything but the committed context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmspec.costs import CostTable, hardware, load_or_measure
+from mmspec.heads import viskip
+from mmspec.heads.eagle import Config, Head
+from mmspec.loop import generate
+from mmspec.policy import SCALARS, FixedPolicy, History, LearnedPolicy, RecordingPolicy, SkipPolicy
+from mmspec.sampling import GreedySampler
+from mmspec.types import Evidence, Request
+from tests.tiny import llava, prompt
+
+
+class Certain:
+    """A controller that expects the same survival always."""
+
+    def __init__(self, survival):
+        self.prior = torch.tensor(survival)
+
+    def survival(self, last_hidden, root_embed, scalars):
+        return self.prior.expand(len(last_hidden), -1)
+
+
+class Flat:
+    """Seconds: a verification `verify` plus `node` a node, a draft level `level`."""
+
+    def __init__(self, verify=1.0, node=0.0, level=0.1):
+        self.base, self.node, self.level = verify, node, level
+
+    def verify(self, batch, nodes):
+        return self.base + self.node * batch * nodes
+
+    def draft(self, batch, depth):
+        return self.level * depth
+
+
+def policy(survival, costs, depth=4, budget=8, rows=1):
+    learned = LearnedPolicy(Certain(survival), costs, lambda tokens: tokens, depth, budget)
+    learned.open(rows, torch.device("cpu"))
+    return learned
+
+
+def sensed(survival, rows=1):
+    return [torch.tensor(survival).cumsum(0).tolist()] * rows
+
+
+@pytest.mark.parametrize(
+    ("survival", "costs", "depth"),
+    [
+        ([0.9, 0.8, 0.7, 0.6], Flat(), 4),  # every level pays
+        ([0.02, 0.01, 0.0, 0.0], Flat(), 0),  # a hopeless row is skipped
+        ([0.9, 0.05, 0.01, 0.0], Flat(), 1),  # stop where the next level costs more than it brings
+        ([0.5, 0.4, 0.3, 0.2], Flat(node=1.0), 0),  # verification is not free: plain decoding is best
+    ],
+)
+def test_the_plan_is_the_best_expected_gain_at_the_price_of_time(survival, costs, depth):
+    learned = policy(survival, costs)
+    for _ in range(200):  # the price settles on the throughput that its own plans achieve
+        plan = learned.plan(sensed(survival), [100])
+    assert plan.depth == depth
+    rates = [(1 + sum(survival[:d])) / learned.cost(1, d) for d in range(5)]
+    assert plan.depth == max(range(5), key=rates.__getitem__)
+    assert learned.throughput == pytest.approx(max(rates), rel=0.02)
+
+
+def test_nothing_is_drafted_beyond_what_may_still_be_emitted():
+    for chooser in (policy([0.9, 0.9, 0.9, 0.9], Flat()), FixedPolicy(4, 8)):
+        assert chooser.plan(sensed([0.9, 0.9, 0.9, 0.9]), [1]).depth == 0
+        assert chooser.plan(sensed([0.9, 0.9, 0.9, 0.9]), [3]).depth <= 2
+
+
+def test_a_hopeless_row_gets_no_nodes_from_the_others():
+    good, bad = sensed([0.9, 0.8, 0.7, 0.6])[0], sensed([0.0, 0.0, 0.0, 0.0])[0]
+    learned = policy([0.9, 0.8, 0.7, 0.6], Flat(node=0.02), rows=3)
+    plan = learned.plan([good, bad, good], [50, 50, 50])
+    assert plan.depth > 0
+    assert plan.budget[1] == 0
+    assert plan.budget[0] > 0
+
+
+def evidence(n_kept, reach, rows=1, vocab=7):
+    torch.manual_seed(0)
+    one = torch.ones(rows, dtype=torch.long)
+    return Evidence(
+        torch.randn(rows, 5), torch.randn(rows, vocab), one, one * n_kept, one * reach, one * 20, one * 12, one * 4, one
+    )
+
+
+def test_history_ignores_skips_and_starts_anew_with_a_row():
+    history, rows = History(2, torch.device("cpu")), torch.tensor([1])
+    first = history.update(evidence(n_kept=3, reach=4), rows)
+    assert first[0, 2] == pytest.approx(0.5)
+    assert torch.equal(history.update(evidence(n_kept=1, reach=0), rows), first)
+    assert history.update(evidence(n_kept=1, reach=4), rows)[0, 4] == 0
+    fresh = history.update(evidence(n_kept=0, reach=0), rows)
+    assert torch.equal(fresh[0], history.start)
+    assert torch.equal(history.state[0], history.start)  # the other row was never touched
+
+
+def test_scalars_are_finite_for_certain_and_for_hopeless_logits():
+    from mmspec.policy import scalars
+
+    case = evidence(2, 4)
+    for logits in (torch.zeros(1, 7), torch.tensor([[1e4] + [-1e4] * 6]), torch.tensor([[-1e4, 1e4, *[0.0] * 5]])):
+        table = scalars(Evidence(**{**case.__dict__, "logits": logits}), torch.zeros(1, 5))
+        assert table.shape == (1, len(SCALARS))
+        assert torch.isfinite(table).all()
+
+
+def rounds(n=600, seed=0):
+    """Rounds whose acceptance follows the first component of the state; depth 3 offered."""
+    rng = torch.Generator().manual_seed(seed)
+    states = torch.randn(n, 6, generator=rng)
+    q = torch.sigmoid(2.0 * states[:, 0])
+    draws = torch.rand(n, 3, generator=rng)
+    accepted = (draws < q.unsqueeze(1)).long().cumprod(1).sum(1)
+    return {
+        "last_hidden": states,
+        "root_embed": torch.zeros(n, 6),
+        "scalars": torch.zeros(n, 14),
+        "accepted": accepted,
+        "reach": torch.full((n,), 3),
+        "visual_mass": torch.full((n, 2), 0.25),
+        "visual_mass_valid": torch.ones(n, dtype=torch.bool),
+    }
+
+
+def test_the_survival_head_learns_what_decides_acceptance():
+    data, held_out = rounds(4000), rounds(seed=1)
+    torch.manual_seed(0)
+    head = viskip.Head(viskip.Config(hidden_size=6, width=32, depth=3))
+    head.fit_statistics(data)
+    blank = float(head(held_out).sums["survival_nll"]) / 600
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(60):
+        objective = head(data)
+        optimizer.zero_grad()
+        (objective.loss / objective.count).backward()
+        optimizer.step()
+    trained = head(held_out)
+    assert float(trained.sums["survival_nll"]) / 600 < 0.9 * blank
+    assert float(trained.sums["mass_mae"] / trained.counts["mass_mae"]) < 0.05
+    survival = head.survival(held_out["last_hidden"], held_out["root_embed"], held_out["scalars"])
+    assert (survival.diff(dim=1) <= 0).all()
+    assert (
+        survival[held_out["last_hidden"][:, 0] > 1, 0].mean() > survival[held_out["last_hidden"][:, 0] < -1, 0].mean()
+    )
+
+
+def test_a_censored_round_counts_no_failure():
+    """All offered tokens accepted: the likelihood must not punish belief in more."""
+    head = viskip.Head(viskip.Config(hidden_size=6, width=8, depth=3, n_mass=0))
+    base = rounds(4)
+    full = {**base, "accepted": torch.full((4,), 2), "reach": torch.full((4,), 2)}
+    logits = head._logits(full["last_hidden"], full["root_embed"], full["scalars"])[0]
+    expected = -torch.nn.functional.logsigmoid(logits[:, :2]).sum()
+    assert head(full).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_prior_is_the_observed_survival():
+    head = viskip.Head(viskip.Config(hidden_size=6, width=8, depth=2, n_mass=0))
+    data = {**rounds(4), "accepted": torch.tensor([0, 1, 2, 2]), "reach": torch.tensor([2, 2, 2, 2])}
+    head.fit_statistics(data)
+    assert head.prior.tolist() == pytest.approx([3 / 4, 2 / 4])
+
+
+def test_recorded_rounds_are_what_the_loop_did():
+    target = llava(dtype="float32")
+    wanted = [Request(f"r{i}", prompt(target, i, 4), 16, key=100 + i) for i in range(3)]
+    recorder = RecordingPolicy(3, 5, target.embed)
+    drafter = Head(Config().resolve(target.shape)).drafter(target, 2)
+    outputs = generate(target, wanted, drafter, recorder, GreedySampler(), max_batch=2)
+    table = recorder.rounds()
+    for request, output in zip(wanted, outputs):
+        mine = table["key"] == request.key
+        drafted = [r for r in output.rounds if r[0] == "draft"]
+        assert table["accepted"][mine].tolist() == [r[2] for r in drafted]
+        assert table["n_committed"][mine][0] == len(request.prompt)
+        # The state is f_{n-1}: its unembedding chose the root.
+        chosen = target.unembed(table["last_hidden"][mine]).argmax(-1)
+        assert torch.equal(chosen, table["root"][mine])
+
+
+def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path):
+    table = CostTable("here", {1: {1: 1.0, 5: 2.0}, 4: {1: 2.0, 5: 6.0}}, {1: {1: 0.5, 3: 1.5}, 4: {1: 0.5, 3: 1.5}})
+    assert table.verify(1, 3) == pytest.approx(1.5)
+    assert table.verify(1, 9) == pytest.approx(3.0)
+    assert table.verify(2, 1) == pytest.approx(4 / 3)
+    assert table.draft(1, 2) == pytest.approx(1.0)
+    table.save(tmp_path / "c.json")
+    assert CostTable.load(tmp_path / "c.json") == table
+    target = llava(dtype="float32")
+    drafter = Head(Config().resolve(target.shape)).drafter(target, 2)
+    measured = load_or_measure(tmp_path, target, drafter, 2, 3, 5)
+    assert load_or_measure(tmp_path, target, drafter, 2, 3, 5) == measured
+    assert (tmp_path / f"{hardware(target)}.json").is_file()
+    for row in (*measured.verify_s.values(), *measured.draft_s.values()):
+        seconds = [row[k] for k in sorted(row)]
+        assert all(s > 0 for s in seconds)
+        assert seconds == sorted(seconds)
+
+
+def test_skip_policy_never_drafts():
+    assert SkipPolicy().plan([[]], [50]).budget == (0,)

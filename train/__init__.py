@@ -1,0 +1,1 @@
+"""Training of draft heads and controllers with DeepSpeed; imports mmspec, never eval."""

@@ -1,0 +1,276 @@
+"""Phases 3 and 4: decode training prompts with the trained head, and train the ViSkip controller on what happened.
+
+Invariant: a rollout chunk belongs to its prompts, not to a process: which rank computes it does not change it, and a
+chunk that is on disk is complete. All ranks read the same rounds, so they train on the same data.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmspec import checkpoint
+from mmspec.loop import generate
+from mmspec.policy import RecordingPolicy
+from mmspec.recipe import DeepSpeedNode
+from mmspec.records import RecordError
+from mmspec.sampling import GreedySampler
+from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
+from train.corpus import Order
+from train.fit import Fit, Plan, Trainee
+from train.regenerate import length_limit
+from train.session import Session
+from train.stopping import Stopped
+
+CHUNK_BATCHES = 2
+"""Requests per chunk, in decoding batches: what a stop may have to compute again."""
+MASS_WINDOW = 4
+"""Positions whose visual attention is averaged: the queries that choose the next four tokens (methods D3, label 1)."""
+HELD_OUT_SHARE = 0.15
+EVALUATE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One user turn of a training conversation, with the target's answers to the turns before it as history."""
+
+    index: int
+    turn: int
+
+
+def rollout(session: Session, head: nn.Module) -> None:
+    """Writes what is missing of the rollout's chunks, this rank its share. Every rank must call.
+
+    Raises:
+        Stopped: finished chunks are kept.
+    """
+    recipe, world = session.recipe, session.world
+    folder = session.folder / "rollout"
+    folder.mkdir(exist_ok=True)
+    chunks = _chunks(session)
+    missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
+    world.barrier()
+    mine = missing[world.rank :: world.size]
+    drafter = head.drafter(session.target, recipe.policy.width)  # type: ignore[operator]
+    session.tracker.progress("rollout", sum(len(chunks[number]) for number in mine), 0, "prompt")
+    try:
+        for number in mine:
+            session.stopper.check()
+            rounds = _roll(session, drafter, chunks[number])
+            checkpoint.write_tensors(_path(folder, number), rounds)
+            session.tracker.advance(len(chunks[number]), rounds=len(rounds["accepted"]))
+    except Stopped:
+        pass
+    session.tracker.end_progress()
+    session.stopper.check_together()
+
+
+def train_controller(session: Session) -> None:
+    """Trains and saves the controller on the rollout. Every rank must call.
+
+    Raises:
+        Stopped: resumable state is saved.
+    """
+    recipe, target, policy = session.recipe, session.target, session.recipe.policy
+    rounds = _gather(session)
+    training, validation = _split(rounds["key"], recipe.run.seed)
+    config = policy.controller.resolve(target.shape)
+    torch.manual_seed(recipe.run.seed)
+    controller = checkpoint.build_controller(config)
+    controller.fit_statistics({name: table[training] for name, table in rounds.items()})  # type: ignore[operator]
+    plan = Plan(
+        phase="controller",
+        steps=policy.steps,
+        optim=policy.optim,
+        engine=DeepSpeedNode(),  # fp32 and unsharded: it has a fraction of a head's parameters
+        folder=session.folder / "state",
+        save_every=0,
+        seed=recipe.run.seed,
+        log_offset=recipe.run.max_steps,
+    )
+    fit = Fit(Trainee(controller, _objective), plan, session.world, session.stopper, session.tracker)
+    if recipe.run.resume and fit.restore():
+        session.tracker.say(f"resumed at controller step {fit.step} of {policy.steps}")
+    order = Order([1.0] * len(training), recipe.run.seed)
+
+    def batches(step: int) -> Sequence[Callable[[], Mapping[str, Any]]]:
+        world, optim = session.world, policy.optim
+        each = optim.micro_batch * optim.accumulate
+        rows = order.batch(step, each * world.size)[world.rank * each : (world.rank + 1) * each]
+        picked = training[torch.tensor(rows)]
+        return [lambda part=part: _batch(rounds, part, target) for part in picked.split(optim.micro_batch)]  # type: ignore[misc]
+
+    def evaluate(step: int) -> None:
+        if step % EVALUATE_EVERY == 0 or step == policy.steps:
+            metrics = _validate(fit.engine.module.head, rounds, validation, target)
+            session.tracker.log(plan.log_offset + step, metrics)
+
+    fit.run(batches, {}, evaluate, lambda metrics: {"loss": f"{metrics['viskip/loss']:.3f}"})
+    weights = fit.weights()
+    if session.world.first:
+        checkpoint.save_controller(session.folder, weights, config, target)
+    session.world.barrier()
+
+
+def mass_layers(n_layers: int, n_mass: int) -> tuple[int, ...]:
+    """The decoder layers whose visual attention is distilled: evenly spread, the last one included."""
+    return tuple((index + 1) * n_layers // n_mass - 1 for index in range(n_mass))
+
+
+def visual_mass(mass: Tensor, n_committed: Tensor) -> tuple[Tensor, Tensor]:
+    """Label of each round: mean visual attention of the queries that choose the next tokens.
+
+    Args:
+        mass: [T, S] visual attention by position.
+        n_committed: [R] n; the round's input is f_{n-1}, its root stands at position n.
+
+    Returns:
+        [R, S] mean over positions n..min(n + 3, T - 1), and [R] bool: there is such a position.
+    """
+    T = mass.shape[0]
+    places = n_committed.unsqueeze(1) + torch.arange(MASS_WINDOW)
+    inside = places < T
+    picked = mass[places.clamp_max(T - 1)] * inside.unsqueeze(-1)
+    return picked.sum(1) / inside.sum(1).clamp_min(1).unsqueeze(-1), inside.any(1)
+
+
+def _chunks(session: Session) -> list[list[Turn]]:
+    """The rollout's turns in chunks; depends on seed and corpus only."""
+    turns = [
+        Turn(index, turn)
+        for index, dialogue in sorted(session.prepared.dialogues.items())
+        for turn in range(len(dialogue.answers))
+    ]
+    random.Random(f"rollout/{session.recipe.run.seed}").shuffle(turns)
+    turns = turns[: session.recipe.policy.rollouts]
+    size = session.recipe.policy.rollout_batch * CHUNK_BATCHES
+    return [turns[start : start + size] for start in range(0, len(turns), size)]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"chunk-{number:05d}.safetensors"
+
+
+def _roll(session: Session, drafter: Any, chunk: Sequence[Turn]) -> dict[str, Tensor]:
+    """Decodes one chunk with the largest tree and labels its rounds."""
+    recipe, target = session.recipe, session.target
+    requests: list[Request] = []
+    for number, turn in enumerate(chunk):
+        prompt = _prompt(session, turn)
+        if prompt is not None:
+            room = length_limit(recipe.data, target) - len(prompt)
+            requests.append(Request(str(number), prompt, min(recipe.data.max_new_tokens, room), number))
+    depth = max(recipe.policy.depth, recipe.policy.controller.depth)
+    recorder = RecordingPolicy(depth, recipe.policy.budget, target.embed)
+    outputs = generate(
+        target,
+        requests,
+        drafter,
+        recorder,
+        GreedySampler(),
+        max_batch=recipe.policy.rollout_batch,
+        on_output=lambda _: session.stopper.check(),
+    )
+    rounds = recorder.rounds()
+    if not rounds:
+        return {"accepted": torch.zeros(0, dtype=torch.long)}
+    layers = mass_layers(target.shape.n_layers, recipe.policy.controller.n_mass)
+    if layers:
+        _label(rounds, requests, outputs, target, layers)
+    # Seen again as the key of the whole rollout: all rounds of one conversation fall on one side of a split.
+    rounds["key"] = torch.tensor([chunk[int(key)].index for key in rounds["key"]])
+    # The root's embedding is looked up when it is needed; states are kept in the precision they were computed in.
+    del rounds["root_embed"]
+    return {**rounds, "last_hidden": rounds["last_hidden"].to(target.dtype)}
+
+
+def _label(
+    rounds: dict[str, Tensor],
+    requests: Sequence[Request],
+    outputs: Sequence[Output],
+    target: Target,
+    layers: Sequence[int],
+) -> None:
+    """Adds visual_mass [R, S] and visual_mass_valid [R], from one teacher pass over each request's own tokens."""
+    n_rounds = len(rounds["accepted"])
+    rounds["visual_mass"] = torch.zeros(n_rounds, len(layers))
+    rounds["visual_mass_valid"] = torch.zeros(n_rounds, dtype=torch.bool)
+    for request, output in zip(requests, outputs):
+        rows = (rounds["key"] == request.key).nonzero().flatten()
+        if not len(rows) or not bool(request.prompt.visual.any()):
+            continue
+        whole = _continued(request.prompt, output.tokens)
+        marks = torch.zeros(len(whole), dtype=torch.long)
+        mass = target.teacher([whole], [marks], mass_layers=layers).visual_mass
+        assert mass is not None
+        label, valid = visual_mass(mass[0].cpu(), rounds["n_committed"][rows])
+        rounds["visual_mass"][rows], rounds["visual_mass_valid"][rows] = label, valid
+
+
+def _continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+    ids = torch.cat([prompt.input_ids, torch.tensor(list(tokens), dtype=torch.long)])
+    visual = torch.cat([prompt.visual, torch.zeros(len(tokens), dtype=torch.bool)])
+    return Prompt(ids, visual, prompt.pixels)
+
+
+def _prompt(session: Session, turn: Turn) -> Prompt | None:
+    sample, dialogue = session.corpus.samples[turn.index], session.prepared.dialogues[turn.index]
+    try:
+        prompt = session.target.encode(sample.messages(dialogue.answers[: turn.turn], turn.turn + 1), sample.images())
+    except (RecordError, ValueError):
+        # It was fine when answers were regenerated; a file that vanished since costs one label.
+        return None
+    return prompt if len(prompt) < length_limit(session.recipe.data, session.target) else None
+
+
+def _gather(session: Session) -> dict[str, Tensor]:
+    """All rounds of all chunks, in order of the chunks."""
+    paths = [_path(session.folder / "rollout", number) for number in range(len(_chunks(session)))]
+    parts = [part for part in (load_file(str(path)) for path in paths) if len(part["accepted"])]
+    if not parts:
+        raise InputError("the rollout has no drafted round to train the controller on; set policy.kind=fixed")
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _split(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers for training and validation, by conversation; a rollout of one conversation has no validation."""
+    conversations = sorted(set(keys.tolist()))
+    random.Random(f"split/{seed}").shuffle(conversations)
+    n_held_out = int(len(conversations) * HELD_OUT_SHARE)
+    held_out = torch.isin(keys, torch.tensor(conversations[:n_held_out], dtype=keys.dtype))
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def _batch(rounds: Mapping[str, Tensor], rows: Tensor, target: Target) -> dict[str, Any]:
+    """Some rounds as the controller takes them, on the target's device."""
+    batch = {name: table[rows].to(target.device) for name, table in rounds.items()}
+    batch["root_embed"] = target.embed(batch["root"]).detach().float()
+    batch["last_hidden"] = batch["last_hidden"].float()
+    return {"rounds": batch}
+
+
+def _objective(controller: nn.Module, batch: Mapping[str, Any]) -> Objective:
+    out: Objective = controller.forward(batch["rounds"])
+    return out
+
+
+@torch.no_grad()
+def _validate(controller: nn.Module, rounds: Mapping[str, Tensor], rows: Tensor, target: Target) -> dict[str, float]:
+    """Held-out loss and calibration; the engine is unsharded, so its module can be called on one rank alone."""
+    if not len(rows):
+        return {}
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for part in rows.split(1024):
+        out = _objective(controller, _batch(rounds, part, target))
+        for name in out.sums:
+            sums[name] = sums.get(name, 0.0) + float(out.sums[name])
+            counts[name] = counts.get(name, 0.0) + float(out.counts[name])
+    return {f"viskip/val_{name}": sums[name] / counts[name] for name in sums if counts[name]}

@@ -1,0 +1,141 @@
+"""Trains a draft head and its ViSkip controller from a frozen vision-language model.
+
+    deepspeed --num_gpus 2 train/distill.py recipes/viskip_tiny.yaml optim.lr=1e-3 run.name=trial
+    python train/distill.py recipes/viskip_tiny.yaml --dry-run
+
+Phases: answers (the target answers the training questions itself) -> head -> rollout (the real decoding loop on
+training prompts) -> controller. Everything is in runs/<run.name>/. Ctrl-C or SIGTERM saves and ends; the same command
+with run.resume=true goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+if __name__ == "__main__":
+    # The launcher puts train/ itself first on the path, where a file could shadow a library; the root belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Before torch is loaded, for threads of all kinds: processes that share cores slow each other down many times over
+    # when each runs as many threads as there are cores.
+    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_SIZE", "1"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+from mmspec.recipe import Recipe, load
+from mmspec.types import InputError
+
+USAGE_ERROR = 2
+PATIENCE_S = 20.0
+"""How long a rank above 0 waits for rank 0 to report the error they share."""
+
+EPILOG = """\
+overrides: any recipe key, later ones win
+  data.train=PATH            train on this LLaVA-style JSON (short for one entry of data.sources)
+  run.name=NAME              write to runs/NAME
+  run.max_steps=N            optimizer steps of the head
+  run.resume=true            go on where runs/NAME stopped
+  optim.micro_batch=N        sequences per process and pass; global batch = processes x micro_batch x accumulate
+  deepspeed.zero_stage=0..3  what the processes share; the loss curve is the same
+examples:
+  deepspeed --num_gpus 2 train/distill.py recipes/viskip_tiny.yaml
+  python scripts/regenerate.py recipes/viskip_tiny.yaml      # the answers alone, beforehand
+  python train/distill.py recipes/viskip_llava7b.yaml --dry-run
+exit codes: 0 done, 2 wrong input, 130 / 143 stopped by Ctrl-C / SIGTERM (resumable)
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        recipe = load(arguments.recipe, arguments.overrides)
+        if arguments.dry_run:
+            return _dry_run(recipe, rank)
+        return train(recipe)
+    except InputError as error:
+        return refuse("distill", str(error), rank)
+
+
+def train(recipe: Recipe, phases: tuple[str, ...] = ("answers", "head", "rollout", "controller")) -> int:
+    """Runs the phases; returns the exit code.
+
+    Args:
+        recipe: checked settings.
+        phases: `("answers",)` stops after the answers, which `scripts/regenerate.py` does.
+
+    Raises:
+        InputError: the input is wrong.
+    """
+    from train.corpus import check_sources
+    from train.stopping import Stopped, Stopper, default_signals
+
+    check_sources(recipe.data.sources)
+    default_signals()
+    stopper = Stopper()
+
+    from train.run import run
+
+    try:
+        return run(recipe, stopper, phases)
+    except Stopped as stop:
+        return stop.exit_code
+
+
+def refuse(program: str, message: str, rank: int) -> int:
+    """Reports wrong input: one line, from rank 0 alone.
+
+    All ranks find the same fault. The launcher kills the others as soon as one ends, so those above 0 give rank 0 the
+    time to speak; if it did not find the fault, they do.
+    """
+    if rank > 0:
+        from train.stopping import default_signals
+
+        default_signals()
+        time.sleep(PATIENCE_S)
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return USAGE_ERROR
+
+
+def _dry_run(recipe: Recipe, rank: int) -> int:
+    if rank == 0:
+        from train.estimate import report
+
+        print(report(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other wrong input: one line, from rank 0."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        prog="train/distill.py",
+        description=f"{summary}\n\n{rest}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="YAML file, as in recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, sizes, memory and disk; train nothing")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code > 128:
+        # The launcher ends helper processes of libraries along with us; their exit hooks would only wait and complain.
+        os._exit(code)
+    sys.exit(code)

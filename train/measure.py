@@ -1,0 +1,120 @@
+"""The number that counts: tau of the real decoding loop on held-out prompts, and what it looks like.
+
+Invariant: tau here is what evaluation reports: kept tokens after the first one / rounds of the target (design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mmspec.loop import generate
+from mmspec.policy import FixedPolicy
+from mmspec.recipe import Recipe, Source
+from mmspec.records import Quarantine, RecordError
+from mmspec.sampling import GreedySampler
+from mmspec.types import Output, Request, Target
+from train.corpus import read
+from train.stopping import Stopped, Stopper
+from train.world import World
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the loop did on the held-out prompts.
+
+    Args:
+        tau: kept tokens after the first / rounds, over all ranks.
+        samples: (prompt, answer with accepted runs of tokens in ⟦ ⟧, tau) of this rank's first requests.
+    """
+
+    tau: float
+    samples: list[tuple[str, str, float]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """This rank's share of the held-out prompts."""
+
+    requests: tuple[Request, ...]
+    questions: tuple[str, ...]
+
+
+def held_out(recipe: Recipe, target: Target, world: World) -> HeldOut:
+    """First turns of `run.eval_data`, every `world.size`-th for this rank; unreadable ones are left out."""
+    corpus = read([Source(recipe.run.eval_data, limit=recipe.run.eval_prompts)], Quarantine(None))
+    requests, questions = [], []
+    for index in range(world.rank, len(corpus), world.size):
+        sample = corpus.samples[index]
+        try:
+            prompt = target.encode(sample.messages((), 1), sample.images())
+        except (RecordError, ValueError):
+            continue
+        if len(prompt) < target.max_length:
+            requests.append(Request(sample.id, prompt, recipe.run.eval_max_new_tokens, index))
+            questions.append(sample.turns[0])
+    return HeldOut(tuple(requests), tuple(questions))
+
+
+def measure(
+    head: nn.Module, recipe: Recipe, target: Target, data: HeldOut, world: World, stopper: Stopper
+) -> Measurement:
+    """Decodes the held-out prompts. Every rank must call.
+
+    Raises:
+        Stopped: on every rank, when any was asked to stop.
+    """
+    policy = recipe.policy
+    outputs: list[Output] = []
+    try:
+        if data.requests:
+            outputs = generate(
+                target,
+                data.requests,
+                head.drafter(target, policy.width),  # type: ignore[operator]
+                FixedPolicy(policy.depth, policy.budget),
+                GreedySampler(),
+                max_batch=BATCH,
+                on_output=lambda _: stopper.check(),
+            )
+    except Stopped:
+        pass
+    stopper.check_together()
+    kept, rounds = _totals(outputs)
+    everywhere = world.sum([kept, rounds])
+    samples = [
+        (question, marked(target, output), _tau(*_totals([output])))
+        for question, output in list(zip(data.questions, outputs))[: recipe.run.samples]
+    ]
+    return Measurement(_tau(float(everywhere[0]), float(everywhere[1])), samples)
+
+
+def marked(target: Target, output: Output) -> str:
+    """The answer with every run of accepted draft tokens in ⟦ ⟧; what stands outside the target decided itself."""
+    text, at = [_piece(target, output.tokens, 0, 1)], 1
+    for _, _, accepted, emitted in output.rounds:
+        drafted = min(accepted, emitted)
+        if drafted:
+            text.append(f"⟦{_piece(target, output.tokens, at, at + drafted)}⟧")
+        text.append(_piece(target, output.tokens, at + drafted, at + emitted))
+        at += emitted
+    return "".join(text)
+
+
+def _piece(target: Target, tokens: Sequence[int], start: int, end: int) -> str:
+    """Text of tokens[start:end] in context: spaces belong to words, not to tokens alone."""
+    return target.decode(tokens[:end])[len(target.decode(tokens[:start])) :]
+
+
+def _totals(outputs: Sequence[Output]) -> tuple[float, float]:
+    rounds: list[Any] = [entry for output in outputs for entry in output.rounds]
+    return float(sum(entry[3] for entry in rounds)), float(len(rounds))
+
+
+def _tau(kept: float, rounds: float) -> float:
+    return kept / rounds if rounds else 1.0

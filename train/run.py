@@ -1,0 +1,144 @@
+"""The phases of a run in their order, from a joined process group to the last file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+from mmspec import checkpoint
+from mmspec.recipe import Recipe
+from mmspec.records import Quarantine
+from mmspec.targets import load_target
+from mmspec.types import InputError
+from train import regenerate
+from train.controller import rollout, train_controller
+from train.corpus import Corpus, read
+from train.head import load_head, train_head
+from train.session import Session, State, begin, finished
+from train.stopping import Stopped, Stopper
+from train.tracking import Tracker
+from train.world import World, environment, join
+
+
+def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
+    """Runs the phases on this rank; returns the exit code.
+
+    Raises:
+        InputError: the input is wrong.
+        Stopped: asked to stop; what was reached is saved, and rank 0 has said how to go on.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    if finished(recipe) and "head" in phases:
+        if environment()[0] == 0:
+            print(f"{recipe.folder} is finished; to train on, start a new run with head.init_from={recipe.folder}")
+        return 0
+    world = join(recipe.target.device)
+    stopper.listen(world)
+    tracker: Tracker | None = None
+    try:
+        session = _open(recipe, world, stopper, training="head" in phases)
+        tracker = session.tracker
+        # Until here there was nothing to save, and a signal ended the process at once.
+        stopper.install()
+        try:
+            _phases(session, phases)
+        except RuntimeError as error:
+            # A peer that ended on the same request breaks a collective of those who had not got to their next check.
+            if stopper.asked():
+                raise Stopped(stopper.asked()) from error
+            raise
+    except Stopped as stop:
+        if world.first:
+            print(
+                f"stopped by {stop}; {recipe.folder} is saved: the same command with run.resume=true goes on",
+                flush=True,
+            )
+        raise
+    finally:
+        if tracker is not None:
+            tracker.close()
+        _leave(world)
+    return 0
+
+
+def _phases(session: Session, phases: Sequence[str]) -> None:
+    recipe, tracker = session.recipe, session.tracker
+    session.prepared = regenerate.prepare(
+        recipe, session.corpus, session.target, session.world, session.stopper, tracker, session.quarantine
+    )
+    tracker.say(_data_summary(session))
+    if "head" not in phases:
+        return
+    head = train_head(session) if session.state.phase == "head" else load_head(session)
+    if recipe.policy.kind == "learned":
+        if session.state.phase == "head":
+            session.enter("rollout")
+        if session.state.phase == "rollout":
+            rollout(session, head)
+            session.enter("controller")
+        train_controller(session)
+    session.enter("done")
+    if session.world.first:
+        shutil.rmtree(session.folder / "state", ignore_errors=True)
+    tracker.say(f"finished: {session.folder}")
+
+
+def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Session:
+    """Run folder, tracker, data and target of this rank."""
+    state, resumed = _begin(recipe, world, training)
+    active = world.first
+    tracker = Tracker(recipe.folder, recipe.run.name, recipe.as_dict(), active, training, state.wandb_id)
+    if resumed:
+        tracker.say(f"resuming {recipe.folder} in phase {state.phase}")
+    quarantine = Quarantine(recipe.folder / "quarantine.jsonl" if active else None, fresh=True)
+    corpus = _read_together(recipe, quarantine, world)
+    if state.data not in (None, corpus.digest):
+        raise InputError(
+            f"run.resume: the data of {recipe.folder} has changed since; start over without run.resume=true"
+        )
+    target = load_target(recipe.target.name, recipe.target.dtype, str(world.device))
+    state.data, state.wandb_id = corpus.digest, tracker.wandb_id or state.wandb_id
+    if active and training:
+        state.save(recipe.folder)
+        checkpoint.save_provenance(recipe.folder, recipe, target, corpus.digest, sys.argv)
+    return Session(recipe, world, stopper, tracker, state, target, corpus, regenerate.Prepared(), quarantine)
+
+
+def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:
+    """Rank 0 prepares the run folder and tells the others where the run stands."""
+    if not training:
+        return State("head", world.size, None, None, recipe.as_dict()), False
+    return world.lead(lambda: begin(recipe, world.size))
+
+
+def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corpus:
+    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once."""
+    corpus: list[Corpus] = []
+    world.lead(lambda: corpus.append(read(recipe.data.sources, quarantine)))
+    return corpus[0] if corpus else read(recipe.data.sources, quarantine)
+
+
+def _data_summary(session: Session) -> str:
+    n_used, n_read = len(session.prepared.dialogues), session.corpus.n_read
+    bad = session.quarantine.count
+    why = "; ".join(f"{times}x {reason}" for reason, times in list(session.quarantine.reasons().items())[:3])
+    listed = (
+        f", {bad} quarantined ({why}), listed in {session.folder / 'quarantine.jsonl'}" if bad else ", none quarantined"
+    )
+    return f"data: {n_used} of {n_read} records used{listed}"
+
+
+def _leave(world: World) -> None:
+    """Everybody ends together: the launcher kills whoever is left when the first one ends with an error."""
+    failing = sys.exc_info()[0]
+    if failing is None or failing is Stopped:
+        # A peer that is gone already is nobody to wait for.
+        with contextlib.suppress(RuntimeError):
+            world.barrier()
+    dist.destroy_process_group()

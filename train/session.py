@@ -1,0 +1,152 @@
+"""What all phases of a run share, and the run folder's state between them.
+
+Invariant: `state.json` says which phase is under way. A run that is started anew sets the old results aside in
+`previous/` and keeps only the regenerated answers, which are keyed by what they depend on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmspec.checkpoint import write_json
+from mmspec.recipe import Recipe
+from mmspec.records import Quarantine
+from mmspec.types import InputError, Target
+from train.corpus import Corpus
+from train.regenerate import Prepared
+from train.stopping import Stopper
+from train.tracking import Tracker
+from train.world import World
+
+PHASES = ("head", "rollout", "controller", "done")
+RESULTS = (
+    *("head.safetensors", "head.json", "viskip.safetensors", "viskip.json", "tree.json", "recipe.yaml"),
+    *("provenance.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl", "state.json"),
+)
+WORKING = ("state", "rollout")
+FREE_TO_CHANGE = {
+    "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
+    "run.save_every", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
+}  # fmt: skip
+"""Recipe keys that do not change what is learned, so a resumed run may change them."""
+
+
+@dataclass
+class State:
+    """Where a run is.
+
+    Args:
+        phase: one of PHASES: the one under way.
+        world_size: processes it was started with.
+        data: digest of its corpus, once read.
+        wandb_id: its W&B run, or None.
+        recipe: its settings.
+    """
+
+    phase: str
+    world_size: int
+    data: str | None
+    wandb_id: str | None
+    recipe: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Writes `state.json`."""
+        write_json(folder / "state.json", self.__dict__)
+
+
+@dataclass
+class Session:
+    """One run on one rank."""
+
+    recipe: Recipe
+    world: World
+    stopper: Stopper
+    tracker: Tracker
+    state: State
+    target: Target
+    corpus: Corpus
+    prepared: Prepared
+    quarantine: Quarantine
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.recipe.folder
+
+    def enter(self, phase: str) -> None:
+        """Notes the next phase. Every rank must call, so that nobody goes on before it is written."""
+        self.state.phase = phase
+        if self.world.first:
+            self.state.save(self.folder)
+        self.world.barrier()
+
+
+def begin(recipe: Recipe, world_size: int) -> tuple[State, bool]:
+    """Prepares the run folder, on one rank; returns the state to start from, and whether it is an earlier run's.
+
+    Raises:
+        InputError: what is to be resumed was made with another recipe or number of processes.
+    """
+    folder = recipe.folder
+    fresh = State("head", world_size, None, None, recipe.as_dict())
+    if recipe.run.resume and (folder / "state.json").is_file():
+        state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if state.phase != "done":
+            _check_same(state, fresh, folder)
+        return state, True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"run folder {folder} cannot be made ({error.strerror}); set run.out to a writable folder"
+        ) from error
+    _set_aside(folder)
+    recipe.save(folder / "recipe.yaml")
+    fresh.save(folder)
+    return fresh, False
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether `run.resume=true` has nothing left to do."""
+    path = recipe.folder / "state.json"
+    return recipe.run.resume and path.is_file() and json.loads(path.read_text(encoding="utf-8"))["phase"] == "done"
+
+
+def _check_same(old: State, new: State, folder: Path) -> None:
+    if old.world_size != new.world_size:
+        raise InputError(
+            f"run.resume: {folder} was started with {old.world_size} processes, not {new.world_size}; "
+            "use as many again, or start over without run.resume=true"
+        )
+    before, now = _flat(old.recipe), _flat(new.recipe)
+    for key in sorted(set(before) | set(now)):
+        if key not in FREE_TO_CHANGE and before.get(key) != now.get(key):
+            raise InputError(
+                f"run.resume: {folder} was started with {key}={before.get(key)}, not {now.get(key)}; "
+                "change it back, or start over without run.resume=true"
+            )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    out: dict[str, Any] = {}
+    for key, value in node.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return out
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves an earlier run's results to `previous/`, and drops its working state."""
+    for name in WORKING:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    old = [folder / name for name in RESULTS if (folder / name).is_file()]
+    if old:
+        shutil.rmtree(folder / "previous", ignore_errors=True)
+        (folder / "previous").mkdir()
+        for path in old:
+            path.replace(folder / "previous" / path.name)
