@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mmspec.losses import LossConfig
@@ -217,7 +217,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes safetensors atomically; tensors are copied, so shared storage is no obstacle."""
     temporary = path.with_name(path.name + ".tmp")
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(copied, str(temporary), metadata=dict(metadata or {}))
+    # `save_file` would make a file that only its owner may read, whatever the umask says.
+    temporary.write_bytes(save(copied, metadata=dict(metadata or {})))
     os.replace(temporary, path)
 
 

@@ -12,7 +12,6 @@ trains on the first half trains on prompts that this target has never seen.
 
 import argparse
 import json
-import math
 import platform
 import random
 import subprocess
@@ -29,22 +28,27 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mmspec.assets import TINY_LLAVA
-from mmspec.assets.tiny_files import EMBEDDING_STD, N_IMAGE_TOKENS, make_model, make_processor, make_tokenizer
+from mmspec.assets.tiny_files import (
+    N_IMAGE_TOKENS,
+    VOCAB_SIZE,
+    make_model,
+    make_processor,
+    make_tokenizer,
+)
 from mmspec.assets.tiny_scores import REQUIRED, failures, load, score, table
-from mmspec.synth import CORPUS_VERSION, SPLITS, TOPICS, sample, scene_of
-from mmspec.synth.lexicon import COLOURS, SHAPES, WORDS
-from mmspec.synth.scene import MAX_BAR_VALUE, Scene
+from mmspec.assets.tiny_vision import FIRST_INDEX, WEIGHT_DECAY, calibrate, draw_index, learning_rate, warm_up
+from mmspec.synth import CORPUS_VERSION, SPLITS, sample
+from mmspec.synth.lexicon import COLOURS, NUMBERS, POSITIONS, SHAPES, plural
 
-FIRST_INDEX = SPLITS["train"] // 2
 TOPIC_WEIGHTS = (0.24, 0.22, 0.12, 0.22, 0.12, 0.08)  # short answers teach to see, and cost little
 BATCH_TOKENS = 3600
 GROUP = 8  # batches drawn together and sorted by length
-WARMUP_BATCH = 64
 LEARNING_RATE = 1.5e-3
 VISION_LEARNING_RATE = 4e-4
 PROJECTOR_LEARNING_RATE = 1e-4  # of its first layer only: its inputs are large, so small steps go far
-WEIGHT_DECAY = 0.05
-SIDE = 6  # patches a side
+FIRST_CYCLE = 1 / 2  # of the steps on answers; in it all tokens count the same
+SECOND_PEAK = 0.7  # the second cycle's highest learning rate, as a share of the first's
+CONTENT_WEIGHT = 3.0  # in the second cycle, of the tokens that say what is seen, against those of the free wording
 WORK = Path("runs/build_tiny_target")
 
 
@@ -59,112 +63,19 @@ class Progress:
     wall_s: float = 0.0
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5% of the steps, then a cosine to 2% of the peak."""
-    rise = max(1, steps // 20)
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
+def schedule(step: int, steps: int) -> tuple[float, float]:
+    """Phase 2 has two cosine cycles.
 
-
-# --- phase 1: the vision tower
-
-
-class PatchHeads(nn.Module):
-    """What each patch should know, read from its last-but-one tower layer by one linear map; thrown away afterwards."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.sizes = (len(SHAPES) + 1, len(COLOURS) + 1, len(WORDS) + 1, MAX_BAR_VALUE + 1, len(COLOURS) + 1)
-        self.read = nn.Linear(width, sum(self.sizes))
-
-    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy.
-
-        Args:
-            features: [B, 36, D] of the tower.
-            labels: [B, 36, 5] classes; 0 means that there is nothing.
-
-        Returns:
-            The mean loss, and per kind of label the share of right patches among those with something, [5].
-        """
-        losses, right = [], []
-        for k, logits in enumerate(self.read(features).split(self.sizes, dim=-1)):
-            wanted = labels[..., k]
-            weight = torch.ones(self.sizes[k])
-            weight[0] = 0.2  # most patches show nothing
-            losses.append(nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), weight))
-            there = wanted > 0
-            right.append((logits.argmax(-1) == wanted)[there].float().mean())
-        return torch.stack(losses).mean(), torch.stack(right)
-
-
-def patch_labels(scene: Scene) -> Tensor:
-    """What each of the 36 patches shows: shape, colour, word, bar value, bar colour; [36, 5]."""
-    labels = torch.zeros(SIDE, SIDE, 5, dtype=torch.long)
-    colours = list(COLOURS)
-    for item in scene.items:
-        r, c = 2 * (item.cell // 3), 2 * (item.cell % 3)
-        labels[r : r + 2, c : c + 2, 0] = SHAPES.index(item.shape) + 1
-        labels[r : r + 2, c : c + 2, 1] = colours.index(item.colour) + 1
-    for sign in scene.signs:
-        rows = slice(2 * sign.row, 2 * sign.row + 2)
-        labels[rows, :, 1] = colours.index(sign.colour) + 1
-        labels[rows, :, 2] = WORDS.index(sign.word) + 1
-    for bar in scene.bars:
-        labels[:, bar.slot + 1, 3] = bar.value
-        labels[:, bar.slot + 1, 4] = colours.index(bar.colour) + 1
-    return labels.flatten(0, 1)
-
-
-def warm_up(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int) -> None:
-    """Phase 1, in place. Prints the share of right patches at its end."""
-    tower = model.model.vision_tower
-    heads = PatchHeads(tower.config.hidden_size)
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=WEIGHT_DECAY, fused=True)
-    rng = random.Random(seed)
-    bar = tqdm(range(steps), desc="vision", unit="step", mininterval=5)
-    for step in bar:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, 1.5e-3)
-        indices = [draw_index(rng, (0.3, 0.4, 0.0, 0.3, 0.0, 0.0)) for _ in range(WARMUP_BATCH)]
-        images = [sample("train", i).image for i in indices]
-        labels = torch.stack([patch_labels(scene_of("train", i)) for i in indices])
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        with torch.autocast("cpu", torch.bfloat16):
-            features = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-            loss, right = heads(features, labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == steps - 1:
-            names = ("shape", "colour", "word", "bar", "bar colour")
-            shown = " ".join(f"{n} {r:.2f}" for n, r in zip(names, right.tolist(), strict=True))
-            tqdm.write(f"vision step {step}: loss {loss.item():.3f} right {shown}")
-
-
-@torch.no_grad()
-def calibrate(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Sets the projector so that image features enter the language model centred and as large as text embeddings.
-
-    The warmed-up tower's features are large and share a common part. Projected by untouched weights they came out
-    hundreds of times larger than the text, and the language model learnt neither to read the question nor to look.
+    Returns:
+        The factor of the peak learning rates and the weight of content tokens at this step.
     """
-    images = [sample("train", FIRST_INDEX + i).image for i in range(WARMUP_BATCH)]
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
-    projector = model.model.multi_modal_projector
-    for linear, std in ((projector.linear_1, 1.0), (projector.linear_2, EMBEDDING_STD)):
-        out = nn.functional.linear(hidden, linear.weight)
-        scale = std / out.std(0)
-        linear.weight.mul_(scale[:, None])
-        linear.bias.copy_(-out.mean(0) * scale)
-        hidden = projector.act(linear(hidden))
+    first = round(steps * FIRST_CYCLE)
+    if step < first:
+        return learning_rate(step, first, 1.0), 1.0
+    return learning_rate(step - first, steps - first, SECOND_PEAK), CONTENT_WEIGHT
 
 
-# --- phase 2: everything
+# --- training on answers (phase 1, the vision tower, is in mmspec/assets/tiny_vision.py)
 
 
 @dataclass(frozen=True)
@@ -174,13 +85,6 @@ class Example:
     ids: list[int]
     is_answer: list[bool]
     index: int
-
-
-def draw_index(rng: random.Random, weights: tuple[float, ...]) -> int:
-    """A random index of the second half of the train split, topics by weight."""
-    topic = rng.choices(range(len(TOPICS)), weights)[0]
-    first = -(-FIRST_INDEX // len(TOPICS))
-    return rng.randrange(first, SPLITS["train"] // len(TOPICS)) * len(TOPICS) + topic
 
 
 def encode(processor: LlavaProcessor, index: int) -> Example:
@@ -223,8 +127,17 @@ def batches_from(processor: LlavaProcessor, seed: int, at: Progress) -> Iterator
         at.group, at.position = at.group + 1, 0
 
 
-def answer_loss(model: LlavaForConditionalGeneration, processor: LlavaProcessor, batch: list[Example]) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, </s> included."""
+def content_tokens(processor: LlavaProcessor) -> Tensor:
+    """Which tokens say what is seen: colours, shapes, places, numbers, option letters, words of signs; bool [V]."""
+    content = {*COLOURS, *SHAPES, *map(plural, SHAPES), *" ".join(POSITIONS).split(), *NUMBERS}
+    names = [processor.tokenizer.decode([i]).strip(' "()') for i in range(VOCAB_SIZE)]
+    return torch.tensor([name in content or name.isupper() or name.isdigit() for name in names])
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, batch: list[Example], weights: Tensor
+) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, </s> included, weighted by token: `weights` is [V]."""
     longest = max(len(e.ids) for e in batch)
     pad = processor.tokenizer.pad_token_id
     ids = torch.tensor([e.ids + [pad] * (longest - len(e.ids)) for e in batch])
@@ -235,7 +148,7 @@ def answer_loss(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
         # Right padding: causal attention alone keeps the padding away from every token that counts.
         hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][wanted[:, 1:]])  # position t predicts token t + 1
-    return nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted[:, 1:]])
+    return nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted[:, 1:]], weights)
 
 
 def optimiser_of(model: LlavaForConditionalGeneration) -> torch.optim.AdamW:
@@ -270,14 +183,16 @@ def train(
         at.wall_s = time.monotonic() - began
         save_checkpoint(model, optimiser, at, args)
     batches = batches_from(processor, args.seed, at)
+    content = content_tokens(processor).float()
     bar = tqdm(
         range(at.steps, args.steps), desc="answers", unit="step", initial=at.steps, total=args.steps, mininterval=5
     )
     smooth = 0.0
     for step in bar:
+        factor, content_weight = schedule(step, args.steps)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, args.steps, group["peak"])
-        loss = answer_loss(model, processor, next(batches))
+            group["lr"] = factor * group["peak"]
+        loss = answer_loss(model, processor, next(batches), 1.0 + (content_weight - 1.0) * content)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -307,7 +222,7 @@ def save_checkpoint(
     fresh.replace(args.work / "checkpoint.pt")
 
 
-# --- phase 3: store and score
+# --- storing and scoring
 
 
 def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -348,7 +263,7 @@ def provenance(args: argparse.Namespace, at: Progress, scores: dict[str, object]
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1600, help="steps of phase 2 (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3200, help="steps of phase 2 (default %(default)s)")
     parser.add_argument("--warmup-steps", type=int, default=1200, help="steps of phase 1 (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples (default %(default)s)")
     parser.add_argument("--out", type=Path, default=TINY_LLAVA, help="folder of the target (default: the package's)")

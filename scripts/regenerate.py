@@ -22,6 +22,7 @@ os.environ.setdefault(
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train.distill import Parser, refuse, train  # noqa: E402
+from train.world import free_port  # noqa: E402
 
 
 def main() -> int:
@@ -40,7 +41,9 @@ def main() -> int:
 def _relaunch(arguments: argparse.Namespace) -> None:
     """Becomes the launcher of several processes of this script; does not return."""
     script = [str(Path(__file__).resolve()), arguments.recipe, *arguments.overrides]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.procs)]
+    # A free port: the launcher's fixed one may be taken by another run on this machine.
+    port = ["--master_port", str(free_port())]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.procs), *port]
     os.execv(sys.executable, [*launcher, *script])
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
-from mmspec.recipe import Recipe, load
+from mmspec.recipe import Recipe, Source, load
 from mmspec.types import InputError
 
 USAGE_ERROR = 2
@@ -74,7 +74,7 @@ def train(recipe: Recipe, phases: tuple[str, ...] = ("answers", "head", "rollout
     from train.corpus import check_sources
     from train.stopping import Stopped, Stopper, default_signals
 
-    check_sources(recipe.data.sources)
+    check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
     default_signals()
     stopper = Stopper()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,20 @@ class Fit:
                     shutil.rmtree(old)
 
     def restore(self) -> bool:
-        """Goes on from the phase's saved state; False when there is none. Every rank must call."""
+        """Goes on from the phase's saved state; False when there is none. Every rank must call.
+
+        What was logged of later steps, by a process that was killed without saving, is taken back.
+        """
         folder = self.plan.folder / self.plan.phase
         if not (folder / "latest.json").is_file():
+            self.tracker.rewind(self.plan.log_offset)
             return False
         latest = json.loads((folder / "latest.json").read_text(encoding="utf-8"))
         path, _ = self.engine.load_checkpoint(str(folder), tag=latest["tag"])
         if path is None:
             raise InputError(f"{folder}/{latest['tag']} cannot be read; start over without run.resume=true")
         self.step = int(latest["step"])
+        self.tracker.rewind(self.plan.log_offset + self.step)
         return True
 
 
@@ -302,15 +307,3 @@ def _adamw_arguments(optim: Optim) -> dict[str, Any]:
 def _adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     trained = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-
-
-def prefetched(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next one made in a thread while the current one is used."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    done = object()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, items, done)
-        while (item := future.result()) is not done:
-            future = pool.submit(next, items, done)
-            yield item

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mmspec import checkpoint
+from mmspec.recipe import Source
 from mmspec.types import Features, InputError, Objective, Prompt, Target
-from train.corpus import Order, deal
+from train.corpus import Order, deal, locate
 from train.fit import Fit, Plan, Trainee
 from train.measure import held_out, measure
 from train.regenerate import encode, length_limit
@@ -40,6 +41,7 @@ def train_head(session: Session) -> nn.Module:
     fit = Fit(Trainee(head, _objective(target)), _plan(session), session.world, session.stopper, session.tracker)
     if recipe.run.resume and fit.restore():
         session.tracker.say(f"resumed at head step {fit.step} of {recipe.run.max_steps}")
+    session.world.lead(lambda: str(locate(Source(recipe.run.eval_data, limit=recipe.run.eval_prompts))))
     validation = held_out(recipe, target, session.world)
 
     def snapshot() -> nn.Module:
@@ -47,15 +49,19 @@ def train_head(session: Session) -> nn.Module:
         plain.load_state_dict(fit.weights())
         return plain.to(target.device, target.dtype).eval().requires_grad_(False)
 
-    def evaluate(step: int) -> None:
-        every = recipe.run.eval_every
-        if step < recipe.run.max_steps and not (every and step % every == 0):
-            return
+    def score(step: int) -> None:
+        # Tokenizers are not made for two threads at once, and samples are decoded here.
+        loader.settle()
         result = measure(snapshot(), recipe, target, validation, session.world, session.stopper)
         session.tracker.log(step, {"accept/tau": result.tau})
         columns = ("prompt", "answer", "tau")
         session.tracker.table(step, "samples", columns, result.samples)
         session.tracker.say(f"step {step}: tau {result.tau:.2f} on {recipe.run.eval_prompts} of {recipe.run.eval_data}")
+
+    def evaluate(step: int) -> None:
+        every = recipe.run.eval_every
+        if every and step % every == 0 and step < recipe.run.max_steps:
+            score(step)
 
     def save() -> None:
         weights = fit.weights()
@@ -68,6 +74,8 @@ def train_head(session: Session) -> nn.Module:
     with _Loader(session) as loader:
         try:
             fit.run(loader.micro_batches, METRICS, evaluate, lambda metrics: _shown(metrics, session))
+            fit.save()
+            score(recipe.run.max_steps)
         except Stopped:
             save()
             raise
@@ -112,6 +120,11 @@ class _Loader:
         if step + 1 < self.session.recipe.run.max_steps:
             self._next = (step + 1, self._pool.submit(self._encode, step + 1))
         return [lambda micro=micro: self._features(micro) for micro in encoded]  # type: ignore[misc]
+
+    def settle(self) -> None:
+        """Waits for the thread."""
+        if self._next is not None:
+            self._next[1].result()
 
     def _encode(self, step: int) -> Encoded:
         world, optim = self.session.world, self.session.recipe.optim

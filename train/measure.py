@@ -17,7 +17,7 @@ from mmspec.recipe import Recipe, Source
 from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import Output, Request, Target
-from train.corpus import read
+from train.corpus import IMAGE_MARK, read
 from train.stopping import Stopped, Stopper
 from train.world import World
 
@@ -57,7 +57,7 @@ def held_out(recipe: Recipe, target: Target, world: World) -> HeldOut:
             continue
         if len(prompt) < target.max_length:
             requests.append(Request(sample.id, prompt, recipe.run.eval_max_new_tokens, index))
-            questions.append(sample.turns[0])
+            questions.append(sample.turns[0].replace(IMAGE_MARK, "").strip())
     return HeldOut(tuple(requests), tuple(questions))
 
 
@@ -99,8 +99,9 @@ def marked(target: Target, output: Output) -> str:
     text, at = [_piece(target, output.tokens, 0, 1)], 1
     for _, _, accepted, emitted in output.rounds:
         drafted = min(accepted, emitted)
-        if drafted:
-            text.append(f"⟦{_piece(target, output.tokens, at, at + drafted)}⟧")
+        run = _piece(target, output.tokens, at, at + drafted)
+        # An accepted stop token has no text.
+        text.append(f"⟦{run}⟧" if run else "")
         text.append(_piece(target, output.tokens, at + drafted, at + emitted))
         at += emitted
     return "".join(text)

@@ -172,6 +172,7 @@ class _Worker:
         self.data, self.corpus, self.target = data, corpus, target
         self.stopper, self.tracker, self.n_bad = stopper, tracker, n_bad
         self.limit = length_limit(data, target)
+        self.n_answers = 0
 
     def run(self, mine: Sequence[int], shard: _Shard, tolerated: int) -> None:
         """Answers samples chunk by chunk; raises Stopped when asked to stop."""
@@ -197,7 +198,7 @@ class _Worker:
         else:
             entry = {"answers": result.answers, "finished": result.finished, "length": result.length}
             shard.write({"index": index, "id": self.corpus.samples[index].id, **entry})
-        self.tracker.advance(1, quarantined=self.n_bad)
+        self.tracker.advance(1, answers=self.n_answers, quarantined=self.n_bad)
 
     def _given(self, index: int) -> Dialogue | str:
         sample = self.corpus.samples[index]
@@ -260,8 +261,13 @@ class _Worker:
             FixedPolicy(0, 0),
             GreedySampler(),
             max_batch=self.data.answer_batch,
-            on_output=lambda _: self.stopper.check(),
+            on_output=self._heard,
         )
+
+    def _heard(self, output: Output) -> None:
+        self.n_answers += 1
+        self.tracker.advance(0, answers=self.n_answers, quarantined=self.n_bad)
+        self.stopper.check()
 
     def _text(self, output: Output) -> str:
         tokens = output.tokens[:-1] if output.finish_reason == "stop" else output.tokens

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -34,6 +35,8 @@ def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
         Stopped: asked to stop; what was reached is saved, and rank 0 has said how to go on.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed's ZeRO calls collectives by the names that torch is about to rename; nobody here can change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if finished(recipe) and "head" in phases:
         if environment()[0] == 0:
             print(f"{recipe.folder} is finished; to train on, start a new run with head.init_from={recipe.folder}")
@@ -94,6 +97,8 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     state, resumed = _begin(recipe, world, training)
     active = world.first
     tracker = Tracker(recipe.folder, recipe.run.name, recipe.as_dict(), active, training, state.wandb_id)
+    if recipe.run.resume and training and not resumed:
+        tracker.say(f"nothing to resume in {recipe.folder}: starting from the beginning")
     if resumed:
         tracker.say(f"resuming {recipe.folder} in phase {state.phase}")
     quarantine = Quarantine(recipe.folder / "quarantine.jsonl" if active else None, fresh=True)

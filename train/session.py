@@ -1,7 +1,8 @@
 """What all phases of a run share, and the run folder's state between them.
 
 Invariant: `state.json` says which phase is under way. A run that is started anew sets the old results aside in
-`previous/` and keeps only the regenerated answers, which are keyed by what they depend on.
+`previous/` and keeps only the regenerated answers, which are keyed by what they depend on. All ranks see one run
+folder; across machines it must be on a shared file system.
 """
 
 from __future__ import annotations

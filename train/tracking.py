@@ -66,6 +66,14 @@ class Tracker:
 
         self._send(send)
 
+    def rewind(self, step: int) -> None:
+        """Takes back what was logged after a step, because the run goes on from there."""
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            if self.record and path.is_file():
+                lines = path.read_text(encoding="utf-8").split("\n")
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
     def progress(self, what: str, total: int, done: int, unit: str) -> None:
         """Replaces the progress bar by one for the next phase."""
         if self.active:

@@ -151,6 +151,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=EMBEDDING_STD)
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=512, **special)
     return model

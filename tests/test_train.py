@@ -1,0 +1,381 @@
+"""Training's parts in one process: what is wrong input, what is quarantined, what a batch is, what is resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmspec.heads import eagle
+from mmspec.recipe import Optim, Source, load
+from mmspec.records import Quarantine
+from mmspec.types import InputError, Output
+from tests import tiny
+from tests.training import record, save_data, save_recipe
+from train import controller, distill, regenerate
+from train.corpus import Order, check_sources, deal, read
+from train.fit import engine_settings, learning_rate
+from train.measure import marked
+from train.session import Session, State, begin
+from train.stopping import Stopped, Stopper
+from train.tracking import Tracker, wandb_mode
+from train.world import World
+
+ROOT = Path(__file__).parent.parent
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return save_recipe(tmp_path / "r.yaml", "tiny_llava", tmp_path / "data.json", tmp_path / "runs")
+
+
+def read_all(path: Path, quarantine: Quarantine | None = None) -> Any:
+    return read([Source(str(path))], quarantine or Quarantine(None))
+
+
+# ---- wrong input: one line, exit code 2 ----
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.micro_bach=2"], "did you mean 'micro_batch'"),
+        (["head.kind=medusaa"], "mmspec/heads has: "),
+        (["data.train=nowhere.json"], "nowhere.json does not exist"),
+        (["data.train=synth:trian"], "no such split"),
+        (["optim.micro_batch=0"], "must be at least 1"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_code_2(
+    path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert distill.main([str(path), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("distill: error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_missing_recipe_ends_the_same_way(capsys: pytest.CaptureFixture[str]):
+    assert distill.main(["nowhere.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("distill: error: recipe nowhere.yaml does not exist")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_dry_run_needs_no_weights(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert distill.main([str(recipe), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for words in ("micro_batch:", "parameters, trained", "memory per process", "optimizer state", "disk"):
+        assert words in said
+
+
+def test_dry_run_of_the_real_target_knows_its_size(capsys: pytest.CaptureFixture[str]):
+    assert distill.main([str(ROOT / "recipes" / "viskip_llava7b.yaml"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "7.06 B parameters, frozen" in said  # as its model card says
+    assert distill.main([str(ROOT / "recipes" / "viskip_llava7b.yaml"), "--dry-run", "target.name=x/y"]) == 2
+
+
+# ---- data ----
+
+FLAWS: dict[str, Any] = {
+    "not an object": 3,
+    "no conversation": {"id": "a", "image": "0.png", "conversations": []},
+    "no conversations key": {"id": "a", "image": "0.png"},
+    "number as text": {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": 7}]},
+    "blank text": {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\n "}]},
+    "wrong speaker": {"id": "a", "image": "0.png", "conversations": [{"from": "gpt", "value": "hi"}]},
+    "list of images": {"id": "a", "image": ["0.png"], "conversations": [{"from": "human", "value": "hi"}]},
+    "mark without image": {"id": "a", "conversations": [{"from": "human", "value": "<image>hi"}]},
+    "lone surrogate": {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": "\ud800"}]},
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_flawed_record_is_quarantined_and_the_others_stay(tmp_path: Path, flaw: str):
+    data = save_data(tmp_path, [record(0), FLAWS[flaw], record(2)])
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    corpus = read_all(data, quarantine)
+    assert [sample.id for sample in corpus.samples] == ["r0", "r2"]
+    entry = json.loads((tmp_path / "q.jsonl").read_text())
+    assert entry["line"] == 2
+    assert entry["reason"]
+
+
+def test_zero_usable_records(tmp_path: Path):
+    for records in ([], list(FLAWS.values())):
+        with pytest.raises(InputError, match="no usable record") as error:
+            read_all(save_data(tmp_path, records))
+        assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_data(tmp_path: Path):
+    for text in ("{", '{"a": 1}', "\xff"):
+        (tmp_path / "bad.json").write_text(text, encoding="latin-1")
+        with pytest.raises(InputError, match=r"bad\.json"):
+            read_all(tmp_path / "bad.json")
+    with pytest.raises(InputError, match=r"no llava\.json"):
+        check_sources([Source(str(tmp_path))])
+
+
+def test_the_image_mark_says_where_the_picture_stands(tmp_path: Path):
+    one = record(0)
+    one["conversations"][0]["value"] = "before <image> after"
+    sample = read_all(save_data(tmp_path, [one])).samples[0]
+    kinds = [part.get("text", part["type"]) for part in sample.messages(())[0]["content"]]
+    assert kinds == ["before", "image", "after"]
+
+
+def test_order_is_every_sample_once_an_epoch_for_any_batch_size():
+    small, large = Order([1.0] * 10, 5), Order([1.0] * 10, 5)
+    stream = [index for step in range(10) for index in small.batch(step, 3)]
+    assert stream == [index for step in range(3) for index in large.batch(step, 10)]
+    for epoch in range(3):
+        assert sorted(stream[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    again = Order([1.0] * 10, 5)
+    assert again.batch(7, 3) == stream[21:24], "a resumed run must go on where it was"
+
+
+def test_weights_say_how_often_a_sample_is_drawn():
+    order = Order([2.0, 0.5], 0)
+    stream = order.batch(0, 4000)
+    assert stream.count(0) / stream.count(1) == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
+def test_a_global_batch_is_dealt_out_exactly_once(size: int, accumulate: int):
+    lengths = [3, 9, 1, 7, 7, 2, 8, 4]
+    dealt = [deal(range(8), lengths, rank, size, accumulate) for rank in range(size)]
+    assert sorted(index for micro in dealt for part in micro for index in part) == list(range(8))
+    assert {len(part) for micro in dealt for part in micro} == {8 // size // accumulate}
+
+
+# ---- answers ----
+
+
+def session(tmp_path: Path, records: list[Any], **changes: str) -> Session:
+    """A session on the random target, up to the answers."""
+    data = save_data(tmp_path, records)
+    path = save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs")
+    recipe = load(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    quarantine = Quarantine(recipe.folder / "quarantine.jsonl", fresh=True)
+    corpus = read(recipe.data.sources, quarantine)
+    tracker = Tracker(recipe.folder, "t", {}, active=False, record=False, resume_id=None)
+    state = State("head", 1, None, None, {})
+    target = tiny.llava(dtype="float32")
+    return Session(recipe, ALONE, Stopper(), tracker, state, target, corpus, regenerate.Prepared(), quarantine)
+
+
+def prepare(s: Session) -> regenerate.Prepared:
+    return regenerate.prepare(s.recipe, s.corpus, s.target, s.world, s.stopper, s.tracker, s.quarantine)
+
+
+def test_answers_are_the_targets_own_turn_by_turn(tmp_path: Path):
+    s = session(tmp_path, [record(0, turns=3), record(1), record(2, turns=2)])
+    prepared = prepare(s)
+    assert [len(prepared.dialogues[index].answers) for index in range(3)] == [3, 1, 2]
+    from mmspec.drafters.null import NullDrafter
+    from mmspec.loop import generate
+    from mmspec.policy import FixedPolicy
+    from mmspec.sampling import GreedySampler
+    from mmspec.types import Request
+
+    sample, dialogue = s.corpus.samples[0], prepared.dialogues[0]
+    prompt = s.target.encode(sample.messages(dialogue.answers[:2], 3), sample.images())
+    alone = generate(s.target, [Request("x", prompt, 8)], NullDrafter(), FixedPolicy(0, 0), GreedySampler())[0]
+    assert s.target.decode(alone.tokens).strip() == dialogue.answers[2]
+
+
+def test_a_reply_that_was_cut_trains_no_stop_token(tmp_path: Path):
+    s = session(tmp_path, [record(0)])
+    sample = s.corpus.samples[0]
+    cut = regenerate.encode(sample, regenerate.Dialogue(("w1 w2",), (False,), 0), s.target, 99)[1]
+    whole = regenerate.encode(sample, regenerate.Dialogue(("w1 w2",), (True,), 0), s.target, 99)[1]
+    assert int((whole > 0).sum()) - int((cut > 0).sum()) == 1
+
+
+def test_bad_images_and_long_prompts_are_quarantined_with_reasons(tmp_path: Path):
+    records = [record(number) for number in range(6)]
+    records[4]["conversations"][0]["value"] = "w1 " * 300
+    s = session(tmp_path, records, data__max_bad_share="0.9")
+    (tmp_path / "images" / "1.png").unlink()
+    cut = tmp_path / "images" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:80])
+    (tmp_path / "images" / "3.png").write_text("no picture")
+    prepared = prepare(s)
+    assert sorted(prepared.dialogues) == [0, 5]
+    entries = [json.loads(line) for line in (s.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in entries] == ["r1", "r2", "r3", "r4"]
+    for entry, words in zip(entries, ("missing", "2.png", "3.png", "longer than the context")):
+        assert words in entry["reason"]
+
+
+def test_too_many_bad_records_stop_the_run(tmp_path: Path):
+    records = [record(number) for number in range(5)]
+    s = session(tmp_path, records, data__max_bad_share="0.3")
+    for name in ("1.png", "2.png"):
+        (tmp_path / "images" / name).unlink()
+    with pytest.raises(InputError, match="2 of 5 records are unusable"):
+        prepare(s)
+
+
+def test_given_answers_are_used_as_they_are(tmp_path: Path):
+    s = session(tmp_path, [record(0), record(1, turns=2)], data__answers="given")
+    assert prepare(s).dialogues[1].answers == s.corpus.samples[1].answers
+
+
+class _StopAfter(Stopper):
+    """Asked to stop at the n-th question."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def asked(self) -> int:
+        self.n -= 1
+        return 15 if self.n < 0 else 0
+
+
+@pytest.mark.parametrize("patience", [1, 5, 12])
+def test_stopped_answers_go_on_to_the_same_end(tmp_path: Path, patience: int):
+    records = [record(number, turns=1 + number % 2) for number in range(40)]
+    whole = prepare(session(tmp_path, records))
+    s = session(tmp_path, records, run__name="stopped", data__answer_batch="2")
+    s.stopper = _StopAfter(patience)
+    with pytest.raises(Stopped):
+        prepare(s)
+    shard = next((s.folder / "answers").rglob("part-0.jsonl"))
+    before = shard.read_text()
+    shard.write_text(before + '{"index": 39, "answers": ["w')  # a process killed while writing
+    s.stopper = Stopper()
+    after = prepare(s)
+    assert shard.read_text().startswith(before)
+    assert {k: v.answers for k, v in after.dialogues.items()} == {k: v.answers for k, v in whole.dialogues.items()}
+
+
+# ---- rollout ----
+
+
+def test_visual_mass_is_the_mean_over_the_next_four_positions():
+    mass = torch.arange(10.0).unsqueeze(1)
+    label, valid = controller.visual_mass(mass, torch.tensor([0, 5, 8, 9, 10]))
+    assert label.flatten().tolist()[:4] == [1.5, 6.5, 8.5, 9.0]
+    assert valid.tolist() == [True, True, True, True, False]
+
+
+def test_mass_layers_are_spread_and_end_with_the_last():
+    assert controller.mass_layers(12, 4) == (2, 5, 8, 11)
+    assert controller.mass_layers(12, 1) == (11,)
+    assert controller.mass_layers(12, 0) == ()
+
+
+def test_stopped_rollouts_go_on_to_the_same_rounds(tmp_path: Path):
+    s = session(tmp_path, [record(number) for number in range(12)], policy__kind="learned", policy__rollouts="12")
+    s.prepared = prepare(s)
+    head = eagle.Head(eagle.Config().resolve(s.target.shape)).eval().requires_grad_(False)
+    controller.rollout(s, head)
+    whole = controller._gather(s)
+    assert whole["visual_mass"].shape == (len(whole["accepted"]), 1)
+    shutil.rmtree(s.folder / "rollout")
+    s.stopper = _StopAfter(6)
+    with pytest.raises(Stopped):
+        controller.rollout(s, head)
+    assert 0 < len(list((s.folder / "rollout").iterdir())) < 3
+    s.stopper = Stopper()
+    controller.rollout(s, head)
+    for name, tensor in controller._gather(s).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_rounds_of_one_conversation_stay_on_one_side_of_the_split():
+    keys = torch.arange(40).repeat_interleave(3)
+    training, held_out = controller._split(keys, 0)
+    assert len(training) + len(held_out) == 120
+    assert not set(keys[training].tolist()) & set(keys[held_out].tolist())
+    assert len(held_out) == 18
+
+
+# ---- schedule, engine settings, display ----
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    optim = Optim(lr=1.0, warmup=4, micro_batch=1)
+    rates = [learning_rate(step, 20, optim) for step in range(21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[20] == pytest.approx(0.0)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_engine_file_may_not_repeat_the_recipe(tmp_path: Path):
+    from mmspec.recipe import DeepSpeedNode
+
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"overlap_comm": false}, "prescale_gradients": true}')
+    node = DeepSpeedNode(zero_stage=2, config=str(path))
+    settings = engine_settings(node, Optim(lr=1.0, micro_batch=3, accumulate=2), 4)
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert settings["train_batch_size"] == 24
+    assert settings["prescale_gradients"]
+    path.write_text('{"optimizer": {}}')
+    with pytest.raises(InputError, match="'optimizer'"):
+        engine_settings(node, Optim(lr=1.0, micro_batch=3), 1)
+
+
+def test_accepted_runs_are_marked_in_samples():
+    class Speller:
+        def decode(self, tokens: list[int]) -> str:
+            return "".join("abcdefgh"[token] for token in tokens)
+
+    output = Output(
+        "x", [0, 1, 2, 3, 4, 5], "stop", 0.0, 0.0, [("draft", 4, 2, 3), ("skip", 0, 0, 1), ("draft", 4, 3, 1)]
+    )
+    assert marked(Speller(), output) == "a⟦bc⟧de⟦f⟧"  # type: ignore[arg-type]
+
+
+def test_wandb_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0\n")
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"
+
+
+def test_a_new_start_sets_the_old_results_aside(tmp_path: Path, path: Path):
+    recipe = load(path)
+    begin(recipe, 1)
+    (recipe.folder / "head.safetensors").write_text("old")
+    (recipe.folder / "answers").mkdir()
+    begin(recipe, 1)
+    assert (recipe.folder / "previous" / "head.safetensors").read_text() == "old"
+    assert not (recipe.folder / "head.safetensors").exists()
+    assert (recipe.folder / "answers").is_dir()
+
+
+def test_resuming_with_another_recipe_is_refused(path: Path):
+    begin(load(path), 2)
+    with pytest.raises(InputError, match=r"optim\.lr=0\.001, not 0\.5"):
+        begin(load(path, ["run.resume=true", "optim.lr=0.5"]), 2)
+    with pytest.raises(InputError, match="2 processes, not 1"):
+        begin(load(path, ["run.resume=true"]), 1)
+    assert begin(load(path, ["run.resume=true", "run.eval_every=7"]), 2)[1]
+
+
+def test_a_rank_above_zero_leaves_the_word_to_rank_zero(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    waited: list[float] = []
+    monkeypatch.setattr(distill, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr("train.stopping.default_signals", lambda: None)
+    assert distill.refuse("distill", "two\nlines", rank=1) == 2
+    assert waited == [distill.PATIENCE_S]
+    assert capsys.readouterr().err == "distill: error: two lines\n"
