@@ -46,9 +46,27 @@ GROUP = 8  # batches drawn together and sorted by length
 LEARNING_RATE = 1.5e-3
 VISION_LEARNING_RATE = 4e-4
 PROJECTOR_LEARNING_RATE = 1e-4  # of its first layer only: its inputs are large, so small steps go far
-FIRST_CYCLE = 1 / 2  # of the steps on answers; in it all tokens count the same
-SECOND_PEAK = 0.7  # the second cycle's highest learning rate, as a share of the first's
-CONTENT_WEIGHT = 3.0  # in the second cycle, of the tokens that say what is seen, against those of the free wording
+SHORT_WEIGHTS = (0.58, 0.1, 0.05, 0.05, 0.2, 0.02)  # of the last cycle: what is learned last is counting
+COUNT_REDRAWS = 2  # in it, how often a record that counts nothing is drawn again
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One cosine cycle of training on answers: `peak` is a share of the learning rates, `content` the weight of tokens
+    that say what is seen against those of the free wording."""
+
+    steps: int
+    peak: float
+    content: float
+    topics: tuple[float, ...]
+    redraws: int = 0
+
+
+CYCLES = (
+    Cycle(1600, 1.0, 1.0, TOPIC_WEIGHTS),
+    Cycle(1600, 0.7, 3.0, TOPIC_WEIGHTS),
+    Cycle(700, 0.5, 5.0, SHORT_WEIGHTS, COUNT_REDRAWS),
+)
 WORK = Path("runs/build_tiny_target")
 
 
@@ -63,16 +81,13 @@ class Progress:
     wall_s: float = 0.0
 
 
-def schedule(step: int, steps: int) -> tuple[float, float]:
-    """Phase 2 has two cosine cycles.
-
-    Returns:
-        The factor of the peak learning rates and the weight of content tokens at this step.
-    """
-    first = round(steps * FIRST_CYCLE)
-    if step < first:
-        return learning_rate(step, first, 1.0), 1.0
-    return learning_rate(step - first, steps - first, SECOND_PEAK), CONTENT_WEIGHT
+def cycle_of(step: int) -> tuple[Cycle, float]:
+    """The cycle that a step belongs to, and its factor of the learning rates."""
+    for cycle in CYCLES:
+        if step < cycle.steps:
+            return cycle, learning_rate(step, cycle.steps, cycle.peak)
+        step -= cycle.steps
+    return CYCLES[-1], 0.0
 
 
 # --- training on answers (phase 1, the vision tower, is in mmspec/assets/tiny_vision.py)
@@ -101,12 +116,21 @@ def encode(processor: LlavaProcessor, index: int) -> Example:
     return Example(ids, is_answer, index)
 
 
-def group_of_batches(processor: LlavaProcessor, seed: int, group: int) -> list[list[Example]]:
-    """Group number `group` of batches of about `BATCH_TOKENS` padded tokens each: a pure function of seed and group."""
+def draw(rng: random.Random, cycle: Cycle) -> int:
+    """Index of a training record; in a cycle with redraws preferably one that counts something."""
+    for _ in range(cycle.redraws):
+        index = draw_index(rng, cycle.topics)
+        if any(fact.kind == "count" for fact in sample("train", index).facts):
+            return index
+    return draw_index(rng, cycle.topics)
+
+
+def group_of_batches(processor: LlavaProcessor, seed: int, group: int, cycle: Cycle) -> list[list[Example]]:
+    """Group number `group` of batches of about `BATCH_TOKENS` padded tokens each: a function of its arguments."""
     rng = random.Random(f"{seed}:{group}")
     examples: list[Example] = []
     while sum(len(e.ids) for e in examples) < GROUP * BATCH_TOKENS:
-        examples.append(encode(processor, draw_index(rng, TOPIC_WEIGHTS)))
+        examples.append(encode(processor, draw(rng, cycle)))
     examples.sort(key=lambda e: len(e.ids))
     batches: list[list[Example]] = [[]]
     for example in examples:
@@ -120,7 +144,7 @@ def group_of_batches(processor: LlavaProcessor, seed: int, group: int) -> list[l
 def batches_from(processor: LlavaProcessor, seed: int, at: Progress) -> Iterator[list[Example]]:
     """Batches without end from where `at` stands; `at` is kept up to date."""
     while True:
-        group = group_of_batches(processor, seed, at.group)
+        group = group_of_batches(processor, seed, at.group, cycle_of(at.steps)[0])
         while at.position < len(group):
             at.position += 1
             yield group[at.position - 1]
@@ -189,10 +213,10 @@ def train(
     )
     smooth = 0.0
     for step in bar:
-        factor, content_weight = schedule(step, args.steps)
+        cycle, factor = cycle_of(step)
         for group in optimiser.param_groups:
             group["lr"] = factor * group["peak"]
-        loss = answer_loss(model, processor, next(batches), 1.0 + (content_weight - 1.0) * content)
+        loss = answer_loss(model, processor, next(batches), 1.0 + (cycle.content - 1.0) * content)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -263,7 +287,9 @@ def provenance(args: argparse.Namespace, at: Progress, scores: dict[str, object]
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3200, help="steps of phase 2 (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=sum(c.steps for c in CYCLES), help="steps of phase 2 (default %(default)s)"
+    )
     parser.add_argument("--warmup-steps", type=int, default=1200, help="steps of phase 1 (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples (default %(default)s)")
     parser.add_argument("--out", type=Path, default=TINY_LLAVA, help="folder of the target (default: the package's)")
