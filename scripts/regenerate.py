@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+THREADS = os.environ.get("OMP_NUM_THREADS")
+"""As the user set it; what follows sets it for a single process, which the launched ones must not inherit."""
+
 # As in train/distill.py: no more threads than cores, over all processes.
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
@@ -41,6 +44,8 @@ def main() -> int:
 def _relaunch(arguments: argparse.Namespace) -> None:
     """Becomes the launcher of several processes of this script; does not return."""
     script = [str(Path(__file__).resolve()), arguments.recipe, *arguments.overrides]
+    if THREADS is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
     # A free port: the launcher's fixed one may be taken by another run on this machine.
     port = ["--master_port", str(free_port())]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.procs), *port]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
+TIMEOUT_S = 600
+"""Half a minute is enough on an idle machine; it may be shared."""
 
 
 def save_target(folder: Path) -> Path:
@@ -87,11 +91,27 @@ def command(procs: int, *words: str | Path) -> list[str]:
     return [launcher, "--num_gpus", str(procs), "--master_port", str(free_port()), script, *map(str, words)]
 
 
-def distill(procs: int, *words: str | Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    """Runs distill.py to its end."""
-    return subprocess.run(
-        command(procs, *words), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+def distill(procs: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs distill.py to its end, in at most TIMEOUT_S."""
+    pipe = subprocess.PIPE
+    process = start(procs, *words, stdout=pipe, stderr=pipe)
+    try:
+        out, error = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def start(procs: int, *words: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """A run in the background, in a process group of its own; `end` it whatever happens."""
+    options = {"env": environment(), **options}
+    return subprocess.Popen(command(procs, *words), cwd=ROOT, text=True, start_new_session=True, **options)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills what is left of a run's process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def losses(folder: Path, key: str = "train/loss") -> dict[int, float]:
