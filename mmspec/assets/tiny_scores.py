@@ -97,7 +97,8 @@ def score(
     for one, said in zip(samples, answers, strict=True):
         for fact in one.facts:
             right = check(fact, said[fact.turn])
-            kinds[fact.kind].append(right)
+            # Naming the right option is reading the question, not the image: a kind of its own, reported, not required.
+            kinds["option" if fact.expected.startswith("(") else fact.kind].append(right)
             topics[one.topic].append(right)
         tokens = [len(processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]) + 1 for text in said]
         lengths[one.topic].append(sum(tokens))
