@@ -168,7 +168,7 @@ def test_a_signal_to_the_whole_group_ends_it_in_order(base: Path, launch: Launch
     os.killpg(process.pid, signum)
     assert not psutil.wait_procs(alive, timeout=60)[1]
     said = (base / f"{name}.log").read_text()
-    assert said.count("goes on") == 1
+    assert said.count("the same command with run.resume=true goes on") == 1
     assert (base / "out" / name / "state" / "head" / "latest.json").is_file()
 
 

@@ -32,7 +32,7 @@ from train.stopping import Stopped
 CHUNK_BATCHES = 2
 """Requests per chunk, in decoding batches: what a stop may have to compute again."""
 MASS_WINDOW = 4
-"""Positions whose visual attention is averaged: the queries that choose the next four tokens (methods D3, label 1)."""
+"""Positions whose visual attention is averaged: the queries that choose the next four tokens."""
 HELD_OUT_SHARE = 0.15
 EVALUATE_EVERY = 100
 

@@ -1,6 +1,6 @@
 """The number that counts: tau of the real decoding loop on held-out prompts, and what it looks like.
 
-Invariant: tau here is what evaluation reports: kept tokens after the first one / rounds of the target (design.md).
+Invariant: tau here is what evaluation reports: kept tokens after the first one / rounds of the target.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Invariant: every sample of the corpus ends up either with its answers and its length in tokens, or with the reason why
 it cannot be used, in shards keyed by data, target and settings. Shards are only ever appended to and belong to samples,
 not to processes, so an interrupted pass goes on with any number of processes and nothing is computed twice.
-
-Source: methods C0, recommendation 1.
 """
 
 from __future__ import annotations
