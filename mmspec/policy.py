@@ -205,7 +205,7 @@ class LearnedPolicy:
         controller: in eval mode, on the target's device.
         costs: measured seconds.
         embed: the target's token embedding.
-        depth, budget: the largest plan; a plan of depth d gets `budget * d / depth` nodes.
+        depth, budget: the largest plan; every plan but a skip gets the whole budget of nodes.
 
     The batch shares a depth; a row that cannot pay for its nodes gets none.
     """
@@ -221,7 +221,9 @@ class LearnedPolicy:
 
     def nodes(self, depth: int) -> int:
         """Draft nodes a row of a plan of this depth."""
-        return min(self.max_budget, math.ceil(self.max_budget * depth / self.max_depth)) if depth else 0
+        # The survival model was trained with the full budget: fewer nodes would accept less than it says. A shallow
+        # plan saves draft passes; its nodes go in breadth.
+        return self.max_budget if depth else 0
 
     def cost(self, batch: int, depth: int) -> float:
         """Predicted seconds of a round."""
