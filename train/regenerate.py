@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
-from mmspec.policy import FixedPolicy
+from mmspec.policy import SkipPolicy
 from mmspec.recipe import Data, Recipe
 from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
@@ -256,7 +256,7 @@ class _Worker:
             self.target,
             requests,
             NullDrafter(),
-            FixedPolicy(0, 0),
+            SkipPolicy(),
             GreedySampler(),
             max_batch=self.data.answer_batch,
             on_output=self._heard,
