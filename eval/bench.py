@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from eval.tasks import Dialogues, Task
 from mmspec import metrics
+from mmspec.api import drafter_and_policy, make_drafter
 from mmspec.checkpoint import Checkpoint
-from mmspec.costs import load_or_measure
 from mmspec.drafters.null import NullDrafter
-from mmspec.loop import generate
-from mmspec.policy import FixedPolicy, LearnedPolicy, SkipPolicy
+from mmspec.loop import all_complete, generate
+from mmspec.policy import SkipPolicy
 from mmspec.types import Drafter, Output, Policy, Request, StepTrace, Target
 
 PLAIN = "plain"
@@ -194,7 +194,7 @@ class Bench:
         want_gaps: bool = False,
         traces: list[StepTrace] | None = None,
     ) -> list[Output]:
-        return generate(
+        outputs = generate(
             self.target,
             list(requests),
             method.drafter,
@@ -204,6 +204,7 @@ class Bench:
             want_gaps=want_gaps,
             traces=traces,
         )
+        return all_complete(outputs)
 
 
 def make_methods(
@@ -220,19 +221,12 @@ def make_methods(
     Returns:
         The methods, plain first, and their settings in plain words for the summary.
     """
-    depth, width, budget = checkpoint.tree.depth, checkpoint.tree.width, checkpoint.tree.budget
-    head: Any = checkpoint.head(target.dtype).to(target.device)
-    drafter = head.drafter(target, width)
-    kind = checkpoint.kind
+    tree, kind = checkpoint.tree, checkpoint.kind
+    head_drafter = make_drafter(checkpoint, target)
     methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
     settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
-    if "fixed" in policies:
-        methods.append(Method(kind, drafter, FixedPolicy(depth, budget)))
-        settings[kind] = {"drafter": kind, "policy": "fixed", "depth": depth, "width": width, "budget": budget}
-    if "viskip" in policies:
-        costs = load_or_measure(checkpoint.folder / "costs", target, drafter, batch_size, depth, budget)
-        controller: Any = checkpoint.controller()
-        policy = LearnedPolicy(controller.to(target.device), costs, target.embed, depth, budget)
-        methods.append(Method("viskip", drafter, policy))
-        settings["viskip"] = {"drafter": kind, "policy": "learned", "depth": depth, "width": width, "budget": budget}
+    for name, label, described in (("fixed", kind, "fixed"), ("viskip", "viskip", "learned")):
+        if name in policies:
+            methods.append(Method(label, *drafter_and_policy(checkpoint, target, name, batch_size, head_drafter)))
+            settings[label] = {"drafter": kind, "policy": described, **asdict(tree)}
     return methods, settings

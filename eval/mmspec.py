@@ -27,6 +27,7 @@ from eval.summary import DEFINITIONS, Contention, clean, hardware, number, summa
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
+from mmspec.api import find_device
 from mmspec.records import Quarantine
 from mmspec.sampling import make_sampler
 from mmspec.targets import load_target
@@ -130,21 +131,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)
-
-
-def find_device(name: str) -> str:
-    """The device to run on. Raises InputError when this machine does not have it."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name} is not on this machine, which has {torch.cuda.device_count()} CUDA devices")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name!r} is not supported; use cpu, cuda or cuda:N")
-    return name
 
 
 def choose_policies(wanted: Sequence[str] | None, has_controller: bool) -> list[str]:

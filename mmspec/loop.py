@@ -22,6 +22,7 @@ from mmspec.tree import root_only
 from mmspec.types import (
     Accepted,
     Drafter,
+    Emission,
     Evidence,
     Forward,
     Output,
@@ -48,10 +49,14 @@ def generate(
     max_batch: int = 1,
     verifier: Verifier | None = None,
     on_output: Callable[[Output], None] | None = None,
+    on_emission: Callable[[Emission], None] | None = None,
     want_gaps: bool = False,
     traces: list[StepTrace] | None = None,
 ) -> list[Output]:
     """Decode any number of requests, `max_batch` rows at a time; a finished row makes room for the next request.
+
+    A request that fails does not take others with it: its output carries the error. A drafter that raises loses the
+    rows it was drafting for; they go on without one, to the same tokens, and their outputs say so.
 
     Args:
         target: frozen model.
@@ -60,6 +65,7 @@ def generate(
         sampler: greedy, or keyed noise.
         verifier: MatchVerifier unless told otherwise.
         on_output: called with each result as soon as it is finished.
+        on_emission: called with the tokens of each round as they are decided.
         want_gaps: also report how close the runner-up was at each token (for tie reports).
         traces: a list to which one StepTrace a round is added.
 
@@ -67,31 +73,32 @@ def generate(
         Outputs in the order of the requests.
 
     Raises:
-        ValueError: a batch below 1, or a prompt that leaves no room for a token in the target's context.
+        ValueError: a batch below 1.
     """
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     if not requests:
         return []
-    run = _Run(target, requests, drafter, policy, sampler, min(max_batch, len(requests)), want_gaps, on_output)
+    batch = min(max_batch, len(requests))
+    run = _Run(target, requests, drafter, policy, sampler, batch, want_gaps, on_output, on_emission)
     verifier = verifier or MatchVerifier()
     clock = _Clock(target.device)
     while run.fill():
         start = clock.mark()
-        plan = policy.plan(run.sensed, run.remaining())
+        plan = run.plan()
         planned = clock.mark()
-        trees = drafter.propose(run.roots, plan) if plan.depth and any(plan.budget) else root_only(run.roots)
+        trees = run.draft(plan)
         drafted = clock.mark()
         forward = target.forward(run.state, trees, drafter.taps)
         scores = sampler.scores(forward.logits, run.keys, run.positions(trees))
         accepted = verifier.accept(trees, scores)
-        sensed = policy.sense(run.evidence(trees, forward, accepted), run.all_rows)
+        sensed = policy.sense(run.evidence(trees, forward, accepted), run.all_rows) if policy.senses else None
         news = run.transfer(trees, accepted, scores, sensed)
         verified = clock.mark()
         trace = run.emit(plan, trees.tokens.shape[1], news)
         target.keep(run.state, accepted, run.paths)
         run.roots = accepted.next_tokens
-        drafter.observe(Round(trees, forward, accepted, run.paths))
+        run.teach(trees, forward, accepted, news)
         run.retire()
         clock.lap(start, planned, drafted, verified)
         if target.device.type == "cpu":
@@ -103,6 +110,19 @@ def generate(
         first = len(traces) - len(clock.laps)
         traces[first:] = [clock.timed(t, i) for i, t in enumerate(traces[first:])]
     return [run.outputs[i] for i in range(len(requests))]
+
+
+def all_complete(outputs: list[Output]) -> list[Output]:
+    """The outputs, where a run is worth nothing with a failed request or a failed drafter in it.
+
+    Raises:
+        RuntimeError: naming the first request with an error, and how many there are.
+    """
+    failed = [output for output in outputs if output.error]
+    if failed:
+        first = f"request '{failed[0].id}': {failed[0].error}"
+        raise RuntimeError(first if len(failed) == 1 else f"{first} (and {len(failed) - 1} more)")
+    return outputs
 
 
 @dataclass
@@ -118,6 +138,9 @@ class _Row:
     gaps: list[float] = field(default_factory=list)
     rounds: list[tuple[str, int, int, int]] = field(default_factory=list)
     finish: str = ""
+    error: str | None = None
+    drafted: bool = False
+    """Whether the drafter knows this row; it is forgotten when the drafter fails."""
 
     def take(self, tokens: Sequence[int], gaps: Sequence[float], stop_ids: frozenset[int]) -> int:
         """Append decided tokens up to the first stop token or the limit; returns how many were kept."""
@@ -135,8 +158,9 @@ class _Row:
 
 @dataclass(frozen=True)
 class _News:
-    """One step's transfer to the host, per row: kept path, tokens it decided (bonus last), their gaps."""
+    """One step's transfer to the host, per row: draft nodes, kept path, tokens it decided (bonus last), their gaps."""
 
+    nodes: list[int]
     paths: list[list[int]]
     tokens: list[list[int]]
     gaps: list[list[float]]
@@ -155,18 +179,19 @@ class _Run:
         batch: int,
         want_gaps: bool,
         on_output: Callable[[Output], None] | None,
+        on_emission: Callable[[Emission], None] | None,
     ) -> None:
         self.target, self.drafter, self.policy, self.sampler = target, drafter, policy, sampler
-        self.want_gaps, self.on_output = want_gaps, on_output
+        self.want_gaps, self.on_output, self.on_emission = want_gaps, on_output, on_emission
         self.queue = deque(enumerate(requests))
         self.outputs: dict[int, Output] = {}
         self.rows: list[_Row | None] = [None] * batch
         self.limits = {id(r): _limit(target, r) for r in requests}
-        longest = max(len(r.prompt) + self.limits[id(r)] for r in requests)
+        longest = max((len(r.prompt) + self.limits[id(r)] for r in requests if self.limits[id(r)] > 0), default=1)
         # Beyond the longest answer a last tree still needs its nodes, and a commit its path.
-        slack = policy.max_budget + policy.max_depth + 2
-        self.state: Any = target.open(batch, longest + slack)
-        drafter.open(batch, longest + slack)
+        self.n_slots = longest + policy.max_budget + policy.max_depth + 2
+        self.state: Any = target.open(batch, self.n_slots)
+        drafter.open(batch, self.n_slots)
         policy.open(batch, target.device)
         zeros = torch.zeros(batch, dtype=torch.long, device=target.device)
         self.all_rows = torch.arange(batch, device=target.device)
@@ -179,11 +204,34 @@ class _Run:
         """Admit waiting requests to free rows; False when nothing is left to decode."""
         for row in range(len(self.rows)):
             while self.rows[row] is None and self.queue:
-                self._admit(row, *self.queue.popleft())
+                index, request = self.queue.popleft()
+                fresh = _Row(index, request, self.limits[id(request)], time.perf_counter())
+                try:
+                    self._admit(row, fresh)
+                except Exception as error:  # of this request alone: what is decoded beside it goes on
+                    fresh.finish, fresh.error = "error", _line(error)
+                self.rows[row] = fresh
+                if self.on_emission and fresh.tokens:
+                    self.on_emission(Emission(request, tuple(fresh.tokens), 0, "prefill"))
+                if fresh.finish:
+                    self._finish(row)
         return any(self.rows)
 
-    def _admit(self, row: int, index: int, request: Request) -> None:
-        started, prompt = time.perf_counter(), request.prompt
+    def _admit(self, row: int, fresh: _Row) -> None:
+        """Prefill a request into a row and choose its first token.
+
+        Raises:
+            ValueError: its prompt leaves no room in the context, or it may not emit anything.
+        """
+        request, prompt = fresh.request, fresh.request.prompt
+        if fresh.limit < 1:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {request.max_new_tokens} leave no token to "
+                f"decode in a context of {self.target.max_length}"
+            )
+        if request.cancel is not None and request.cancel.is_set():
+            fresh.finish = "cancelled"
+            return
         forward = self.target.prefill(self.state, row, prompt, self.drafter.taps)
         one = self.all_rows[row : row + 1]
         self.keys[row] = request.key
@@ -191,29 +239,55 @@ class _Run:
         position = self.n_prompt[one].unsqueeze(1)
         scores = self.sampler.scores(forward.logits, self.keys[one], position)
         self.roots[row] = scores[0, -1].argmax()
-        self.drafter.admit(row, prompt, forward, self.roots[row])
-        none = torch.zeros_like(one)
-        evidence = Evidence(
-            forward.last_hidden[:, -1],
-            forward.logits[:, -1],
-            self.roots[one],
-            none,
-            none,
-            self.n_prompt[one],
-            self.n_prompt[one],
-            self.n_visual[one],
-            self.keys[one],
-        )
-        sensed = self.policy.sense(evidence, one)
+        try:
+            self.drafter.admit(row, prompt, forward, self.roots[row])
+            fresh.drafted = True
+        except Exception as error:
+            self._lose(fresh, error)
         gap = scores[0, -1:].topk(2).values
         news = [self.roots[one].double(), (gap[:, 0] - gap[:, 1]).double()]
-        token, top2, *rest = torch.cat(news if sensed is None else [*news, sensed[0].double()]).tolist()
-        self.sensed[row] = rest
-        fresh = _Row(index, request, self.limits[id(request)], started, time.perf_counter() - started)
+        if self.policy.senses:
+            sensed = self.policy.sense(self._first_evidence(one, forward), one)
+            news += [] if sensed is None else [sensed[0].double()]
+        token, top2, *self.sensed[row] = torch.cat(news).tolist()
+        fresh.ttft = time.perf_counter() - fresh.started
         fresh.take([int(token)], [top2] if self.want_gaps else [], self.target.stop_ids)
-        self.rows[row] = fresh
-        if fresh.finish:
-            self._finish(row)
+
+    def plan(self) -> Plan:
+        """The policy's plan, without a budget for rows that the drafter has lost."""
+        plan = self.policy.plan(self.sensed, self.remaining())
+        if all(row is None or row.drafted for row in self.rows):
+            return plan
+        return replace(plan, budget=tuple(n if row and row.drafted else 0 for n, row in zip(plan.budget, self.rows)))
+
+    def draft(self, plan: Plan) -> Tree:
+        """The drafter's trees, or the roots alone where nothing is planned or the drafter fails."""
+        if plan.depth and any(plan.budget):
+            try:
+                return self.drafter.propose(self.roots, plan)
+            except Exception as error:
+                self._lose_all(error)
+        return root_only(self.roots)
+
+    def teach(self, trees: Tree, forward: Forward, accepted: Accepted, news: _News) -> None:
+        """Tell the drafter what became of the round, for the rows it still knows."""
+        known = [bool(path) and row is not None and row.drafted for path, row in zip(self.paths, self.rows)]
+        paths = tuple(path if k else () for path, k in zip(self.paths, known))
+        tokens = tuple(tuple(new) if k else () for new, k in zip(news.tokens, known))
+        try:
+            self.drafter.observe(Round(trees, forward, accepted, paths, tokens))
+        except Exception as error:
+            self._lose_all(error)
+
+    def _lose_all(self, error: Exception) -> None:
+        """The drafter raised for the batch: which row it was cannot be known, so it starts anew with later requests."""
+        for row in self.rows:
+            if row and row.drafted:
+                self._lose(row, error)
+        self.drafter.open(len(self.rows), self.n_slots)
+
+    def _lose(self, row: _Row, error: Exception) -> None:
+        row.drafted, row.error = False, f"drafter: {_line(error)}"
 
     def remaining(self) -> list[int]:
         """Tokens each row may still emit; 0 for idle rows."""
@@ -222,6 +296,13 @@ class _Run:
     def positions(self, trees: Tree) -> Tensor:
         """[B, N] index of the token that each node decides: what keyed noise hangs on."""
         return self.state.lengths_device.unsqueeze(1) + trees.depths + 1
+
+    def _first_evidence(self, one: Tensor, forward: Forward) -> Evidence:
+        """What a prefill left behind."""
+        none, length = torch.zeros_like(one), self.n_prompt[one]
+        hidden, logits = forward.last_hidden[:, -1], forward.logits[:, -1]
+        visual, key = self.n_visual[one], self.keys[one]
+        return Evidence(hidden, logits, self.roots[one], none, none, length, length, visual, key)
 
     def evidence(self, trees: Tree, forward: Forward, accepted: Accepted) -> Evidence:
         """What the verification left behind at each row's last kept node."""
@@ -242,23 +323,25 @@ class _Run:
         """The step's one device-to-host transfer."""
         path = accepted.path
         P = path.shape[1]
-        columns = [accepted.n_kept.unsqueeze(1), path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)]
+        counts = torch.stack([accepted.n_kept, (trees.parents >= 0).sum(1)], 1)
+        columns = [counts, path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)]
         packed = [c.double() for c in columns]
         if self.want_gaps:
             top = scores.topk(2, dim=-1).values
             packed.append((top[..., 0] - top[..., 1]).gather(1, path).double())
         if sensed is not None:
             packed.append(sensed.double())
-        paths, tokens, gaps = [], [], []
+        nodes, paths, tokens, gaps = [], [], [], []
         for b, line in enumerate(torch.cat(packed, 1).tolist()):
             kept = int(line[0]) if self.rows[b] else 0
-            paths.append([int(x) for x in line[1 : 1 + kept]])
-            drafted = [int(x) for x in line[2 + P : 1 + P + kept]]
-            tokens.append([*drafted, int(line[1 + 2 * P])] if kept else [])
-            rest = line[2 + 2 * P :]
+            nodes.append(int(line[1]))
+            paths.append([int(x) for x in line[2 : 2 + kept]])
+            drafted = [int(x) for x in line[3 + P : 2 + P + kept]]
+            tokens.append([*drafted, int(line[2 + 2 * P])] if kept else [])
+            rest = line[3 + 2 * P :]
             gaps.append(rest[:kept] if self.want_gaps else [])
             self.sensed[b] = rest[P if self.want_gaps else 0 :]
-        return _News(paths, tokens, gaps)
+        return _News(nodes, paths, tokens, gaps)
 
     def emit(self, plan: Plan, width: int, news: _News) -> StepTrace:
         """Give each row its tokens, truncated at a stop token or a limit."""
@@ -269,10 +352,15 @@ class _Run:
                 accepted.append(0)
                 continue
             kept = row.take(news.tokens[b], news.gaps[b], self.target.stop_ids)
-            nodes = min(plan.budget[b], width - 1)
-            row.rounds.append(("draft" if nodes else "skip", nodes, len(news.paths[b]) - 1, kept))
+            nodes, n_accepted = news.nodes[b], len(news.paths[b]) - 1
+            action = "draft" if nodes else "skip"
+            row.rounds.append((action, nodes, n_accepted, kept))
             emitted.append(kept)
-            accepted.append(len(news.paths[b]) - 1)
+            accepted.append(n_accepted)
+            if self.on_emission:
+                self.on_emission(Emission(row.request, tuple(row.tokens[-kept:]), min(n_accepted, kept), action))
+            if not row.finish and row.request.cancel is not None and row.request.cancel.is_set():
+                row.finish = "cancelled"
         # Rows that are finished keep nothing: their cache is about to be released.
         self.paths = tuple(tuple(path) if row and not row.finish else () for path, row in zip(news.paths, self.rows))
         active = tuple(row is not None for row in self.rows)
@@ -288,24 +376,24 @@ class _Run:
         row = self.rows[b]
         assert row is not None
         seconds = time.perf_counter() - row.started
-        output = Output(row.request.id, row.tokens, row.finish, row.ttft, seconds, row.rounds, row.gaps)
+        output = Output(row.request.id, row.tokens, row.finish, row.ttft, seconds, row.rounds, row.gaps, row.error)
         self.outputs[row.index] = output
         self.rows[b] = None
         self.target.release(self.state, b)
-        self.drafter.evict(b)
+        if row.drafted:
+            self.drafter.evict(b)
         if self.on_output:
             self.on_output(output)
 
 
 def _limit(target: Target, request: Request) -> int:
     """Tokens a request may emit: its own limit, or what the context has room for (the last one needs no slot)."""
-    room = target.max_length - len(request.prompt) + 1
-    if room < 1 or request.max_new_tokens < 1:
-        raise ValueError(
-            f"request '{request.id}': a prompt of {len(request.prompt)} tokens and max_new_tokens "
-            f"{request.max_new_tokens} leave no token to decode in a context of {target.max_length}"
-        )
-    return min(request.max_new_tokens, room)
+    return min(request.max_new_tokens, target.max_length - len(request.prompt) + 1)
+
+
+def _line(error: Exception) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Clock:

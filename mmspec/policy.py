@@ -99,6 +99,8 @@ class FixedPolicy:
         budget: draft nodes a row, root excluded.
     """
 
+    senses = False
+
     def __init__(self, depth: int, budget: int) -> None:
         if depth < 0 or budget < 0:
             raise ValueError(f"depth and budget must not be negative, got {depth} and {budget}")
@@ -133,6 +135,8 @@ class RecordingPolicy(FixedPolicy):
         depth, budget: the largest that the controller shall be able to choose.
         embed: the target's token embedding.
     """
+
+    senses = True
 
     def __init__(self, depth: int, budget: int, embed: Callable[[Tensor], Tensor]) -> None:
         super().__init__(depth, budget)
@@ -210,6 +214,7 @@ class LearnedPolicy:
     The batch shares a depth; a row that cannot pay for its nodes gets none.
     """
 
+    senses = True
     _MEMORY = 0.98
 
     def __init__(

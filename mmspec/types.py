@@ -9,6 +9,7 @@ V vocabulary, S tapped layers. The batch is the first dimension of everything.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -69,12 +70,33 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to decode: `key` selects its sampling noise, so it must not depend on batch or order."""
+    """A prompt to decode: `key` selects its sampling noise, so it must not depend on batch or order.
+
+    Set `cancel` from any thread and the request ends at the next round with what it has.
+    """
 
     id: str
     prompt: Prompt
     max_new_tokens: int
     key: int = 0
+    cancel: threading.Event | None = None
+
+
+@dataclass(frozen=True)
+class Emission:
+    """Tokens that a request received in one round, told while decoding goes on (streaming).
+
+    Args:
+        request: whose tokens they are.
+        tokens: kept tokens, in order.
+        accepted: how many of them, from the first on, a drafter proposed; the others the target chose itself.
+        action: "prefill" (the first token), "draft" or "skip".
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    accepted: int
+    action: str
 
 
 @dataclass(frozen=True)
@@ -115,13 +137,15 @@ class Accepted:
 class Round:
     """What a drafter observes after a verification: trees, outputs of all nodes, and the accepted path.
 
-    `paths` is the host's copy of the kept node indices per row; empty for rows that are not active (any more).
+    `paths` is the host's copy of the kept node indices per row, `tokens` that of the tokens the round decided (those of
+    the path behind the root, then the bonus token); both are empty for rows that are not active (any more).
     """
 
     trees: Tree
     forward: Forward
     accepted: Accepted
     paths: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -191,11 +215,14 @@ class Output:
 
     Args:
         tokens: generated ids, the stop token included.
-        finish_reason: "stop", "length" (max_new_tokens) or "context" (the target's window is full).
+        finish_reason: "stop", "length" (max_new_tokens), "context" (the target's window is full), "cancelled", or
+            "error" (nothing could be decoded).
         ttft_s, latency_s: seconds from the start of its prefill to the first and to the last token.
         rounds: (action, nodes, accepted, emitted) per round, where action is "draft" or "skip", nodes exclude the
             root and accepted excludes the bonus.
         gaps: top-2 logit gap of the target at each generated token, filled only when asked for (tie reports).
+        error: what went wrong with this request, "Type: message", or None. With another finish reason than "error" the
+            tokens are complete all the same: its drafter failed, and it was decoded to its end without one.
     """
 
     id: str
@@ -205,6 +232,7 @@ class Output:
     latency_s: float
     rounds: list[tuple[str, int, int, int]]
     gaps: list[float] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -344,6 +372,8 @@ class Policy(Protocol):
 
     max_depth: int
     max_budget: int
+    senses: bool
+    """Whether `sense` wants to be asked: evidence costs two gathers a step."""
 
     def open(self, max_batch: int, device: torch.device) -> None: ...
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:

@@ -46,26 +46,32 @@ GROUP = 8  # batches drawn together and sorted by length
 LEARNING_RATE = 1.5e-3
 VISION_LEARNING_RATE = 4e-4
 PROJECTOR_LEARNING_RATE = 1e-4  # of its first layer only: its inputs are large, so small steps go far
-SHORT_WEIGHTS = (0.58, 0.1, 0.05, 0.05, 0.2, 0.02)  # of the last cycle: what is learned last is counting
-COUNT_REDRAWS = 2  # in it, how often a record that counts nothing is drawn again
+SHORT_WEIGHTS = (0.58, 0.1, 0.05, 0.05, 0.2, 0.02)  # of the third cycle: counting is learnt late
+LOOKUP_WEIGHTS = (0.62, 0.16, 0.04, 0.04, 0.12, 0.02)  # of the fourth: finding what the question names, later still
+LAST_WEIGHTS = (0.32, 0.14, 0.13, 0.06, 0.2, 0.15)  # of the last: the long answers come back, the look-ups stay
+LOOKUPS = frozenset({"count", "colour", "position"})
 
 
 @dataclass(frozen=True)
 class Cycle:
     """One cosine cycle of training on answers: `peak` is a share of the learning rates, `content` the weight of tokens
-    that say what is seen against those of the free wording."""
+    that say what is seen against those of the free wording. A record whose first fact is of none of the `preferred`
+    kinds is drawn again, up to `redraws` times."""
 
     steps: int
     peak: float
     content: float
     topics: tuple[float, ...]
+    preferred: frozenset[str] = frozenset()
     redraws: int = 0
 
 
 CYCLES = (
     Cycle(1600, 1.0, 1.0, TOPIC_WEIGHTS),
     Cycle(1600, 0.7, 3.0, TOPIC_WEIGHTS),
-    Cycle(700, 0.5, 5.0, SHORT_WEIGHTS, COUNT_REDRAWS),
+    Cycle(700, 0.5, 5.0, SHORT_WEIGHTS, frozenset({"count"}), 2),
+    Cycle(1400, 0.8, 5.0, LOOKUP_WEIGHTS, LOOKUPS, 3),
+    Cycle(1000, 0.6, 4.0, LAST_WEIGHTS, LOOKUPS, 1),
 )
 WORK = Path("runs/build_tiny_target")
 
@@ -117,10 +123,10 @@ def encode(processor: LlavaProcessor, index: int) -> Example:
 
 
 def draw(rng: random.Random, cycle: Cycle) -> int:
-    """Index of a training record; in a cycle with redraws preferably one that counts something."""
+    """Index of a training record, preferably of the kinds that the cycle is for."""
     for _ in range(cycle.redraws):
         index = draw_index(rng, cycle.topics)
-        if any(fact.kind == "count" for fact in sample("train", index).facts):
+        if sample("train", index).facts[0].kind in cycle.preferred:
             return index
     return draw_index(rng, cycle.topics)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmspec import checkpoint
-from mmspec.loop import generate
+from mmspec.loop import all_complete, generate
 from mmspec.policy import RecordingPolicy
 from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
@@ -178,6 +178,7 @@ def _roll(session: Session, drafter: Any, chunk: Sequence[Turn]) -> dict[str, Te
         max_batch=recipe.policy.rollout_batch,
         on_output=lambda _: session.stopper.check(),
     )
+    all_complete(outputs)
     rounds = recorder.rounds()
     if not rounds:
         return {"accepted": torch.zeros(0, dtype=torch.long)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmspec.loop import generate
+from mmspec.loop import all_complete, generate
 from mmspec.policy import FixedPolicy
 from mmspec.recipe import Recipe, Source
 from mmspec.records import Quarantine, RecordError
@@ -82,6 +82,7 @@ def measure(
                 max_batch=BATCH,
                 on_output=lambda _: stopper.check(),
             )
+            all_complete(outputs)
     except Stopped:
         pass
     stopper.check_together()

@@ -231,6 +231,10 @@ class _Worker:
                     live.remove(index)
             for output in self._generate(requests):
                 index = int(output.id)
+                if output.error:
+                    yield index, output.error
+                    live.remove(index)
+                    continue
                 finished[index].append(output.finish_reason == "stop")
                 answers[index].append(self._text(output))
         for index in live:

@@ -1,0 +1,221 @@
+"""One-line use: a target, a trained head and a policy behind one object, from prompts to text.
+
+import mmspec
+model = mmspec.Speculator.from_pretrained("runs/viskip_tiny")
+answer = model.generate("How many stars are there?", images=["picture.png"])[0]
+print(answer.text, answer.mat)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmspec import checkpoint as checkpoints
+from mmspec.checkpoint import Checkpoint
+from mmspec.costs import load_or_measure
+from mmspec.drafters.null import NullDrafter
+from mmspec.loop import generate as decode
+from mmspec.metrics import mat
+from mmspec.policy import FixedPolicy, LearnedPolicy, SkipPolicy
+from mmspec.records import RecordError, open_image
+from mmspec.sampling import make_sampler
+from mmspec.targets import load_target
+from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request, Target
+
+POLICIES = ("auto", "viskip", "fixed", "plain")
+
+Messages = Sequence[Mapping[str, Any]]
+Picture = Image.Image | str | Path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one prompt.
+
+    Args:
+        text: decoded, without special tokens.
+        output: tokens, rounds and times as the loop returned them.
+    """
+
+    text: str
+    output: Output
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong with this prompt, if anything."""
+        return self.output.error
+
+    @property
+    def mat(self) -> float:
+        """Tokens per target pass after the prefill, bonus tokens and skipped steps included; NaN before the second."""
+        return mat([self.output])
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of the request's own clock, prefill included."""
+        return len(self.output.tokens) / self.output.latency_s if self.output.latency_s else 0.0
+
+
+class Speculator:
+    """Decodes with a draft head. Its text is that of plain decoding, whatever the head and the policy do.
+
+    Args:
+        target: frozen model.
+        drafter: what proposes.
+        policy: how much; the text does not depend on it.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, policy: Policy) -> None:
+        self.target, self.drafter, self.policy = target, drafter, policy
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ckpt: str | Path,
+        target: str | None = None,
+        policy: str = "auto",
+        dtype: str = "float32",
+        device: str = "auto",
+        max_batch: int = 1,
+    ) -> Speculator:
+        """Load a run folder of train/distill.py with the target it was made for.
+
+        Args:
+            ckpt: the run folder.
+            target: another name or place of the same target.
+            policy: "viskip" (the trained controller), "fixed" (its tree), "plain" (no drafting), or "auto": the
+                controller where there is one.
+            dtype, device: of target and head; "auto" is cuda where there is one.
+            max_batch: the largest batch to measure costs for, which the controller decides by.
+
+        Raises:
+            InputError: a checkpoint that is missing, damaged or made for another target; an unknown policy.
+        """
+        loaded = checkpoints.load(ckpt)
+        model = load_target(target or loaded.target.name, dtype, find_device(device))
+        loaded.check_target(model)
+        return cls(model, *drafter_and_policy(loaded, model, policy, max_batch))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Messages],
+        images: Sequence[Any] = (),
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        max_batch: int = 1,
+        on_emission: Callable[[Emission], None] | None = None,
+    ) -> list[Answer]:
+        """Answer any number of prompts.
+
+        Args:
+            prompts: a question, or several; each a text or a list of Hugging Face chat messages.
+            images: pictures or paths: of the one question, or for several one picture or a list of them each.
+            max_new_tokens: limit of each answer.
+            temperature, top_k, top_p, seed: 0 is greedy. Sampled text is a function of prompt, number and seed alone.
+            max_batch: prompts decoded together.
+            on_emission: told of tokens as they are decided; `emission.request.id` is the prompt's number.
+
+        Returns:
+            One answer for each prompt. One that cannot be read or decoded carries its error; the others are unharmed.
+        """
+        single = isinstance(prompts, str)
+        asked: Sequence[str | Messages] = [prompts] if isinstance(prompts, str) else prompts
+        shown: Sequence[Any] = [images] if single else images or [()] * len(asked)
+        if len(shown) != len(asked):
+            raise InputError(f"{len(asked)} prompts but images for {len(shown)}; give each prompt its own, or none")
+        requests: list[Request] = []
+        answers: dict[str, Output] = {}
+        for number, (prompt, pictures) in enumerate(zip(asked, shown)):
+            id = str(number)
+            try:
+                requests.append(self._request(id, prompt, pictures, max_new_tokens))
+            except (InputError, RecordError, OSError, ValueError) as error:
+                line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                answers[id] = Output(id, [], "error", 0.0, 0.0, [], error=line)
+        sampler = make_sampler(temperature, top_k, top_p, seed)
+        outputs = decode(self.target, requests, self.drafter, self.policy, sampler, max_batch, on_emission=on_emission)
+        answers |= {output.id: output for output in outputs}
+        return [Answer(self.target.decode(o.tokens).strip(), o) for o in (answers[str(n)] for n in range(len(asked)))]
+
+    def _request(self, id: str, prompt: str | Messages, pictures: Any, max_new_tokens: int) -> Request:
+        listed = list(pictures) if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
+        opened = [p.convert("RGB") if isinstance(p, Image.Image) else open_image(Path(p)) for p in listed]
+        messages = prompt
+        if isinstance(prompt, str):
+            content = [*({"type": "image"} for _ in opened), {"type": "text", "text": prompt}]
+            messages = [{"role": "user", "content": content}]
+        # Two prompts of one text get different noise, the same prompt at the same place the same.
+        key = zlib.crc32(f"{id}/{messages}".encode())
+        return Request(id, self.target.encode(messages, opened), max_new_tokens, key)  # type: ignore[arg-type]
+
+
+def generate(ckpt: str | Path, prompts: str | Sequence[str | Messages], images: Sequence[Any] = (), **how: Any) -> Any:
+    """`Speculator.from_pretrained(ckpt).generate(prompts, images, **how)`: convenient once, wasteful in a loop."""
+    batch = int(how.get("max_batch", 1))
+    return Speculator.from_pretrained(ckpt, max_batch=batch).generate(prompts, images, **how)
+
+
+def drafter_and_policy(
+    checkpoint: Checkpoint, target: Target, policy: str, max_batch: int = 1, head_drafter: Any | None = None
+) -> tuple[Drafter, Policy]:
+    """What a checkpoint decodes with.
+
+    Args:
+        checkpoint: was checked against the target; costs measured on this machine are kept in its folder.
+        target: what the head drafts for.
+        policy: see `Speculator.from_pretrained`.
+        max_batch: part of what the cost table is measured for.
+        head_drafter: the head's drafter, where it was made before.
+
+    Raises:
+        InputError: an unknown policy, or "viskip" without a trained controller.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"unknown policy {policy!r}; use one of {', '.join(POLICIES)}")
+    if policy == "plain":
+        return NullDrafter(), SkipPolicy()
+    tree = checkpoint.tree
+    drafter: Any = head_drafter or make_drafter(checkpoint, target)
+    controller: Any = checkpoint.controller()
+    if policy == "fixed" or (policy == "auto" and controller is None):
+        return drafter, FixedPolicy(tree.depth, tree.budget)
+    if controller is None:
+        raise InputError(f"checkpoint {checkpoint.folder} has no controller; use --policy fixed, or train one")
+    costs = load_or_measure(checkpoint.folder / "costs", target, drafter, max_batch, tree.depth, tree.budget)
+    return drafter, LearnedPolicy(controller.to(target.device), costs, target.embed, tree.depth, tree.budget)
+
+
+def find_device(name: str) -> str:
+    """The device to run on: "auto" is cuda where there is one.
+
+    Raises:
+        InputError: this machine does not have it.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name} is not on this machine, which has {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not supported; use cpu, cuda or cuda:N")
+    return name
+
+
+def make_drafter(checkpoint: Checkpoint, target: Target) -> Any:
+    """The head's drafter, with weights in the target's dtype."""
+    head: Any = checkpoint.head(target.dtype).to(target.device)
+    return head.drafter(target, checkpoint.tree.width)

@@ -1,0 +1,90 @@
+"""Prompt lookup: the index against a scan, and what is drafted from real streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmspec.drafters.pld import Config, NGramIndex, PromptLookupDrafter
+from mmspec.loop import generate
+from mmspec.policy import FixedPolicy
+from mmspec.sampling import GreedySampler
+from mmspec.types import Plan, Request
+from tests.tiny import llava, prompt
+
+
+def by_scan(stream: list[int], config: Config, length: int) -> list[int]:
+    """What the index should find, by looking at every earlier position."""
+    for n in range(min(config.max_ngram, len(stream)), config.min_ngram - 1, -1):
+        context = stream[-n:]
+        ends = [i + n for i in range(len(stream) - n) if stream[i : i + n] == context and min(context) >= 0]
+        if ends:
+            start = ends[-1] if config.prefer == "recent" else ends[0]
+            copied = stream[start : start + length]
+            return copied[: copied.index(-1)] if -1 in copied else copied
+    return []
+
+
+@given(
+    st.lists(st.lists(st.integers(-1, 4), max_size=6), max_size=12),
+    st.sampled_from(["recent", "first"]),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 6),
+)
+def test_the_index_finds_what_a_scan_finds(pieces, prefer, min_ngram, more, length):
+    config = Config(min_ngram + more, min_ngram, 10, prefer)
+    index, stream = NGramIndex(config), []
+    for piece in pieces:
+        index.extend(piece)
+        stream += piece
+        assert index.draft(length) == by_scan(stream, config, length)
+
+
+def test_placeholders_are_neither_matched_nor_drafted():
+    target = llava()
+    one = prompt(target, 1, 5, images=1)
+    drafter = PromptLookupDrafter(Config(1, 1, 4))
+    drafter.open(1, 64)
+    text = [int(t) for t, v in zip(one.input_ids, one.visual) if not v]
+    drafter.admit(0, one, None, torch.tensor(text[0]))
+    drafted = drafter.propose(torch.tensor([text[0]]), Plan(4, (4,))).tokens[0, 1:].tolist()
+    assert target.image_token_id not in drafted
+    drafter.admit(0, one, None, torch.tensor(target.image_token_id))
+    drafter.rows[0].stream[-1] = -1
+    assert drafter.propose(torch.tensor([target.image_token_id]), Plan(4, (4,))).tokens.shape == (1, 1)
+
+
+def test_rows_with_and_without_a_match_share_a_batch():
+    drafter = PromptLookupDrafter(Config(2, 1, 3))
+    drafter.open(3, 64)
+    for row, stream in enumerate(([5, 6, 7, 8, 5], [1, 2, 3], [9, 4, 9])):
+        drafter.rows[row] = NGramIndex(drafter.config)
+        drafter.rows[row].extend(stream)
+    tree = drafter.propose(torch.tensor([5, 3, 9]), Plan(3, (3, 3, 3)))
+    assert tree.tokens.tolist() == [[5, 6, 7, 8], [3, 0, 0, 0], [9, 4, 9, 0]]
+    assert tree.parents.tolist() == [[-1, 0, 1, 2], [-1, -1, -1, -1], [-1, 0, 1, -1]]
+    assert drafter.propose(torch.tensor([5, 3, 9]), Plan(3, (1, 3, 0))).tokens.tolist() == [[5, 6], [3, 0], [9, 0]]
+
+
+def test_a_prompt_that_repeats_itself_is_drafted_from():
+    target = llava()
+    requests = [Request("r", prompt(target, 2, 6, images=1), 40)]
+    output = generate(target, requests, PromptLookupDrafter(), FixedPolicy(10, 10), GreedySampler())[0]
+    assert {nodes for _, nodes, _, _ in output.rounds} - {0}, "nothing was ever drafted"
+    assert all(accepted <= nodes for _, nodes, accepted, _ in output.rounds)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_ngram": 1, "min_ngram": 2}, "got 2 and 1"),
+        ({"num_pred": 0}, "got 0"),
+        ({"prefer": "last"}, "'last'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Config(**settings)
