@@ -14,7 +14,7 @@ from mmspec.synth.questions import Turn
 from mmspec.synth.render import render
 from mmspec.synth.scene import N_BUCKETS, Scene, draw
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 2
 """Part of every seed and of the cache's key: raise it whenever any sample changes."""
 
 SPLITS: dict[str, int] = {"train": 1_000_000, "val": 200, "test": 600, "testmini": 60}

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmspec.synth.lexicon import COLOURS, NUMBERS, ROWS, article, counted, plural
+from mmspec.synth.lexicon import COLOURS, NUMBERS, ROWS, article, counted, listed, plural
 from mmspec.synth.scene import Scene
 from mmspec.synth.wording import Wording
 
@@ -148,11 +148,8 @@ def count_items(scene: Scene, rng: random.Random, w: Wording) -> Turn | None:
     options += [(plural(s), s) for s in dict.fromkeys(i.shape for i in scene.items)]
     options += [(f"{c} shapes", c) for c in dict.fromkeys(i.colour for i in scene.items)]
     noun, key = rng.choice(options)
-    if not key:
-        number, noun, one = len(scene.items), "shapes", "shape"
-    else:
-        number = sum(key in (i.shape, i.colour) for i in scene.items)
-        one = f"{key} shape" if key in COLOURS else key
+    found = [i for i in scene.items if not key or key in (i.shape, i.colour)]
+    one = "shape" if not key else f"{key} shape" if key in COLOURS else key
     question = w.ask(
         (
             "How many {noun} are there[?| in the image?]",
@@ -162,12 +159,22 @@ def count_items(scene: Scene, rng: random.Random, w: Wording) -> Turn | None:
         ),
         noun=noun,
     )
-    answer = w.say(
-        "[There {be} {counted} in the [picture|image].|I [count|can count|can see] {counted}[.| here.]"
-        "|The [picture|image] [shows|contains] {counted}.]",
-        be="is" if number == 1 else "are",
-        counted=counted(number, one),
-    )
+    number = len(found)
+    if key:
+        # Named before they are counted: a small target looks one up after another, but cannot add up at a glance.
+        answer = w.say(
+            "[I look for|We look for|Let us look for] {noun}: {places}. [That makes|I count|Together this makes] "
+            "{counted}[.| in total.]",
+            noun=noun,
+            places=listed([f"in the {i.position}" for i in found]),
+            counted=counted(number, one),
+        )
+    else:
+        answer = w.say(
+            "[There are {counted} in the [picture|image].|I [count|can count|can see] {counted}[.| here.]"
+            "|The [picture|image] [shows|contains] {counted}.]",
+            counted=counted(number, one),
+        )
     return Turn(question, answer, (("count", NUMBERS[number]),))
 
 
