@@ -17,15 +17,15 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
+    LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mmspec.targets._adapters import ATTENTION
 from mmspec.targets._load import family_of

@@ -381,14 +381,14 @@ def test_video_and_missing_images_are_refused(family):
 
 @pytest.mark.parametrize(
     ("family", "template"),
-    [*[(f, "chat_template.jinja") for f in FAMILIES], *[(f, "chat_template.json") for f in MROPE]],
+    [*[(f, "jinja") for f in FAMILIES], *[(f, "json") for f in MROPE]],
 )
 def test_a_saved_folder_is_the_same_target(family, template, tmp_path):
     target = build(family, tie=True)
     save(target, tmp_path)
-    if template.endswith("json"):
+    if template == "json":
         (tmp_path / "chat_template.jinja").unlink()
-        (tmp_path / template).write_text(json.dumps({"chat_template": target.processor.chat_template}))
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": target.processor.chat_template}))
     loaded = load_target(str(tmp_path), "float64")
     assert type(loaded) is family_of(family)
     assert loaded.fingerprint == target.fingerprint
@@ -402,14 +402,50 @@ def test_a_saved_folder_is_the_same_target(family, template, tmp_path):
     assert [o.tokens for o in plain(loaded, again, batch=2)] == [o.tokens for o in plain(target, wanted, batch=2)]
 
 
+def edit(path, change):
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_folder_in_the_layout_of_public_checkpoints_is_read(family, tmp_path):
+    """Text settings at the top of config.json, pixel limits by their old names, a tokenizer template without images."""
+    target = build(family, tie=True)
+    save(target, tmp_path)
+
+    def flat(config):
+        text, vision = config.pop("text_config"), config["vision_config"]
+        rope = text.pop("rope_parameters")
+        for key in ("model_type", "dtype", "layer_types"):
+            text.pop(key, None)
+        vision.pop("model_type")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        return text | config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+    def limits(settings):
+        size = settings.pop("size")
+        old = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+        return settings | old | {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+
+    edit(tmp_path / "config.json", flat)
+    edit(tmp_path / "preprocessor_config.json", limits)
+    edit(tmp_path / "tokenizer_config.json", lambda c: c | {"chat_template": "text only"})
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": target.processor.chat_template}))
+    loaded = load_target(str(tmp_path), "float64")
+    assert loaded.fingerprint == target.fingerprint
+    one, other = prompt(target, 1, "two"), prompt(loaded, 1, "two")
+    assert torch.equal(one.input_ids, other.input_ids)
+    logits = [t.prefill(t.open(1, 96), 0, p).logits for t, p in ((target, one), (loaded, other))]
+    assert (logits[0] - logits[1]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("family", MROPE)
 def test_the_composed_processor_is_the_auto_processor(family, tmp_path):
     pytest.importorskip("torchvision")
     target = build(family)
     save(target, tmp_path)
     kind = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}[family]
-    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"processor_class": kind}))
+    edit(tmp_path / "preprocessor_config.json", lambda c: c | {"processor_class": kind})
     ours, theirs = load_target(str(tmp_path), "float64").processor, AutoProcessor.from_pretrained(tmp_path)
     for seed, layout in enumerate(LAYOUTS):
         messages, images = question(seed, layout)
