@@ -31,10 +31,11 @@ from mmspec.targets._adapters import ATTENTION
 from mmspec.targets._load import family_of
 from mmspec.targets._processor import ComposedProcessor
 from mmspec.targets.base import HFTarget
-from mmspec.types import Prompt
+from mmspec.types import Prompt, Request
 from tests import tiny
 
-FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava", "llava_next", *MROPE)
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
     "one_kv_head": {"n_kv_heads": 1},
@@ -212,6 +213,13 @@ def question(seed: int, layout: str = "first", n_words: int = 5) -> tuple[list[d
 
 def prompt(target: HFTarget, seed: int, layout: str = "first", n_words: int = 5) -> Prompt:
     return target.encode(*question(seed, layout, n_words))
+
+
+def requests(target: HFTarget, n: int, new: int) -> list[Request]:
+    """Every layout in turn, ragged in words, images and tokens wanted."""
+    layouts = list(LAYOUTS)
+    prompts = [prompt(target, i, layouts[i % len(layouts)], 3 + i % 4) for i in range(n)]
+    return [Request(f"r{i}", p, new - i % 4, key=17 * i) for i, p in enumerate(prompts)]
 
 
 def dialogue(target: HFTarget, seed: int, layout: str) -> tuple[Prompt, torch.Tensor]:
