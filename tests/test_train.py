@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmspec.heads import eagle
 from mmspec.recipe import Optim, Source, load
@@ -19,6 +20,7 @@ from tests import tiny
 from tests.training import record, save_data, save_recipe
 from train import controller, distill, regenerate
 from train.corpus import Order, check_sources, deal, read
+from train.estimate import target_facts
 from train.fit import engine_settings, learning_rate
 from train.measure import marked
 from train.session import Session, State, begin
@@ -81,6 +83,26 @@ def test_dry_run_of_the_real_target_knows_its_size(capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "7.06 B parameters, frozen" in said  # as its model card says
     assert distill.main([str(ROOT / "recipes" / "viskip_llava7b.yaml"), "--dry-run", "target.name=x/y"]) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"]
+)
+def test_estimated_parameters_are_those_of_the_model(name: str):
+    """Within half a percent of the real class, built without memory from the table's shapes."""
+    facts = json.loads((ROOT / "mmspec" / "assets" / "shapes.json").read_text())[name]
+    kind = name.split("/")[1].split("-VL")[0].lower().replace(".", "_") + "_vl"
+    text, vision = facts["text"], dict(facts["vision"])
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text["mrope_section"]}
+    if kind == "qwen2_vl":
+        vision["hidden_size"] = text["hidden_size"]
+    tied = facts["tie_word_embeddings"]
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    model.tie_weights()
+    n_real = sum(p.numel() for p in model.parameters())
+    assert target_facts(name).n_parameters == pytest.approx(n_real, rel=5e-3)
 
 
 # ---- data ----

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from mmspec import checkpoint
-from tests import tiny
+from tests import families, tiny
 from tests.training import (
     TIMEOUT_S,
     distill,
@@ -200,3 +200,20 @@ def test_wrong_input_through_the_launcher_is_one_line_and_code_2(base: Path):
     assert said.count("distill: error: ") == 1
     assert "no usable record among the 1" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in families.FAMILIES if f != "llava"])
+def test_all_phases_run_on_every_target_family(family: str, tmp_path: Path):
+    """Answers, head, rollout and controller of multi-turn records; nothing is quarantined, and what comes out loads."""
+    target = families.build(family)
+    (tmp_path / "target").mkdir()
+    families.save(target, tmp_path / "target")
+    data = save_data(tmp_path, [record(number, turns=1 + number % 2) for number in range(8)])
+    recipe = save_recipe(tmp_path / "r.yaml", tmp_path / "target", data, tmp_path / "out")
+    done = distill(0, recipe, "policy.kind=learned", "run.name=all")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 of 8 records used" in done.stdout
+    assert list(losses(tmp_path / "out" / "all")) == [1, 2, 3, 4]
+    loaded = checkpoint.load(str(tmp_path / "out" / "all"))
+    assert loaded.target.fingerprint == target.fingerprint

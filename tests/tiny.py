@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmspec.targets.base import ATTENTION
+from mmspec.targets._adapters import ATTENTION
 from mmspec.targets.llava import Target
 from mmspec.types import Prompt
 

@@ -154,16 +154,22 @@ def _text_parameters(shape: TargetShape, tied: bool) -> int:
 
 
 def _vision_parameters(vision: dict[str, Any], text_width: int) -> int:
-    """Tower and projector; good to a few percent of themselves, which is little of the whole."""
+    """Tower with projector or patch mergers; good to a few percent of themselves, which is little of the whole."""
     width = int(vision.get("embed_dim") or vision.get("hidden_size") or 0)
     if not width:
         return 0
     layers = int(vision.get("num_hidden_layers") or vision.get("depth") or 0)
     inner = int(vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4))
-    merged = width * int(vision.get("spatial_merge_size", 1)) ** 2
-    patches = (int(vision.get("image_size", 0)) // max(int(vision.get("patch_size", 14)), 1)) ** 2
-    tower = layers * (4 * width * width + 2 * width * inner + 9 * width + inner)
-    return tower + (patches + 3 * int(vision.get("patch_size", 14)) ** 2) * width + (merged + text_width) * text_width
+    patch, frames = int(vision.get("patch_size", 14)), int(vision.get("temporal_patch_size", 1))
+    positions = (int(vision.get("image_size", 0)) // max(patch, 1)) ** 2
+    # Towers with windowed attention have gated MLPs.
+    matrices = 3 if "window_size" in vision else 2
+    tower = layers * (4 * width * width + matrices * width * inner + 9 * width + inner)
+    projector = (width + text_width) * text_width
+    if merge := int(vision.get("spatial_merge_size", 0)):
+        merged = width * merge**2
+        projector = merged * (merged + text_width) * (1 + len(vision.get("deepstack_visual_indexes", ())))
+    return tower + (positions + 3 * frames * patch**2) * width + projector
 
 
 def _yaml(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from mmspec.targets.base import HFTarget, load_target
+from mmspec.targets._load import load_target
+from mmspec.targets.base import HFTarget
 
 __all__ = ["HFTarget", "load_target"]

@@ -1,116 +1,25 @@
 """A frozen Hugging Face vision-language model as a decoding target, unmodified.
 
 What the model is given instead of patches: explicit positions, an additive 4-D mask for the tree, a cache whose
-layers write into ragged buffers (`mmspec.cache`), and an attention function of our own, registered by name, that
-leaves grouped heads uncopied and can measure how much a query looks at the image without eager attention.
+layers write into ragged buffers (`mmspec.cache`), and an attention function of our own (both in `_adapters.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
-from transformers.utils import logging as hf_logging
+from transformers import AutoProcessor, GenerationConfig
+from transformers.cache_utils import Cache
 
-from mmspec.assets import resolve
 from mmspec.cache import RaggedKV
+from mmspec.targets._adapters import MassRecorder, RaggedLayer
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
-
-ATTENTION = "mmspec"
-_MASS_CHUNK = 128
-
-
-class MassRecorder:
-    """Collects visual attention mass during a teacher pass: per wanted layer, [B, T] fp32, the mean over heads."""
-
-    def __init__(self, layers: Sequence[int], visual: Tensor) -> None:
-        self.visual = visual
-        self.mass: dict[int, Tensor] = dict.fromkeys(layers, visual.new_zeros(visual.shape, dtype=torch.float32))
-
-    def record(self, layer: int, q: Tensor, k: Tensor, scaling: float) -> None:
-        """Softmax row by row in chunks, so that no [H, T, T] tensor exists. q [B,Hq,T,Dh], k [B,Hkv,T,Dh]."""
-        if layer not in self.mass:
-            return
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else k
-        T, columns = q.shape[2], torch.arange(k.shape[2], device=q.device)
-        parts = []
-        for start in range(0, T, _MASS_CHUNK):
-            rows = torch.arange(start, min(start + _MASS_CHUNK, T), device=q.device)
-            scores = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scaling
-            weights = scores.masked_fill(columns > rows[:, None], float("-inf")).softmax(-1)
-            parts.append((weights.mean(1) * self.visual.unsqueeze(1)).sum(-1))
-        self.mass[layer] = torch.cat(parts, 1)
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature on torch's sdpa; without a mask it is causal from an empty cache."""
-    recorder: MassRecorder | None = module.__dict__.get("mmspec_recorder")
-    if recorder is not None:
-        recorder.record(int(module.layer_idx), query, key, scaling or query.shape[-1] ** -0.5)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        is_causal=attention_mask is None and query.shape[2] > 1,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Without an explicit 4-D mask the attention above is causal by itself."""
-    return None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
-
-
-class _RaggedLayer(CacheLayerMixin):
-    """One layer of `RaggedKV` behind the interface that transformers expects of a cache layer."""
-
-    is_sliding = False
-
-    def __init__(self, kv: RaggedKV, layer: int) -> None:
-        super().__init__()
-        self.kv, self.layer, self.is_initialized = kv, layer, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers exist."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self.kv.write(self.layer, key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.kv.offset + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.kv.offset
-
-    def get_max_length(self) -> int:
-        return self.kv.capacity
 
 
 @dataclass
@@ -148,7 +57,7 @@ class HFTarget:
         text = model.config.get_text_config()
         self.shape = text_shape(text)
         self.image_token_id = int(model.config.image_token_id)
-        self.max_length = int(text.max_position_embeddings)
+        self.max_length = context_limit(text)
         self.stop_ids = _stop_ids(model.generation_config, processor.tokenizer)
         self.device = self.lm_head.weight.device
         self.dtype = self.lm_head.weight.dtype
@@ -156,9 +65,26 @@ class HFTarget:
 
     # ---- what a family overrides ----
 
+    @classmethod
+    def load_processor(cls, path: str) -> Any:
+        """The processor of a folder or Hub id: tokenizer, image processor and chat template behind one call."""
+        return AutoProcessor.from_pretrained(path)
+
     def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """Projected features of all images of one prompt, [n_visual, D], in order of their placeholders."""
+        """Projected features of all images of one prompt, [n_visual, D], in order of their placeholders.
+
+        Columns beyond D, where a family has them, go to `deep_inputs`.
+        """
         raise NotImplementedError
+
+    def deep_inputs(self, visual: Tensor, features: Tensor) -> dict[str, Any]:
+        """What the text model takes of images besides its input embeddings.
+
+        Args:
+            visual: [B, T] bool.
+            features: [n_visual, W - D], columns beyond D of all rows' `image_features`.
+        """
+        return {}
 
     def prompt_positions(self, prompt: Prompt) -> tuple[Tensor, int]:
         """Position ids of a prompt and its rope delta (next position = length + delta)."""
@@ -213,6 +139,12 @@ class HFTarget:
         return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
+        for message in messages:
+            parts = [] if isinstance(message["content"], str) else message["content"]
+            for kind in {part["type"] for part in parts} - {"image", "text"}:
+                raise InputError(
+                    f"a message with '{kind}' content cannot be encoded; targets take images and text only"
+                )
         return str(self.processor.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False))
 
     def _encode(self, text: str, images: Sequence[Any]) -> Prompt:
@@ -235,20 +167,20 @@ class HFTarget:
         text = self.model.config.get_text_config()
         s = self.shape
         kv = RaggedKV(s.n_layers, max_batch, s.n_kv_heads, max_tokens, s.head_dim, self.dtype, self.device)
-        cache = Cache(layers=[_RaggedLayer(kv, i) for i in range(text.num_hidden_layers)])
+        cache = Cache(layers=[RaggedLayer(kv, i) for i in range(text.num_hidden_layers)])
         return HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device))
 
     def prefill(self, state: HFState, row: int, prompt: Prompt, taps: Sequence[int] = ()) -> Forward:
         """Run a prompt into one row; logits of the last position only."""
         ids = prompt.input_ids.to(self.device).unsqueeze(0)
-        embeds = self.merge(ids, prompt.visual.to(self.device).unsqueeze(0), [prompt.pixels])
+        visual = prompt.visual.to(self.device).unsqueeze(0)
+        embeds, deep = self.merge(ids, visual, [prompt.pixels])
         positions, delta = self.prompt_positions(prompt)
         state.kv.begin_prefill(row)
         state.rope_delta[row] = delta
         with self._tapped(taps) as hidden:
-            last = self._text(embeds, positions, None, state.cache)
+            last = self._text(embeds, positions, None, state.cache, **deep)
         state.kv.set_length(row, len(prompt))
-        visual = prompt.visual.to(self.device).unsqueeze(0)
         return Forward(self.unembed(last[:, -1:]), last, hidden, embeds, visual)
 
     def forward(self, state: HFState, trees: Tree, taps: Sequence[int] = ()) -> Forward:
@@ -280,13 +212,14 @@ class HFTarget:
             mask[..., kv.offset :].masked_fill_(~trees.ancestors.unsqueeze(1), float("-inf"))
         return mask
 
-    def _text(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def _text(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None, **deep: Any) -> Tensor:
         out = self.text_model(
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            **deep,
         )
         return out.last_hidden_state
 
@@ -298,17 +231,21 @@ class HFTarget:
     def unembed(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden.to(self.dtype))
 
-    def merge(self, ids: Tensor, visual: Tensor, pixels: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Input embeddings [B, T, D] with image features at the placeholders."""
+    def merge(
+        self, ids: Tensor, visual: Tensor, pixels: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Input embeddings [B, T, D] with image features at the placeholders, and the family's `deep_inputs`."""
         # The placeholder's own id may lie beyond a smaller embedding table; what stands there is overwritten anyway.
         embeds = self.embed(ids.masked_fill(visual, 0))
         features = [self.image_features(p) for p in pixels if p]
-        if features:
-            stacked = torch.cat(features).to(embeds.dtype)
-            if stacked.shape[0] != int(visual.sum()):
-                raise ValueError(f"{int(visual.sum())} image placeholders but {stacked.shape[0]} image features")
-            embeds = embeds.masked_scatter(visual.unsqueeze(-1), stacked)
-        return embeds
+        if not features:
+            return embeds, {}
+        stacked = torch.cat(features).to(embeds.dtype)
+        if stacked.shape[0] != int(visual.sum()):
+            raise ValueError(f"{int(visual.sum())} image placeholders but {stacked.shape[0]} image features")
+        D = embeds.shape[-1]
+        merged = embeds.masked_scatter(visual.unsqueeze(-1), stacked[:, :D])
+        return merged, self.deep_inputs(visual, stacked[:, D:])
 
     # ---- training ----
 
@@ -335,10 +272,10 @@ class HFTarget:
             ids[row, :n], answer[row, :n] = prompt.input_ids, marks
             valid[row, :n], visual[row, :n] = True, prompt.visual
         ids, answer, valid, visual = (x.to(self.device) for x in (ids, answer, valid, visual))
-        embeds = self.merge(ids, visual, [p.pixels for p in prompts])
+        embeds, deep = self.merge(ids, visual, [p.pixels for p in prompts])
         recorder = MassRecorder(mass_layers, visual) if mass_layers else None
         with self._tapped(taps) as hidden, self._recording(recorder):
-            last = self._text(embeds, self.batch_positions(prompts, T), None, None)
+            last = self._text(embeds, self.batch_positions(prompts, T), None, None, **deep)
         mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
         return Features(ids, valid, answer, visual, last, embeds, hidden, mass)
 
@@ -409,6 +346,22 @@ def _stop_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[
     return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
 
 
+def context_limit(text: Any) -> int:
+    """Tokens a text model can hold while all its layers see all of them.
+
+    Our attention knows no sliding window, which makes no difference until one is full.
+
+    Raises:
+        InputError: layers that are not attention, or attend to something else than the past.
+    """
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise InputError(f"a text model with layers of '{strange[0]}' cannot be a target; trees need full attention")
+    window = getattr(text, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+    limit = int(text.max_position_embeddings)
+    return min(limit, int(window)) if window else limit
+
+
 def text_shape(text: Any) -> TargetShape:
     """The shape of a text model from its transformers config."""
     rope = getattr(text, "rope_parameters", None) or {}
@@ -423,61 +376,3 @@ def text_shape(text: Any) -> TargetShape:
         rms_eps=float(text.rms_norm_eps),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
     )
-
-
-def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTarget:
-    """Load a target by name.
-
-    Args:
-        name: `tiny_llava` (embedded), a folder, or a Hub id.
-        dtype: float32, float64, bfloat16 or float16.
-        device: torch device.
-
-    Raises:
-        InputError: unknown dtype, unsupported family, or files that cannot be found.
-    """
-    kinds = {"float32", "float64", "bfloat16", "float16"}
-    if dtype not in kinds:
-        raise InputError(f"dtype '{dtype}' is not one of {', '.join(sorted(kinds))}")
-    path = resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        family = family_of(config.model_type)
-        with _quiet():
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
-            )
-            processor = AutoProcessor.from_pretrained(path)
-    except OSError as error:
-        first = str(error).splitlines()[0]
-        raise InputError(
-            f"target '{name}' cannot be loaded: {first} (give a folder, a Hub id, or tiny_llava)"
-        ) from None
-    return family(model.to(device), processor, name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bars and no hints about optional packages: they would stand between the user and our own lines."""
-    before = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def family_of(model_type: str) -> type[HFTarget]:
-    """The class in `mmspec/targets/<model_type>.py`."""
-    here = Path(__file__).parent
-    known = sorted(p.stem for p in here.glob("*.py") if p.stem not in ("__init__", "base"))
-    if model_type not in known:
-        raise InputError(f"target family '{model_type}' is not supported; known: {', '.join(known)}")
-    family: type[HFTarget] = importlib.import_module(f"mmspec.targets.{model_type}").Target
-    return family

@@ -5,8 +5,6 @@ fp64, no exception. Targets are random; drafters are an oracle, an adversary, ra
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
@@ -16,8 +14,9 @@ from mmspec.loop import generate
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler, KeyedSampler
 from mmspec.tree import from_parents, root_only
-from mmspec.types import Plan, Request
-from tests.tiny import VOCAB, llava, prompt
+from mmspec.types import Request
+from tests.drafters import Erratic, drafters, known_answers
+from tests.tiny import llava, prompt
 
 SAMPLERS = {"greedy": GreedySampler(), "sampled": KeyedSampler(0.8, top_p=0.9, seed=3)}
 SHAPES = {"grouped": {}, "one_kv_head": {"n_kv_heads": 1}, "tied_wide_heads": {"tie": True, "head_dim": 12}}
@@ -28,77 +27,6 @@ def requests(target, n=9, new=24):
     return [Request(f"r{i}", prompt(target, i, 3 + i % 5, images=i % 3), new - i % 4, key=17 * i) for i in range(n)]
 
 
-class Scripted:
-    """Drafts from known continuations: `twist` turns the true next token into what is proposed."""
-
-    taps = ()
-
-    def __init__(self, truth, twist, width=1):
-        self.truth, self.twist, self.width = truth, twist, width
-
-    def open(self, max_batch, max_tokens):
-        self.row = [None] * max_batch
-
-    def admit(self, row, prompt, forward, root):
-        self.row[row] = [tuple(prompt.input_ids.tolist()), 0]
-
-    def evict(self, row):
-        self.row[row] = None
-
-    def observe(self, round):
-        for row, path in enumerate(round.paths):
-            if self.row[row]:
-                self.row[row][1] += len(path)
-
-    def propose(self, roots, plan):
-        tokens, parents = roots[:, None].tolist(), [[-1] for _ in roots]
-        for b, state in enumerate(self.row):
-            spine = 0
-            for depth in range(plan.depth):
-                true = 3
-                if state:
-                    answer = self.truth[state[0]]
-                    true = answer[min(state[1] + depth + 1, len(answer) - 1)]
-                siblings = [self.twist(true, depth)] + [(true + 5 + j) % VOCAB for j in range(self.width - 1)]
-                first = len(tokens[b])
-                for token in dict.fromkeys(siblings):
-                    tokens[b].append(token)
-                    parents[b].append(spine)
-                spine = first
-            limit = plan.budget[b] + 1
-            parents[b] = [p if i < limit else -1 for i, p in enumerate(parents[b])]
-        width = max(map(len, tokens))
-        for b in range(len(tokens)):
-            parents[b] += [-1] * (width - len(tokens[b]))
-            tokens[b] += [0] * (width - len(tokens[b]))
-        return from_parents(torch.tensor(tokens), torch.tensor(parents), max(plan.depth, 1))
-
-
-class Erratic(FixedPolicy):
-    """Skips rounds and rows at random: a skip must never change a token."""
-
-    def open(self, max_batch, device):
-        self.rng = random.Random(0)
-
-    def plan(self, sensed, remaining):
-        full = super().plan(sensed, remaining)
-        if self.rng.random() < 0.4 or not full.depth:
-            return Plan(0, (0,) * len(remaining))
-        return Plan(self.rng.randint(1, full.depth), tuple(self.rng.choice([0, 2, b]) if b else 0 for b in full.budget))
-
-
-def drafters(target, truth):
-    torch.manual_seed(1)
-    return {
-        "null": NullDrafter(),
-        "oracle": Scripted(truth, lambda true, depth: true),
-        "adversary": Scripted(truth, lambda true, depth: (true + 1) % VOCAB),
-        "half_right_tree": Scripted(truth, lambda true, depth: true if depth < 2 else (true + 1) % VOCAB, width=3),
-        "head": Head(Config().resolve(target.shape)).double().drafter(target, 3),
-        "head_chain": Head(Config().resolve(target.shape)).double().drafter(target, 1),
-    }
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_drafter_and_policy_gives_the_tokens_of_plain_decoding(shape, sampler):
@@ -106,7 +34,7 @@ def test_every_drafter_and_policy_gives_the_tokens_of_plain_decoding(shape, samp
     wanted = requests(target)
     draw = SAMPLERS[sampler]
     plain = generate(target, wanted, NullDrafter(), SkipPolicy(), draw)
-    truth = {tuple(r.prompt.input_ids.tolist()): o.tokens for r, o in zip(wanted, plain)}
+    truth = known_answers(wanted, plain)
     for name, drafter in drafters(target, truth).items():
         for policy in (FixedPolicy(4, 9), Erratic(4, 9)):
             for batch in (1, 4):
@@ -133,7 +61,7 @@ def test_oracle_accepts_everything_and_adversary_nothing():
     target = llava()
     wanted = requests(target, new=21)
     plain = generate(target, wanted, NullDrafter(), SkipPolicy(), GreedySampler())
-    truth = {tuple(r.prompt.input_ids.tolist()): o.tokens for r, o in zip(wanted, plain)}
+    truth = known_answers(wanted, plain)
     known = drafters(target, truth)
     for output in generate(target, wanted, known["oracle"], FixedPolicy(4, 4), GreedySampler(), max_batch=3):
         assert all(accepted == nodes for _, nodes, accepted, _ in output.rounds[:-1])

@@ -1,0 +1,76 @@
+"""Loading a target by name: its family follows from `model_type`, its processor from the family."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging as hf_logging
+
+from mmspec.assets import resolve
+from mmspec.targets._adapters import ATTENTION
+from mmspec.targets.base import HFTarget
+from mmspec.types import InputError
+
+
+def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTarget:
+    """Load a target by name.
+
+    Args:
+        name: `tiny_llava` (embedded), a folder, or a Hub id.
+        dtype: float32, float64, bfloat16 or float16.
+        device: torch device.
+
+    Raises:
+        InputError: unknown dtype, unsupported family, or files that cannot be found.
+    """
+    kinds = {"float32", "float64", "bfloat16", "float16"}
+    if dtype not in kinds:
+        raise InputError(f"dtype '{dtype}' is not one of {', '.join(sorted(kinds))}")
+    path = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        family = family_of(config.model_type)
+        with _quiet():
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+            )
+            processor = family.load_processor(path)
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(
+            f"target '{name}' cannot be loaded: {first} (give a folder, a Hub id, or tiny_llava)"
+        ) from None
+    return family(model.to(device), processor, name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and no hints about optional packages: they would stand between the user and our own lines."""
+    before = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def family_of(model_type: str) -> type[HFTarget]:
+    """The class in `mmspec/targets/<model_type>.py`."""
+    here = Path(__file__).parent
+    known = sorted(p.stem for p in here.glob("[a-z]*.py") if p.stem != "base")
+    if model_type not in known:
+        raise InputError(f"target family '{model_type}' is not supported; known: {', '.join(known)}")
+    family: type[HFTarget] = importlib.import_module(f"mmspec.targets.{model_type}").Target
+    return family

@@ -1,0 +1,140 @@
+"""Drafters and policies for contracts: one that knows the answer, one that is always wrong, random trees, heads."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from mmspec.drafters.null import NullDrafter
+from mmspec.heads.eagle import Config, Head
+from mmspec.policy import FixedPolicy
+from mmspec.tree import from_parents
+from mmspec.types import Plan
+
+
+class Scripted:
+    """Drafts from known continuations: `twist` turns the true next token into what is proposed.
+
+    Args:
+        truth: {prompt ids as a tuple: the tokens plain decoding gives}.
+        twist: (true token, draft level) -> proposed token.
+        vocab: siblings of the proposed token are drawn below it.
+        width: siblings per level.
+    """
+
+    taps = ()
+
+    def __init__(self, truth, twist, vocab, width=1):
+        self.truth, self.twist, self.vocab, self.width = truth, twist, vocab, width
+
+    def open(self, max_batch, max_tokens):
+        self.row = [None] * max_batch
+
+    def admit(self, row, prompt, forward, root):
+        self.row[row] = [tuple(prompt.input_ids.tolist()), 0]
+
+    def evict(self, row):
+        self.row[row] = None
+
+    def observe(self, round):
+        for row, path in enumerate(round.paths):
+            if self.row[row]:
+                self.row[row][1] += len(path)
+
+    def propose(self, roots, plan):
+        tokens, parents = roots[:, None].tolist(), [[-1] for _ in roots]
+        for b, state in enumerate(self.row):
+            spine = 0
+            for depth in range(plan.depth):
+                true = 3
+                if state:
+                    answer = self.truth[state[0]]
+                    true = answer[min(state[1] + depth + 1, len(answer) - 1)]
+                siblings = [self.twist(true, depth)] + [(true + 5 + j) % self.vocab for j in range(self.width - 1)]
+                first = len(tokens[b])
+                for token in dict.fromkeys(siblings):
+                    tokens[b].append(token)
+                    parents[b].append(spine)
+                spine = first
+        return padded(tokens, parents, plan)
+
+
+class RandomTrees(Scripted):
+    """Trees of random shape and random tokens; where the true path is continued, every other time by the true token."""
+
+    def __init__(self, truth, vocab, seed=0):
+        super().__init__(truth, None, vocab)
+        self.seed = seed
+
+    def open(self, max_batch, max_tokens):
+        super().open(max_batch, max_tokens)
+        self.rng = random.Random(self.seed)
+
+    def propose(self, roots, plan):
+        tokens, parents = roots[:, None].tolist(), [[-1] for _ in roots]
+        for line, above, budget, state in zip(tokens, parents, plan.budget, self.row):
+            answer, at = (self.truth[state[0]], state[1]) if state else ([], 0)
+            depths, right, taken = [0], {0}, {}
+            while len(line) <= budget:
+                parent = self.rng.choice([i for i, d in enumerate(depths) if d < plan.depth])
+                depth, used = depths[parent] + 1, taken.setdefault(parent, set())
+                true = answer[at + depth] if parent in right and at + depth < len(answer) else None
+                hit = true is not None and true not in used and self.rng.random() < 0.5
+                token = true if hit else self.rng.choice([t for t in range(self.vocab) if t not in used and t != true])
+                if hit:
+                    right.add(len(line))
+                used.add(token)
+                line.append(token)
+                above.append(parent)
+                depths.append(depth)
+        return padded(tokens, parents, plan)
+
+
+def padded(tokens, parents, plan):
+    """Rows of one width, nodes beyond a row's budget turned into padding."""
+    width = max(map(len, tokens))
+    for line, above, budget in zip(tokens, parents, plan.budget):
+        above[:] = [p if i <= budget else -1 for i, p in enumerate(above)]
+        above += [-1] * (width - len(line))
+        line += [0] * (width - len(line))
+    return from_parents(torch.tensor(tokens), torch.tensor(parents), max(plan.depth, 1))
+
+
+class Erratic(FixedPolicy):
+    """Skips rounds and rows at random: a skip must never change a token."""
+
+    def open(self, max_batch, device):
+        self.rng = random.Random(0)
+
+    def plan(self, sensed, remaining):
+        full = super().plan(sensed, remaining)
+        if self.rng.random() < 0.4 or not full.depth:
+            return Plan(0, (0,) * len(remaining))
+        return Plan(self.rng.randint(1, full.depth), tuple(self.rng.choice([0, 2, b]) if b else 0 for b in full.budget))
+
+
+def known_answers(requests, outputs):
+    """What `Scripted` drafts from."""
+    return {tuple(r.prompt.input_ids.tolist()): o.tokens for r, o in zip(requests, outputs)}
+
+
+def drafters(target, truth):
+    """One of each kind for a target whose plain outputs are known."""
+    torch.manual_seed(1)
+    vocab = target.shape.vocab_size
+
+    def wrong(true, depth):
+        return (true + 1) % vocab
+
+    return {
+        "null": NullDrafter(),
+        "oracle": Scripted(truth, lambda true, depth: true, vocab),
+        "adversary": Scripted(truth, wrong, vocab),
+        "half_right_tree": Scripted(
+            truth, lambda true, depth: true if depth < 2 else wrong(true, depth), vocab, width=3
+        ),
+        "random_tree": RandomTrees(truth, vocab),
+        "head": Head(Config().resolve(target.shape)).double().drafter(target, 3),
+        "head_chain": Head(Config().resolve(target.shape)).double().drafter(target, 1),
+    }
