@@ -94,6 +94,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="logits of tokens seen before are divided (negative: multiplied) by R (default: 1, off)",
+    )
+    add(
+        "--no-repeat-ngram",
+        type=int,
+        default=0,
+        metavar="N",
+        help="no N tokens in a row occur twice, prompt included; 0 is off (default)",
+    )
     add("--seed", type=int, default=0, help="of the sampling noise and of the bootstrap (default: 0)")
     add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
     add(
@@ -119,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises InputError, naming the option, its value and what is allowed."""
-    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("limit", 1), ("top_k", 0), ("seed", 0)):
+    at_least = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "top_k": 0, "no_repeat_ngram": 0, "seed": 0}
+    for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -127,6 +142,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
+        raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)
@@ -227,7 +244,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     target = open_target(checkpoint, args.target, args.dtype, args.device)
     methods, how = make_methods(target, checkpoint, policies, args.batch_size)
     primary = methods[-1].name
-    sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    sampler = make_sampler(
+        args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty, args.no_repeat_ngram
+    )
     tie_gap = 0.0 if args.dtype == "float64" else metrics.TIE_GAP
     bench = Bench(target, methods, sampler, args.batch_size, tie_gap)
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
@@ -320,6 +339,8 @@ def settings(
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+        "no_repeat_ngram": args.no_repeat_ngram,
         "seed": args.seed,
         "limit": args.limit,
         "n_records": n_records,

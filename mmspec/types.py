@@ -50,6 +50,21 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class Paths:
+    """What precedes the token that follows each node: the row's committed tokens, then the tree down to the node.
+
+    Args:
+        history: [B, S] int64, prompt (image placeholders expanded) and answer; anything from `lengths[b]` on.
+        lengths: [B] int64, committed tokens, the root not among them.
+        trees: of N nodes.
+    """
+
+    history: Tensor
+    lengths: Tensor
+    trees: Tree
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One encoded request, on the host.
 
@@ -318,7 +333,7 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
 
     def open(self, max_batch: int, max_tokens: int) -> None: ...
-    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None: ...
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None: ...
     def propose(self, roots: Tensor, plan: Plan) -> Tree: ...
     def observe(self, round: Round) -> None: ...
     def evict(self, row: int) -> None: ...
@@ -327,10 +342,13 @@ class Drafter(Protocol):
 class Sampler(Protocol):
     """Scores whose argmax is the chosen token; noise depends on (seed, request key, position) only.
 
-    Args of `scores`: logits [B, N, V], keys [B] int64, positions [B, N] int64 (index of the token to be chosen).
+    Args of `scores`: logits [B, N, V], keys [B] int64, positions [B, N] int64 (index of the token to be chosen), and
+    the paths, None for a sampler whose `needs_history` is False: nobody keeps a history for it.
     """
 
-    def scores(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor: ...
+    @property
+    def needs_history(self) -> bool: ...
+    def scores(self, logits: Tensor, keys: Tensor, positions: Tensor, paths: Paths | None = None) -> Tensor: ...
 
 
 class Verifier(Protocol):

@@ -22,7 +22,7 @@ from mmspec.heads.base import DraftHead
 from mmspec.losses import LossConfig, vocabulary_losses
 from mmspec.nn import DecoderBlock, RotaryTable, UnrolledAttention, attend
 from mmspec.tree import best_of_pool, root_only
-from mmspec.types import Features, Forward, Objective, Plan, Prompt, Round, Target, TargetShape, Tree, Unembed
+from mmspec.types import Features, Forward, Objective, Plan, Request, Round, Target, TargetShape, Tree, Unembed
 
 _FLUSH = 64
 """Pairs that may wait while a row is skipped; beyond that one cheap key/value projection takes them in."""
@@ -206,14 +206,14 @@ class EagleDrafter:
         self.eye = torch.zeros((1, 1, self.width, self.width), dtype=self.target.dtype, device=device)
         self.eye.masked_fill_(~torch.eye(self.width, dtype=torch.bool, device=device), float("-inf"))
 
-    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None:
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Note a new row; its prompt is run through the head when it is first drafted for."""
         assert forward.embeds is not None
         self.kv.set_length(row, 0)
         self.states[row, 0] = forward.last_hidden[0, -1]
         self.tokens[row, 0] = root
         self.waiting[row] = 1
-        if len(prompt) > 1:
+        if len(request.prompt) > 1:
             self.prompts[row] = (forward.embeds[:, 1:], forward.last_hidden[:, :-1])
 
     def evict(self, row: int) -> None:

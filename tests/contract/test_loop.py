@@ -39,8 +39,8 @@ class Scripted:
     def open(self, max_batch, max_tokens):
         self.row = [None] * max_batch
 
-    def admit(self, row, prompt, forward, root):
-        self.row[row] = [tuple(prompt.input_ids.tolist()), 0]
+    def admit(self, row, request, forward, root):
+        self.row[row] = [tuple(request.prompt.input_ids.tolist()), 0]
 
     def evict(self, row):
         self.row[row] = None
