@@ -21,6 +21,7 @@ from torch import Tensor
 from mmspec.tree import root_only
 from mmspec.types import (
     Accepted,
+    Choices,
     Drafter,
     Evidence,
     Forward,
@@ -85,8 +86,9 @@ def generate(
         trees = drafter.propose(run.roots, plan) if plan.depth and any(plan.budget) else root_only(run.roots)
         drafted = clock.mark()
         forward = target.forward(run.state, trees, drafter.taps)
-        scores = sampler.scores(forward.logits, run.keys, run.positions(trees), run.paths_of(trees))
-        accepted = verifier.accept(trees, scores)
+        choices = Choices(forward.logits, run.keys, run.positions(trees), run.paths_of(trees))
+        scores = sampler.scores(choices.logits, choices.keys, choices.positions, choices.paths)
+        accepted = verifier.accept(trees, scores, choices)
         sensed = policy.sense(run.evidence(trees, forward, accepted), run.all_rows)
         news = run.transfer(trees, accepted, scores, sensed)
         verified = clock.mark()

@@ -22,6 +22,9 @@ _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as int64: the Weyl increm
 _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
+DRAFT_STREAM, ACCEPT_STREAM, BONUS_STREAM = 1, 2, 3
+"""Streams of keyed noise beside the samplers' own, 0."""
+
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's is arithmetic)."""
@@ -35,22 +38,35 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def gumbel_noise(seed: int, keys: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """Standard Gumbel noise as a pure function of (seed, key, position, token).
+def uniform_noise(seed: int, keys: Tensor, positions: Tensor, n: int, stream: int = 0) -> Tensor:
+    """Uniform numbers in (0, 1) as a pure function of (stream, seed, key, position, index).
 
     Args:
         keys: [B] int64, one a request.
         positions: [B, N] int64, index of the token to be chosen in its sequence.
-        vocab_size: V.
-        dtype: float32 or float64 of the result; the uniforms have 53 bits in either case.
+        n: numbers wanted for each.
+        stream: numbers of different streams are independent: one for each use of chance.
 
     Returns:
-        [B, N, V].
+        [B, N, n] float64, with 53 bits.
     """
-    stream = _mix(_mix(keys + seed * _GOLDEN % 2**62).unsqueeze(1) ^ (positions * _GOLDEN))
-    tokens = torch.arange(vocab_size, device=keys.device) * _GOLDEN
-    bits = _shift(_mix(stream.unsqueeze(-1) + tokens), 11)
-    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-53
+    state = _mix(_mix(keys + seed * _GOLDEN % 2**62).unsqueeze(1) ^ (positions * _GOLDEN))
+    if stream:
+        state = _mix(state ^ (stream * _MIX_1 % 2**62))
+    bits = _shift(_mix(state.unsqueeze(-1) + torch.arange(n, device=keys.device) * _GOLDEN), 11)
+    return (bits.to(torch.float64) + 0.5) * 2.0**-53
+
+
+def gumbel_noise(
+    seed: int, keys: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype, stream: int = 0
+) -> Tensor:
+    """Standard Gumbel noise [B, N, V] as a pure function of (stream, seed, key, position, token).
+
+    Args:
+        dtype: float32 or float64 of the result.
+        seed, keys, positions, stream: see `uniform_noise`.
+    """
+    uniform = uniform_noise(seed, keys, positions, vocab_size, stream)
     return (-(-uniform.log()).log()).to(dtype)
 
 

@@ -22,6 +22,21 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """What the candidates of sampled trees were drawn from; verifiers by rejection need it.
+
+    Args:
+        probabilities: [B, I, V], I <= N: the children of node i were drawn from its row i in node order, one after the
+            other without replacement. Nodes from I on have no children.
+        widths: children drawn at a node of each level, root first. Host numbers: the shape of a sampled tree must not
+            depend on what was drawn, or the candidates follow another distribution than the one given here.
+    """
+
+    probabilities: Tensor
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tree:
     """Draft trees of a batch, in topological order.
 
@@ -32,6 +47,7 @@ class Tree:
         depths: [B, N] int64; 0 for the root and for padding.
         ancestors: [B, N, N] bool; `[b, i, j]` when `j` is `i` or an ancestor of `i`.
         max_depth: the largest depth, known on the host (no sync is needed to ask for it).
+        proposals: of sampled trees; None where candidates were chosen, not drawn.
     """
 
     tokens: Tensor
@@ -39,6 +55,7 @@ class Tree:
     depths: Tensor
     ancestors: Tensor
     max_depth: int
+    proposals: Proposals | None = None
 
     def __post_init__(self) -> None:
         B, N = self.tokens.shape
@@ -109,6 +126,23 @@ class Forward:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     visual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The tokens to be chosen after one target pass, one after each node, and all that a choice may depend on.
+
+    Args:
+        logits: [B, N, V], as they come from the target.
+        keys: [B] int64, `Request.key`.
+        positions: [B, N] int64, index of the token to be chosen.
+        paths: for samplers with penalties, else None.
+    """
+
+    logits: Tensor
+    keys: Tensor
+    positions: Tensor
+    paths: Paths | None = None
 
 
 @dataclass(frozen=True)
@@ -352,9 +386,9 @@ class Sampler(Protocol):
 
 
 class Verifier(Protocol):
-    """Walks each tree from its root and says how far the target agrees. `scores` come from the sampler."""
+    """Walks each tree from its root and says how far the target agrees. `scores` are the sampler's of these choices."""
 
-    def accept(self, trees: Tree, scores: Tensor) -> Accepted: ...
+    def accept(self, trees: Tree, scores: Tensor, choices: Choices) -> Accepted: ...
 
 
 class Policy(Protocol):
