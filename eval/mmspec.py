@@ -28,9 +28,10 @@ from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.records import Quarantine
-from mmspec.sampling import make_sampler
+from mmspec.sampling import KeyedSampler, make_sampler
 from mmspec.targets import load_target
 from mmspec.types import InputError, Target
+from mmspec.verify import RejectionVerifier
 
 PROGRAM = "eval.mmspec"
 EMBEDDED = "tiny_llava"
@@ -109,6 +110,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="no N tokens in a row occur twice, prompt included; 0 is off (default)",
     )
     add("--seed", type=int, default=0, help="of the sampling noise and of the bootstrap (default: 0)")
+    add(
+        "--verifier",
+        choices=("match", "rejection"),
+        default="match",
+        help="match gives plain decoding's text (default); rejection, for sampling only, its distribution",
+    )
+    add(
+        "--draft-widths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="candidates drawn at a node of each level, 1 beyond (default with --verifier rejection: 1, a chain)",
+    )
+    add("--share-noise", action="store_true", help="the head chooses its candidates with the sampling noise in view")
     add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
     add(
         "--policies",
@@ -144,6 +159,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
         raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
+    if args.verifier == "rejection" and args.temperature == 0:
+        raise InputError("--verifier rejection needs a --temperature above 0: greedy decoding has nothing to reject")
+    if args.share_noise and (args.temperature == 0 or args.verifier == "rejection"):
+        raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
+    if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
+        raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)
@@ -242,13 +263,22 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     target = open_target(checkpoint, args.target, args.dtype, args.device)
-    methods, how = make_methods(target, checkpoint, policies, args.batch_size)
-    primary = methods[-1].name
     sampler = make_sampler(
         args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty, args.no_repeat_ngram
     )
+    rejects = args.verifier == "rejection"
+    methods, how = make_methods(
+        target,
+        checkpoint,
+        policies,
+        args.batch_size,
+        sampler if rejects or args.share_noise else None,
+        (args.draft_widths or [1]) if rejects else (),
+    )
+    primary = methods[-1].name
     tie_gap = 0.0 if args.dtype == "float64" else metrics.TIE_GAP
-    bench = Bench(target, methods, sampler, args.batch_size, tie_gap)
+    verifier = RejectionVerifier(sampler) if isinstance(sampler, KeyedSampler) and rejects else None
+    bench = Bench(target, methods, sampler, args.batch_size, tie_gap, verifier)
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     for stale in ("summary.json", "report.html", "requests.jsonl"):
@@ -341,6 +371,9 @@ def settings(
         "top_p": args.top_p,
         "repetition_penalty": args.repetition_penalty,
         "no_repeat_ngram": args.no_repeat_ngram,
+        "verifier": args.verifier,
+        "draft_widths": args.draft_widths,
+        "share_noise": args.share_noise,
         "seed": args.seed,
         "limit": args.limit,
         "n_records": n_records,
