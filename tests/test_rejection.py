@@ -102,6 +102,30 @@ def test_rejection_follows_the_target(shape, sampler):
     assert excess(*first_two(mistaken, wrong, target, draw), target, draw) > 20
 
 
+@pytest.mark.parametrize("widths", [(1, 1), (2, 2)], ids=str)
+def test_noise_that_draws_has_no_part_in_accepting(widths):
+    """Candidates drawn with keyed noise, as heads do: right as long as no stream of noise is used twice."""
+    target, drafter = models(3)
+    draw = SAMPLERS["free"]
+    tokens, parents, level, rows = [torch.zeros(DRAWS, dtype=torch.long)], [-1], [(0, torch.full((DRAWS,), V))], []
+    for depth, width in enumerate(widths):
+        positions, below = torch.full((DRAWS, 1), ROOT + 1 + depth), []
+        noise = gumbel_noise(draw.seed, torch.arange(DRAWS), positions, V, torch.float64, DRAFT_STREAM)[:, 0]
+        for node, token in level:
+            weights = draw.weights(drafter[token])
+            rows.append(weights.softmax(-1))
+            for candidate in (weights + noise).topk(width, dim=-1).indices.unbind(1):
+                below.append((len(parents), candidate))
+                tokens.append(candidate)
+                parents.append(node)
+        level = below
+    trees = from_parents(torch.stack(tokens, 1), torch.tensor(parents).expand(DRAWS, -1), len(widths))
+    trees = replace(trees, proposals=Proposals(torch.stack(rows, 1), widths))
+    told = choices(target, trees)
+    accepted = RejectionVerifier(draw).accept(trees, told.logits, told)
+    assert excess(*first_two(accepted, trees, target, draw), target, draw) < 3.5
+
+
 def test_chosen_candidates_under_the_rejection_rule_are_not_the_target():
     """Why they are refused: the best tokens of q, verified as if they had been drawn, tilt the text."""
     target, drafter = models(3)
