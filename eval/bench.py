@@ -18,7 +18,7 @@ from mmspec.checkpoint import Checkpoint
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
 from mmspec.policy import SkipPolicy
-from mmspec.types import Drafter, Output, Policy, Request, StepTrace, Target
+from mmspec.types import Drafter, Output, Policy, Request, Sampler, StepTrace, Target, Verifier
 
 PLAIN = "plain"
 N_WARMUP = 3
@@ -51,7 +51,7 @@ class Result:
         text: decoded and stripped.
         group: number of its group in the run; groups are the units of time at batch > 1.
         group_s: seconds of the whole group by this method.
-        match: against plain decoding.
+        match: against plain decoding; None where only the distribution is the same.
         prompt_tokens, visual_tokens: length of the prompt and image placeholders in it.
     """
 
@@ -64,7 +64,7 @@ class Result:
     text: str
     group: int
     group_s: float
-    match: metrics.Match
+    match: metrics.Match | None
     prompt_tokens: int
     visual_tokens: int
 
@@ -86,9 +86,9 @@ class Result:
             "group": self.group,
             "group_s": self.group_s,
             "rounds": [list(round) for round in output.rounds],
-            "identical": self.match.identical,
-            "tie": self.match.tie,
-            "first_divergence": self.match.first_divergence,
+            "identical": self.match.identical if self.match else None,
+            "tie": self.match.tie if self.match else None,
+            "first_divergence": self.match.first_divergence if self.match else None,
         }
 
 
@@ -102,6 +102,8 @@ class Bench:
         sampler: shared; its noise is keyed by request and position.
         batch_size: rows decoded together.
         tie_gap: see `metrics.compare`.
+        verifier: of all methods; None is the one that gives plain decoding's text, and any other one is taken to be
+            lossless in distribution only.
     """
 
     target: Target
@@ -109,6 +111,7 @@ class Bench:
     sampler: Any
     batch_size: int
     tie_gap: float = metrics.TIE_GAP
+    verifier: Verifier | None = None
     n_groups: int = field(default=0, init=False)
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
@@ -141,7 +144,7 @@ class Bench:
     def _results(self, group: Sequence[Task], timed: dict[str, tuple[list[Output], float]]) -> list[Result]:
         """Pair every output with plain decoding's."""
         reference = timed[PLAIN][0]
-        differs = any(
+        differs = self.verifier is None and any(
             metrics.first_divergence(output.tokens, plain.tokens) is not None
             for outputs, _ in timed.values()
             for output, plain in zip(outputs, reference)
@@ -163,7 +166,9 @@ class Bench:
                         text=self.target.decode(output.tokens).strip(),
                         group=self.n_groups,
                         group_s=group_s,
-                        match=metrics.compare(output.tokens, plain.tokens, gap, self.tie_gap),
+                        match=metrics.compare(output.tokens, plain.tokens, gap, self.tie_gap)
+                        if self.verifier is None or name == PLAIN
+                        else None,
                         prompt_tokens=len(prompt),
                         visual_tokens=int(prompt.visual.sum()),
                     )
@@ -201,6 +206,7 @@ class Bench:
             method.policy,
             self.sampler,
             max_batch=self.batch_size,
+            verifier=self.verifier,
             want_gaps=want_gaps,
             traces=traces,
         )
@@ -208,7 +214,12 @@ class Bench:
 
 
 def make_methods(
-    target: Target, checkpoint: Checkpoint, policies: Sequence[str], batch_size: int
+    target: Target,
+    checkpoint: Checkpoint,
+    policies: Sequence[str],
+    batch_size: int,
+    sampler: Sampler | None = None,
+    widths: Sequence[int] = (),
 ) -> tuple[list[Method], dict[str, Any]]:
     """Plain decoding, the head with its fixed tree, and the head steered by its controller.
 
@@ -217,16 +228,18 @@ def make_methods(
         checkpoint: was checked against the target; costs measured on this machine are kept in its folder.
         policies: of "fixed" and "viskip"; viskip needs a controller in the checkpoint.
         batch_size: rows decoded together; part of what the cost table is measured for.
+        sampler: the run's, for a head that drafts with its noise, or draws.
+        widths: of the trees of a head that draws, else empty.
 
     Returns:
         The methods, plain first, and their settings in plain words for the summary.
     """
     tree, kind = checkpoint.tree, checkpoint.kind
-    head_drafter = make_drafter(checkpoint, target)
+    drafter = make_drafter(checkpoint, target, sampler, widths)
     methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
     settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
     for name, label, described in (("fixed", kind, "fixed"), ("viskip", "viskip", "learned")):
         if name in policies:
-            methods.append(Method(label, *drafter_and_policy(checkpoint, target, name, batch_size, head_drafter)))
+            methods.append(Method(label, *drafter_and_policy(checkpoint, target, name, batch_size, drafter)))
             settings[label] = {"drafter": kind, "policy": described, **asdict(tree)}
     return methods, settings

@@ -29,9 +29,10 @@ from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device
 from mmspec.records import Quarantine
-from mmspec.sampling import make_sampler
+from mmspec.sampling import KeyedSampler, make_sampler
 from mmspec.targets import load_target
 from mmspec.types import InputError, Target
+from mmspec.verify import RejectionVerifier
 
 PROGRAM = "eval.mmspec"
 EMBEDDED = "tiny_llava"
@@ -95,7 +96,35 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="logits of tokens seen before are divided (negative: multiplied) by R (default: 1, off)",
+    )
+    add(
+        "--no-repeat-ngram",
+        type=int,
+        default=0,
+        metavar="N",
+        help="no N tokens in a row occur twice, prompt included; 0 is off (default)",
+    )
     add("--seed", type=int, default=0, help="of the sampling noise and of the bootstrap (default: 0)")
+    add(
+        "--verifier",
+        choices=("match", "rejection"),
+        default="match",
+        help="match gives plain decoding's text (default); rejection, for sampling only, its distribution",
+    )
+    add(
+        "--draft-widths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="candidates drawn at a node of each level, 1 beyond (default with --verifier rejection: 1, a chain)",
+    )
+    add("--share-noise", action="store_true", help="the head chooses its candidates with the sampling noise in view")
     add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
     add(
         "--policies",
@@ -120,7 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises InputError, naming the option, its value and what is allowed."""
-    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("limit", 1), ("top_k", 0), ("seed", 0)):
+    at_least = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "top_k": 0, "no_repeat_ngram": 0, "seed": 0}
+    for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -128,6 +158,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
+        raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
+    if args.verifier == "rejection" and args.temperature == 0:
+        raise InputError("--verifier rejection needs a --temperature above 0: greedy decoding has nothing to reject")
+    if args.share_noise and (args.temperature == 0 or args.verifier == "rejection"):
+        raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
+    if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
+        raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)
@@ -211,11 +249,22 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     target = open_target(checkpoint, args.target, args.dtype, args.device)
-    methods, how = make_methods(target, checkpoint, policies, args.batch_size)
+    sampler = make_sampler(
+        args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty, args.no_repeat_ngram
+    )
+    rejects = args.verifier == "rejection"
+    methods, how = make_methods(
+        target,
+        checkpoint,
+        policies,
+        args.batch_size,
+        sampler if rejects or args.share_noise else None,
+        (args.draft_widths or [1]) if rejects else (),
+    )
     primary = methods[-1].name
-    sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.seed)
     tie_gap = 0.0 if args.dtype == "float64" else metrics.TIE_GAP
-    bench = Bench(target, methods, sampler, args.batch_size, tie_gap)
+    verifier = RejectionVerifier(sampler) if isinstance(sampler, KeyedSampler) and rejects else None
+    bench = Bench(target, methods, sampler, args.batch_size, tie_gap, verifier)
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     for stale in ("summary.json", "report.html", "requests.jsonl"):
@@ -306,6 +355,11 @@ def settings(
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+        "no_repeat_ngram": args.no_repeat_ngram,
+        "verifier": args.verifier,
+        "draft_widths": args.draft_widths,
+        "share_noise": args.share_noise,
         "seed": args.seed,
         "limit": args.limit,
         "n_records": n_records,

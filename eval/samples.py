@@ -56,10 +56,17 @@ def collect(target: Target, records: Sequence[Record], results: Sequence[Result]
                 "mat": metrics.mat([result.output]),
                 "n_tokens": len(result.output.tokens),
                 "cut": max(0, len(result.output.tokens) - MAX_TOKENS),
-                "match": "identical" if result.match.identical else "tie" if result.match.tie else "diverged",
+                "match": verdict(result.match),
             }
         )
     return samples
+
+
+def verdict(match: metrics.Match | None) -> str:
+    """How a text compares with plain decoding's, in a word."""
+    if match is None:
+        return "sampled anew"
+    return "identical" if match.identical else "tie" if match.tie else "diverged"
 
 
 def pieces(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, int, int, int]]) -> list[dict[str, str]]:

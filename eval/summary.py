@@ -39,7 +39,8 @@ DEFINITIONS = {
     "latency_p99_s": "99th percentile of the same",
     "ttft_p50_s": "median seconds from the start of the prefill to the first token",
     "tokens_per_s": "kept tokens of all requests / total seconds of all groups",
-    "exact_match": "share of requests whose tokens equal plain decoding's, or differ first at a tie",
+    "exact_match": "share of requests whose tokens equal plain decoding's, or differ first at a tie; null for the "
+    "rejection rule, which gives another text of the same distribution",
     "ties": "requests that differ first where the target's two best logits are closer than settings.tie_gap",
     "diverged": "requests that differ and are no tie; exact_match is 1 exactly when this is 0",
     "skip_rate": "rounds that drafted nothing / rounds",
@@ -75,7 +76,8 @@ def figures(results: Sequence[Result], plain: Sequence[Result], batch_size: int,
     else:
         clusters = list(group_s)
     gain = metrics.speedup([plain_s[group] for group in group_s], list(group_s.values()), clusters, seed=seed)
-    matches = [result.match for result in results]
+    compared = [result.match for result in results if result.match is not None]
+    matches = compared if len(compared) == len(results) else None
     n_tokens = sum(len(output.tokens) for output in outputs)
     total_s = sum(group_s.values())
     mat = metrics.mat(outputs)
@@ -92,9 +94,9 @@ def figures(results: Sequence[Result], plain: Sequence[Result], batch_size: int,
             "latency_p99_s": metrics.percentile(latencies, 99),
             "ttft_p50_s": metrics.percentile([output.ttft_s for output in outputs], 50),
             "tokens_per_s": n_tokens / total_s if total_s > 0 else math.nan,
-            "exact_match": metrics.exact_match(matches),
-            "ties": sum(match.tie for match in matches),
-            "diverged": sum(not match.lossless for match in matches),
+            "exact_match": None if matches is None else metrics.exact_match(matches),
+            "ties": None if matches is None else sum(match.tie for match in matches),
+            "diverged": None if matches is None else sum(not match.lossless for match in matches),
             "skip_rate": metrics.skip_rate(outputs),
             "accept_by_depth": metrics.acceptance_by_depth(outputs),
             "draft_efficiency": metrics.draft_efficiency(outputs),

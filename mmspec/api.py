@@ -27,7 +27,7 @@ from mmspec.policy import FixedPolicy, LearnedPolicy, SkipPolicy
 from mmspec.records import RecordError, open_image
 from mmspec.sampling import make_sampler
 from mmspec.targets import load_target
-from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request, Target
+from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request, Sampler, Target
 
 POLICIES = ("auto", "viskip", "fixed", "plain")
 
@@ -167,7 +167,7 @@ def generate(ckpt: str | Path, prompts: str | Sequence[str | Messages], images: 
 
 
 def drafter_and_policy(
-    checkpoint: Checkpoint, target: Target, policy: str, max_batch: int = 1, head_drafter: Any | None = None
+    checkpoint: Checkpoint, target: Target, policy: str, max_batch: int = 1, drafter: Drafter | None = None
 ) -> tuple[Drafter, Policy]:
     """What a checkpoint decodes with.
 
@@ -176,7 +176,7 @@ def drafter_and_policy(
         target: what the head drafts for.
         policy: see `Speculator.from_pretrained`.
         max_batch: part of what the cost table is measured for.
-        head_drafter: the head's drafter, where it was made before.
+        drafter: the head's, where it was made with settings of its own.
 
     Raises:
         InputError: an unknown policy, or "viskip" without a trained controller.
@@ -186,13 +186,15 @@ def drafter_and_policy(
     if policy == "plain":
         return NullDrafter(), SkipPolicy()
     tree = checkpoint.tree
-    drafter: Any = head_drafter or make_drafter(checkpoint, target)
+    usual = make_drafter(checkpoint, target)
+    drafter = drafter or usual
     controller: Any = checkpoint.controller()
     if policy == "fixed" or (policy == "auto" and controller is None):
         return drafter, FixedPolicy(tree.depth, tree.budget)
     if controller is None:
         raise InputError(f"checkpoint {checkpoint.folder} has no controller; use --policy fixed, or train one")
-    costs = load_or_measure(checkpoint.folder / "costs", target, drafter, max_batch, tree.depth, tree.budget)
+    # Kept beside the head for every later run, so measured with the drafter as it usually is.
+    costs = load_or_measure(checkpoint.folder / "costs", target, usual, max_batch, tree.depth, tree.budget)
     return drafter, LearnedPolicy(controller.to(target.device), costs, target.embed, tree.depth, tree.budget)
 
 
@@ -215,7 +217,16 @@ def find_device(name: str) -> str:
     return name
 
 
-def make_drafter(checkpoint: Checkpoint, target: Target) -> Any:
-    """The head's drafter, with weights in the target's dtype."""
+def make_drafter(
+    checkpoint: Checkpoint, target: Target, sampler: Sampler | None = None, widths: Sequence[int] = ()
+) -> Drafter:
+    """The head's drafter, with weights in the target's dtype.
+
+    Args:
+        checkpoint, target: as above.
+        sampler: what the verification samples with, for a drafter that shall share its noise.
+        widths: children per level of a drawn tree, for the rejection rule.
+    """
     head: Any = checkpoint.head(target.dtype).to(target.device)
-    return head.drafter(target, checkpoint.tree.width)
+    drafter: Drafter = head.drafter(target, checkpoint.tree.width, sampler, widths)
+    return drafter

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mmspec.tree import chain
-from mmspec.types import Drafter, Plan, Prompt, Target
+from mmspec.types import Drafter, Plan, Prompt, Request, Target
 
 _NODES = (1, 2, 4, 8, 16, 32)
 _CONTEXT = 128
@@ -99,12 +99,13 @@ def _measure_batch(
     ids = torch.arange(_CONTEXT) % min(97, target.shape.vocab_size)
     ids = ids.masked_fill(ids == target.image_token_id, 0)
     prompt = Prompt(ids, torch.zeros(_CONTEXT, dtype=torch.bool))
+    request = Request("costs", prompt, 1)
     capacity = _CONTEXT + 2 * budget + depth + 8
     state = target.open(batch, capacity)
     drafter.open(batch, capacity)
     roots = torch.zeros(batch, dtype=torch.long, device=target.device)
     for row in range(batch):
-        drafter.admit(row, prompt, target.prefill(state, row, prompt, drafter.taps), roots[row])
+        drafter.admit(row, request, target.prefill(state, row, prompt, drafter.taps), roots[row])
     trees = {n: chain(roots.unsqueeze(1).repeat(1, n)) for n in {*(n for n in _NODES if n <= budget), budget + 1}}
     plans = {d: Plan(d, (budget,) * batch) for d in {1, max(depth // 2, 1), depth}}
     verify = _times(target, lambda n: target.forward(state, trees[n], ()), sorted(trees), repeats)

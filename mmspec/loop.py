@@ -21,13 +21,16 @@ from torch import Tensor
 from mmspec.tree import root_only
 from mmspec.types import (
     Accepted,
+    Choices,
     Drafter,
     Emission,
     Evidence,
     Forward,
     Output,
+    Paths,
     Plan,
     Policy,
+    Prompt,
     Request,
     Round,
     Sampler,
@@ -90,12 +93,14 @@ def generate(
         trees = run.draft(plan)
         drafted = clock.mark()
         forward = target.forward(run.state, trees, drafter.taps)
-        scores = sampler.scores(forward.logits, run.keys, run.positions(trees))
-        accepted = verifier.accept(trees, scores)
+        choices = Choices(forward.logits, run.keys, run.positions(trees), run.paths_of(trees))
+        scores = sampler.scores(choices.logits, choices.keys, choices.positions, choices.paths)
+        accepted = verifier.accept(trees, scores, choices)
         sensed = policy.sense(run.evidence(trees, forward, accepted), run.all_rows) if policy.senses else None
         news = run.transfer(trees, accepted, scores, sensed)
         verified = clock.mark()
         trace = run.emit(plan, trees.tokens.shape[1], news)
+        run.remember(trees, accepted)
         target.keep(run.state, accepted, run.paths)
         run.roots = accepted.next_tokens
         run.teach(trees, forward, accepted, news)
@@ -197,6 +202,8 @@ class _Run:
         self.all_rows = torch.arange(batch, device=target.device)
         self.roots, self.keys = zeros.clone(), zeros.clone()
         self.n_prompt, self.n_visual = zeros.clone() + 1, zeros.clone()
+        # Committed tokens per row, for penalties alone; a committed path may write beyond its end, never below it.
+        self.history = zeros.unsqueeze(1).repeat(1, self.n_slots) if sampler.needs_history else None
         self.sensed: list[list[float]] = [[] for _ in range(batch)]
         self.paths: tuple[tuple[int, ...], ...] = ((),) * batch
 
@@ -237,10 +244,10 @@ class _Run:
         self.keys[row] = request.key
         self.n_prompt[row], self.n_visual[row] = len(prompt), int(prompt.visual.sum())
         position = self.n_prompt[one].unsqueeze(1)
-        scores = self.sampler.scores(forward.logits, self.keys[one], position)
+        scores = self.sampler.scores(forward.logits, self.keys[one], position, self._prompt_path(row, prompt))
         self.roots[row] = scores[0, -1].argmax()
         try:
-            self.drafter.admit(row, prompt, forward, self.roots[row])
+            self.drafter.admit(row, request, forward, self.roots[row])
             fresh.drafted = True
         except Exception as error:
             self._lose(fresh, error)
@@ -303,6 +310,27 @@ class _Run:
         hidden, logits = forward.last_hidden[:, -1], forward.logits[:, -1]
         visual, key = self.n_visual[one], self.keys[one]
         return Evidence(hidden, logits, self.roots[one], none, none, length, length, visual, key)
+
+    def paths_of(self, trees: Tree) -> Paths | None:
+        """What precedes each node's choice, for a sampler that asks for it."""
+        if self.history is None:
+            return None
+        return Paths(self.history[:, : max(self.state.lengths)], self.state.lengths_device, trees)
+
+    def _prompt_path(self, row: int, prompt: Prompt) -> Paths | None:
+        """The same for the token after a prompt, whose last token is the root; starts the row's history."""
+        if self.history is None:
+            return None
+        ids = prompt.input_ids.to(self.history.device)
+        self.history[row, : len(prompt)] = ids
+        return Paths(ids[None, :-1], torch.full_like(ids[:1], len(prompt) - 1), root_only(ids[-1:]))
+
+    def remember(self, trees: Tree, accepted: Accepted) -> None:
+        """Add what is about to be committed to the history; later rounds overwrite what lies beyond the kept nodes."""
+        if self.history is not None:
+            path = accepted.path
+            slots = self.state.lengths_device.unsqueeze(1) + torch.arange(path.shape[1], device=path.device)
+            self.history.scatter_(1, slots, trees.tokens.gather(1, path))
 
     def evidence(self, trees: Tree, forward: Forward, accepted: Accepted) -> Evidence:
         """What the verification left behind at each row's last kept node."""

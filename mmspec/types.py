@@ -23,6 +23,21 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """What the candidates of sampled trees were drawn from; verifiers by rejection need it.
+
+    Args:
+        probabilities: [B, I, V], I <= N: the children of node i were drawn from its row i in node order, one after the
+            other without replacement. Nodes from I on have no children.
+        widths: children drawn at a node of each level, root first. Host numbers: the shape of a sampled tree must not
+            depend on what was drawn, or the candidates follow another distribution than the one given here.
+    """
+
+    probabilities: Tensor
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tree:
     """Draft trees of a batch, in topological order.
 
@@ -33,6 +48,7 @@ class Tree:
         depths: [B, N] int64; 0 for the root and for padding.
         ancestors: [B, N, N] bool; `[b, i, j]` when `j` is `i` or an ancestor of `i`.
         max_depth: the largest depth, known on the host (no sync is needed to ask for it).
+        proposals: of sampled trees; None where candidates were chosen, not drawn.
     """
 
     tokens: Tensor
@@ -40,6 +56,7 @@ class Tree:
     depths: Tensor
     ancestors: Tensor
     max_depth: int
+    proposals: Proposals | None = None
 
     def __post_init__(self) -> None:
         B, N = self.tokens.shape
@@ -48,6 +65,21 @@ class Tree:
                 f"Tree shapes disagree: tokens {tuple(self.tokens.shape)}, parents {tuple(self.parents.shape)}, "
                 f"depths {tuple(self.depths.shape)}, ancestors {tuple(self.ancestors.shape)}"
             )
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What precedes the token that follows each node: the row's committed tokens, then the tree down to the node.
+
+    Args:
+        history: [B, S] int64, prompt (image placeholders expanded) and answer; anything from `lengths[b]` on.
+        lengths: [B] int64, committed tokens, the root not among them.
+        trees: of N nodes.
+    """
+
+    history: Tensor
+    lengths: Tensor
+    trees: Tree
 
 
 @dataclass(frozen=True)
@@ -116,6 +148,23 @@ class Forward:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     visual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The tokens to be chosen after one target pass, one after each node, and all that a choice may depend on.
+
+    Args:
+        logits: [B, N, V], as they come from the target.
+        keys: [B] int64, `Request.key`.
+        positions: [B, N] int64, index of the token to be chosen.
+        paths: for samplers with penalties, else None.
+    """
+
+    logits: Tensor
+    keys: Tensor
+    positions: Tensor
+    paths: Paths | None = None
 
 
 @dataclass(frozen=True)
@@ -346,7 +395,7 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
 
     def open(self, max_batch: int, max_tokens: int) -> None: ...
-    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None: ...
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None: ...
     def propose(self, roots: Tensor, plan: Plan) -> Tree: ...
     def observe(self, round: Round) -> None: ...
     def evict(self, row: int) -> None: ...
@@ -355,16 +404,19 @@ class Drafter(Protocol):
 class Sampler(Protocol):
     """Scores whose argmax is the chosen token; noise depends on (seed, request key, position) only.
 
-    Args of `scores`: logits [B, N, V], keys [B] int64, positions [B, N] int64 (index of the token to be chosen).
+    Args of `scores`: logits [B, N, V], keys [B] int64, positions [B, N] int64 (index of the token to be chosen), and
+    the paths, None for a sampler whose `needs_history` is False: nobody keeps a history for it.
     """
 
-    def scores(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor: ...
+    @property
+    def needs_history(self) -> bool: ...
+    def scores(self, logits: Tensor, keys: Tensor, positions: Tensor, paths: Paths | None = None) -> Tensor: ...
 
 
 class Verifier(Protocol):
-    """Walks each tree from its root and says how far the target agrees. `scores` come from the sampler."""
+    """Walks each tree from its root and says how far the target agrees. `scores` are the sampler's of these choices."""
 
-    def accept(self, trees: Tree, scores: Tensor) -> Accepted: ...
+    def accept(self, trees: Tree, scores: Tensor, choices: Choices) -> Accepted: ...
 
 
 class Policy(Protocol):

@@ -7,6 +7,7 @@ import random
 import torch
 
 from mmspec.drafters.null import NullDrafter
+from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.heads.eagle import Config, Head
 from mmspec.policy import FixedPolicy
 from mmspec.tree import from_parents
@@ -31,8 +32,8 @@ class Scripted:
     def open(self, max_batch, max_tokens):
         self.row = [None] * max_batch
 
-    def admit(self, row, prompt, forward, root):
-        self.row[row] = [tuple(prompt.input_ids.tolist()), 0]
+    def admit(self, row, request, forward, root):
+        self.row[row] = [tuple(request.prompt.input_ids.tolist()), 0]
 
     def evict(self, row):
         self.row[row] = None
@@ -135,6 +136,7 @@ def drafters(target, truth):
             truth, lambda true, depth: true if depth < 2 else wrong(true, depth), vocab, width=3
         ),
         "random_tree": RandomTrees(truth, vocab),
+        "pld": PromptLookupDrafter(),
         "head": Head(Config().resolve(target.shape)).double().drafter(target, 3),
         "head_chain": Head(Config().resolve(target.shape)).double().drafter(target, 1),
     }

@@ -154,7 +154,10 @@ def test_all_methods_decode_the_same_prompts_also_in_later_turns(
     assert min(lengths["r2", 2]) > min(lengths["r2", 1]) + 3
 
 
-@pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--seed", "3")])
+PENALISED = ("--temperature", "0.8", "--repetition-penalty", "1.1", "--no-repeat-ngram", "2", "--share-noise")
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--seed", "3"), PENALISED])
 def test_neither_batch_size_nor_limit_changes_the_text(
     evaluate: Callable[..., int], data: Path, tmp_path: Path, sampling: tuple[str, ...]
 ) -> None:
@@ -166,6 +169,22 @@ def test_neither_batch_size_nor_limit_changes_the_text(
     assert texts[0] == texts[1]
     assert len(texts[2]) == 3 * 8, "6 records, two of each topic"
     assert texts[2].items() <= texts[0].items()
+
+
+@pytest.mark.parametrize("shape", [(), ("--draft-widths", "2", "2")])
+def test_a_run_verified_by_rejection_claims_no_exact_match(
+    evaluate: Callable[..., int], data: Path, tmp_path: Path, shape: tuple[str, ...]
+) -> None:
+    assert evaluate("--data", str(data), "--limit", "4", "--temperature", "1", "--verifier", "rejection", *shape) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["settings"]["verifier"] == "rejection"
+    assert summary["methods"]["plain"]["overall"]["exact_match"] == 1.0
+    for figures in (summary, *(summary["methods"][name]["overall"] for name in ("eagle", "viskip"))):
+        assert figures["exact_match"] is figures["ties"] is figures["diverged"] is None
+        assert figures["mat"] >= 1
+    for row in rows_of(tmp_path / "out"):
+        assert (row["identical"] is None) == (row["method"] != "plain")
+    assert "equal in distribution, not in text" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_checkpoint_without_a_controller_is_scored_with_its_fixed_tree(
@@ -224,6 +243,11 @@ BAD_OPTIONS = [
     (("--temperature", "nan"), "--temperature must be 0 (greedy) or a positive number, got nan"),
     (("--top-p", "0"), "--top-p must be above 0 and at most 1, got 0.0"),
     (("--top-k", "-1"), "--top-k must be at least 0, got -1"),
+    (("--repetition-penalty", "0"), "--repetition-penalty must be a positive number (1 is off), got 0.0"),
+    (("--no-repeat-ngram", "-1"), "--no-repeat-ngram must be at least 0, got -1"),
+    (("--verifier", "rejection"), "--verifier rejection needs a --temperature above 0"),
+    (("--share-noise",), "--share-noise needs a --temperature above 0 and --verifier match"),
+    (("--temperature", "1", "--draft-widths", "2"), "--draft-widths needs --verifier rejection"),
     (("--seed", "-1"), "--seed must be at least 0, got -1"),
     (("--max-bad-share", "1.5"), "--max-bad-share must be between 0 and 1, got 1.5"),
     (("--device", "toaster"), "--device 'toaster' is unknown"),

@@ -49,10 +49,10 @@ def test_placeholders_are_neither_matched_nor_drafted():
     drafter = PromptLookupDrafter(Config(1, 1, 4))
     drafter.open(1, 64)
     text = [int(t) for t, v in zip(one.input_ids, one.visual) if not v]
-    drafter.admit(0, one, None, torch.tensor(text[0]))
+    drafter.admit(0, Request("r", one, 9), None, torch.tensor(text[0]))
     drafted = drafter.propose(torch.tensor([text[0]]), Plan(4, (4,))).tokens[0, 1:].tolist()
     assert target.image_token_id not in drafted
-    drafter.admit(0, one, None, torch.tensor(target.image_token_id))
+    drafter.admit(0, Request("r", one, 9), None, torch.tensor(target.image_token_id))
     drafter.rows[0].stream[-1] = -1
     assert drafter.propose(torch.tensor([target.image_token_id]), Plan(4, (4,))).tokens.shape == (1, 1)
 

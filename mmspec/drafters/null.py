@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmspec.tree import root_only
-from mmspec.types import Forward, Plan, Prompt, Round, Tree
+from mmspec.types import Forward, Plan, Request, Round, Tree
 
 
 class NullDrafter:
@@ -16,7 +16,7 @@ class NullDrafter:
     def open(self, max_batch: int, max_tokens: int) -> None:
         """Nothing to allocate."""
 
-    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None:
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Nothing to learn from the prompt."""
 
     def propose(self, roots: Tensor, plan: Plan) -> Tree:

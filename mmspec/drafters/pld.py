@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmspec.tree import from_parents, root_only
-from mmspec.types import Forward, Plan, Prompt, Round, Tree
+from mmspec.types import Forward, Plan, Request, Round, Tree
 
 PREFER = ("recent", "first")
 
@@ -92,8 +92,8 @@ class PromptLookupDrafter:
     def open(self, max_batch: int, max_tokens: int) -> None:
         self.rows: list[NGramIndex | None] = [None] * max_batch
 
-    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None:
-        index = NGramIndex(self.config)
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
+        prompt, index = request.prompt, NGramIndex(self.config)
         index.extend([*prompt.input_ids.masked_fill(prompt.visual, -1).tolist(), int(root)])
         self.rows[row] = index
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from mmspec.types import Drafter, Features, Objective, Target, Unembed
+from mmspec.types import Drafter, Features, Objective, Sampler, Target, Unembed
 
 
 class DraftHead(nn.Module, ABC):
@@ -20,5 +21,14 @@ class DraftHead(nn.Module, ABC):
         """Loss sums over the answer positions of a teacher-forced batch."""
 
     @abstractmethod
-    def drafter(self, target: Target, width: int) -> Drafter:
-        """The same weights, drafting for a target with beams of `width`."""
+    def drafter(
+        self, target: Target, width: int, sampler: Sampler | None = None, widths: Sequence[int] = ()
+    ) -> Drafter:
+        """The same weights, drafting for a target.
+
+        Args:
+            target: frozen.
+            width: beams a level, and children a beam.
+            sampler: the run's, to draft with the noise that will decide (it changes no token).
+            widths: draw candidates instead of choosing them, this many at a node of each level, 1 beyond.
+        """

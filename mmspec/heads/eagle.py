@@ -12,6 +12,8 @@ token), which is the very first draft input, is in the loss; positions are 1-D p
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +23,22 @@ from mmspec.cache import RaggedKV
 from mmspec.heads.base import DraftHead
 from mmspec.losses import LossConfig, vocabulary_losses
 from mmspec.nn import DecoderBlock, RotaryTable, UnrolledAttention, attend
-from mmspec.tree import best_of_pool, root_only
-from mmspec.types import Features, Forward, Objective, Plan, Prompt, Round, Target, TargetShape, Tree, Unembed
+from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
+from mmspec.tree import best_of_pool, from_parents, root_only
+from mmspec.types import (
+    Features,
+    Forward,
+    Objective,
+    Plan,
+    Proposals,
+    Request,
+    Round,
+    Sampler,
+    Target,
+    TargetShape,
+    Tree,
+    Unembed,
+)
 
 _FLUSH = 64
 """Pairs that may wait while a row is skipped; beyond that one cheap key/value projection takes them in."""
@@ -161,8 +177,10 @@ class Head(DraftHead):
         counts |= {name: n_valid.float() for name in ("tau_sim", "top1", "loss")}
         return Objective(total, n_valid, sums, counts)
 
-    def drafter(self, target: Target, width: int) -> EagleDrafter:
-        return EagleDrafter(self, target, width)
+    def drafter(
+        self, target: Target, width: int, sampler: Sampler | None = None, widths: Sequence[int] = ()
+    ) -> EagleDrafter:
+        return EagleDrafter(self, target, width, sampler, widths)
 
 
 def _cast(features: Features, dtype: torch.dtype) -> Features:
@@ -180,13 +198,32 @@ class EagleDrafter:
         head: in eval mode, on the target's device and dtype.
         target: for its frozen embedding and unembedding.
         width: beams a level, and children a beam.
+        sampler: with a KeyedSampler the candidates are what its noise makes of the head's distribution (`_scored`).
+        widths: draw candidates from the head's distribution instead, this many at a node of each level and 1 beyond;
+            needs a KeyedSampler, which makes that distribution of the logits. The budget cuts such trees in level
+            order, whatever was drawn.
+        noise_share: how much of the sampler's noise goes into the choice of candidates, 0 to 1.
+
+    Penalties of the sampler are left to the verification: they change what is accepted, not what is emitted.
     """
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, head: Head, target: Target, width: int) -> None:
-        if width < 1:
-            raise ValueError(f"the tree's width must be at least 1, got {width}")
+    def __init__(
+        self,
+        head: Head,
+        target: Target,
+        width: int,
+        sampler: Sampler | None = None,
+        widths: Sequence[int] = (),
+        noise_share: float = 0.3,
+    ) -> None:
+        if width < 1 or any(w < 1 for w in widths):
+            raise ValueError(f"the tree's width must be at least 1, got {width} and {tuple(widths)}")
+        if widths and not isinstance(sampler, KeyedSampler):
+            raise ValueError("drawing candidates (widths) needs a KeyedSampler; greedy decoding has nothing to draw")
+        self.sampler = replace(sampler, penalties=Penalties()) if isinstance(sampler, KeyedSampler) else None
+        self.widths, self.noise_share = tuple(widths), noise_share
         # A head in training is copied: freezing it here would stop its training without a word.
         frozen = not (head.training or any(p.requires_grad for p in head.parameters()))
         head = head if frozen else copy.deepcopy(head)
@@ -197,23 +234,26 @@ class EagleDrafter:
     def open(self, max_batch: int, max_tokens: int) -> None:
         """Allocate for `max_batch` rows of at most `max_tokens` committed tokens."""
         c, device = self.head.config, self.target.device
-        capacity = max_tokens + max(self.width * self.max_depth, _FLUSH + self.max_depth)
+        beams = math.prod(self.widths) if self.widths else self.width
+        capacity = max_tokens + max(beams * self.max_depth, _FLUSH + self.max_depth)
         self.kv = RaggedKV(1, max_batch, c.n_kv_heads, capacity, c.head_dim, self.target.dtype, device)
         self.states = torch.zeros((max_batch, 1, c.hidden_size), dtype=self.target.dtype, device=device)
         self.tokens = torch.zeros((max_batch, 1), dtype=torch.long, device=device)
         self.waiting = [0] * max_batch
+        self.keys = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.eye = torch.zeros((1, 1, self.width, self.width), dtype=self.target.dtype, device=device)
         self.eye.masked_fill_(~torch.eye(self.width, dtype=torch.bool, device=device), float("-inf"))
 
-    def admit(self, row: int, prompt: Prompt, forward: Forward, root: Tensor) -> None:
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Note a new row; its prompt is run through the head when it is first drafted for."""
         assert forward.embeds is not None
         self.kv.set_length(row, 0)
         self.states[row, 0] = forward.last_hidden[0, -1]
         self.tokens[row, 0] = root
+        self.keys[row] = request.key
         self.waiting[row] = 1
-        if len(prompt) > 1:
+        if len(request.prompt) > 1:
             self.prompts[row] = (forward.embeds[:, 1:], forward.last_hidden[:, :-1])
 
     def evict(self, row: int) -> None:
@@ -263,6 +303,8 @@ class EagleDrafter:
         base = torch.zeros((len(roots), 1, 1, stable), dtype=state.dtype, device=roots.device)
         if len(set(self.kv.lengths)) > 1:
             base.masked_fill_(~self.kv.visible(stable)[:, None, None], float("-inf"))
+        if self.widths:
+            return self._draw(roots, state, base, plan)
         tokens, parents, scores = self._expand(state, base, plan.depth)
         return best_of_pool(roots, tokens, parents, scores, plan.budget, plan.depth)
 
@@ -275,10 +317,11 @@ class EagleDrafter:
             depth: levels to draft.
 
         Returns:
-            Pool of candidates: tokens, parents (pool indices, -1 for the root) and cumulative log q, each [B, C].
+            Pool of candidates: tokens, parents (pool indices, -1 for the root) and cumulative scores (see `_scored`),
+            each [B, C].
         """
         B, k, D = state.shape[0], self.width, state.shape[-1]
-        best = self.target.unembed(state).squeeze(1).log_softmax(-1).topk(k, dim=-1)
+        best = self._scored(self.target.unembed(state), 1).squeeze(1).topk(k, dim=-1)
         beam_scores, beam_tokens = best.values, best.indices
         pool_tokens, pool_scores = [beam_tokens], [beam_scores]
         pool_parents = [torch.full_like(beam_tokens, -1)]
@@ -289,7 +332,7 @@ class EagleDrafter:
         for level in range(1, depth):
             mask = torch.cat([base.expand(B, 1, k, -1), seen], -1)
             outputs = self._draft_pass(beam_tokens, beam_states, level, mask)
-            best = self.target.unembed(outputs).log_softmax(-1).topk(k, dim=-1)
+            best = self._scored(self.target.unembed(outputs), level + 1).topk(k, dim=-1)
             scores = (beam_scores.unsqueeze(-1) + best.values).flatten(1)
             tokens = best.indices.flatten(1)
             pool_tokens.append(tokens)
@@ -306,6 +349,67 @@ class EagleDrafter:
             inherited = seen.gather(2, beam[:, None, :, None].expand(-1, -1, -1, seen.shape[-1]))
             seen = torch.cat([inherited, self.eye.expand(B, 1, k, k)], -1)
         return torch.cat(pool_tokens, 1), torch.cat(pool_parents, 1), torch.cat(pool_scores, 1)
+
+    def _scored(self, logits: Tensor, ahead: int) -> Tensor:
+        """Log-probability [B, M, V] that the target will choose each token: log q, or given the noise it chooses with.
+
+        Args:
+            logits: [B, M, V] of the head.
+            ahead: how far behind the root the token is that they are about.
+
+        With noise the target takes argmax(log p + g), and the head is less sure than the target: where p is a sharper,
+        erring q, log p = a (log q + e) with e Gumbel, a token wins with probability softmax(log q + g / a) once g is
+        known. `noise_share` is 1 / a: 1 trusts the head to be exact, 0 gives the tree of log q. Scores stay
+        log-probabilities, so their sums mean the probability of a path and re-rank the pool as before.
+        """
+        if self.sampler is None:
+            return logits.log_softmax(-1)
+        work = logits if logits.dtype == torch.float64 else logits.float()
+        positions = (self.kv.lengths_device + ahead).unsqueeze(1)
+        noise = gumbel_noise(self.sampler.seed, self.keys, positions, work.shape[-1], work.dtype)
+        return (work / self.sampler.temperature + self.noise_share * noise).log_softmax(-1)
+
+    def _draw(self, roots: Tensor, state: Tensor, base: Tensor, plan: Plan) -> Tree:
+        """Trees of one shape whose candidates are drawn from the head's distribution, siblings without replacement.
+
+        Args:
+            roots, state, base: see `propose` and `_expand`.
+            plan: the budget keeps the first nodes in level order.
+        """
+        assert self.sampler is not None
+        B, n_nodes = len(roots), max(plan.budget) + 1
+        widths: list[int] = []
+        counts = [1]
+        while len(widths) < plan.depth and sum(counts) < n_nodes:
+            widths.append(self.widths[len(widths)] if len(widths) < len(self.widths) else 1)
+            counts.append(counts[-1] * widths[-1])
+        tokens, parents = [roots.unsqueeze(1)], [torch.full_like(roots.unsqueeze(1), -1)]
+        probabilities, created = [], 0
+        seen = state.new_zeros((B, 1, 1, 0))
+        self.kv.begin_tree(sum(counts[1:-1]))
+        for level, width in enumerate(widths):
+            if level:
+                eye = state.new_full((counts[level], counts[level]), float("-inf")).fill_diagonal_(0.0)
+                seen = torch.cat([seen.repeat_interleave(widths[level - 1], 2), eye.expand(B, 1, -1, -1)], -1)
+                mask = torch.cat([base.expand(B, 1, counts[level], -1), seen], -1)
+                state = self._draft_pass(tokens[-1], state.repeat_interleave(widths[level - 1], 1), level, mask)
+            weights = self.sampler.weights(self.target.unembed(state))
+            probabilities.append(weights.softmax(-1))
+            positions = (self.kv.lengths_device + level + 1).unsqueeze(1)
+            noise = gumbel_noise(
+                self.sampler.seed, self.keys, positions, weights.shape[-1], weights.dtype, DRAFT_STREAM
+            )
+            # The best of log q + Gumbel noise, in order, are draws without replacement (arXiv 1903.06059).
+            tokens.append((weights + noise).topk(width, dim=-1).indices.flatten(1))
+            places = torch.arange(created, created + counts[level], device=roots.device)
+            parents.append(places.repeat_interleave(width).expand(B, -1))
+            created += counts[level]
+        kept = torch.cat(parents, 1)[:, :n_nodes]
+        if min(plan.budget) + 1 < kept.shape[1]:
+            limits = torch.tensor(plan.budget, device=roots.device).unsqueeze(1)
+            kept = kept.masked_fill(torch.arange(kept.shape[1], device=roots.device) > limits, -1)
+        trees = from_parents(torch.cat(tokens, 1)[:, :n_nodes], kept, len(widths))
+        return replace(trees, proposals=Proposals(torch.cat(probabilities, 1)[:, :n_nodes], tuple(widths)))
 
     def _draft_pass(self, tokens: Tensor, states: Tensor, level: int, mask: Tensor) -> Tensor:
         """One pass over the beams of a level; their keys and values go behind those of earlier levels."""

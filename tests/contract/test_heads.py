@@ -57,7 +57,7 @@ def test_training_states_equal_drafting_states(images, batch):
         for b, (p, _) in enumerate(rows):
             prefix = Prompt(p.input_ids[: cut[b]], p.visual[: cut[b]], p.pixels)
             forward = target.prefill(state, b, prefix)
-            drafter.admit(b, prefix, forward, p.input_ids[cut[b]])
+            drafter.admit(b, Request("r", prefix, 1), forward, p.input_ids[cut[b]])
         drafter._take_in(keep_last=False)
         states = drafter._root_state()
         stable = max(drafter.kv.lengths)
@@ -85,7 +85,7 @@ def test_tree_drafting_equals_chain_drafting_along_each_path():
         root = forward.logits[0, -1].argmax()
         wide = trained.drafter(target, 3)
         wide.open(1, 64)
-        wide.admit(0, request, forward, root)
+        wide.admit(0, Request("r", request, 1), forward, root)
         wide._take_in(keep_last=False)
         base = torch.zeros(1, 1, 1, max(wide.kv.lengths), dtype=torch.float64)
         tokens, parents, scores = wide._expand(wide._root_state(), base, 3)
@@ -96,7 +96,7 @@ def test_tree_drafting_equals_chain_drafting_along_each_path():
                 walk = int(parents[0, walk])
             narrow = trained.drafter(target, 1)
             narrow.open(1, 64)
-            narrow.admit(0, request, forward, root)
+            narrow.admit(0, Request("r", request, 1), forward, root)
             narrow._take_in(keep_last=False)
             states, total = narrow._root_state(), 0.0
             narrow.kv.begin_tree(3)
