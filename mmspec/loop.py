@@ -352,15 +352,14 @@ class _Run:
         path = accepted.path
         P = path.shape[1]
         counts = torch.stack([accepted.n_kept, (trees.parents >= 0).sum(1)], 1)
-        columns = [counts, path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)]
-        packed = [c.double() for c in columns]
+        packed = torch.cat([counts, path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)], 1)
         if self.want_gaps:
             top = scores.topk(2, dim=-1).values
-            packed.append((top[..., 0] - top[..., 1]).gather(1, path).double())
+            packed = torch.cat([packed.double(), (top[..., 0] - top[..., 1]).gather(1, path).double()], 1)
         if sensed is not None:
-            packed.append(sensed.double())
+            packed = torch.cat([packed.double(), sensed.double()], 1)
         nodes, paths, tokens, gaps = [], [], [], []
-        for b, line in enumerate(torch.cat(packed, 1).tolist()):
+        for b, line in enumerate(packed.tolist()):
             kept = int(line[0]) if self.rows[b] else 0
             nodes.append(int(line[1]))
             paths.append([int(x) for x in line[2 : 2 + kept]])

@@ -39,15 +39,23 @@ class RotaryTable:
         Returns:
             cos, sin, each [B, 1, M, dim].
         """
-        if self._cos.shape[0] < bound or self._cos.dtype != dtype or self._cos.device != positions.device:
-            size = 1 << max(bound - 1, 255).bit_length()
-            # fp64 angles: at position 4,000 an fp32 product is off by more than bf16 can show, and it costs nothing.
-            frequency = self.theta ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
-            angles = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
-            angles = torch.cat([angles, angles], -1)
-            self._cos = angles.cos().to(positions.device, dtype)
-            self._sin = angles.sin().to(positions.device, dtype)
+        self._extend(bound, positions.device, dtype)
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+    def span(self, start: int, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotation of the positions start..start+n-1 of all rows: views of the table, [1, 1, n, dim]."""
+        self._extend(start + n, like.device, like.dtype)
+        return self._cos[None, None, start : start + n], self._sin[None, None, start : start + n]
+
+    def _extend(self, bound: int, device: torch.device, dtype: torch.dtype) -> None:
+        if self._cos.shape[0] >= bound and self._cos.dtype == dtype and self._cos.device == device:
+            return
+        size = 1 << max(bound - 1, 255).bit_length()
+        # fp64 angles: at position 4,000 an fp32 product is off by more than bf16 can show, and it costs nothing.
+        frequency = self.theta ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+        angles = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
+        angles = torch.cat([angles, angles], -1)
+        self._cos, self._sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -86,9 +94,26 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
+        self.fused: Tensor | None = None
+
+    def fuse(self) -> None:
+        """See `DecoderBlock.fuse`."""
+        self.fused = _joined([self.gate_proj, self.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        if self.fused is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, self.fused).chunk(2, -1)
+        return cast(Tensor, self.down_proj(F.silu(gate) * up))
+
+
+def _joined(layers: list[nn.Linear]) -> Tensor:
+    """One matrix of several layers' weights, of which they become views."""
+    joined = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, joined.split([layer.out_features for layer in layers])):
+        layer.weight.data = part
+    return joined
 
 
 class DecoderBlock(nn.Module):
@@ -116,6 +141,14 @@ class DecoderBlock(nn.Module):
         self.o_proj = nn.Linear(n_heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, inner)
+        self.sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
+        self.fused: Tensor | None = None
+
+    def fuse(self) -> None:
+        """For drafting: queries, keys and values by one product, gate and up by another. Weights are not copied twice;
+        call it when they are where they stay, and not on a block that will be trained."""
+        self.fused = _joined([self.q_proj, self.k_proj, self.v_proj])
+        self.mlp.fuse()
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -131,16 +164,32 @@ class DecoderBlock(nn.Module):
             keys (rotated) and values, each [B, Hkv, M, Dh].
         """
         x = self.input_layernorm(x)
-        return rotate(self._heads(self.k_proj(x)), rope), self._heads(self.v_proj(x))
+        if self.fused is None:
+            k, v = self.k_proj(x), self.v_proj(x)
+        else:
+            k, v = F.linear(x, self.fused[self.sizes[0] :]).split(self.sizes[1:], -1)
+        return rotate(self._heads(k), rope), self._heads(v)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         """[B, M, D] -> [B, M, D]; `attention` gets rotated queries and keys."""
         normed = self.input_layernorm(x)
-        q = rotate(self._heads(self.q_proj(normed)), rope)
-        k = rotate(self._heads(self.k_proj(normed)), rope)
-        v = self._heads(self.v_proj(normed))
-        x = x + self.o_proj(attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.fused is None:
+            q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
+        else:
+            q, k, v = F.linear(normed, self.fused).split(self.sizes, -1)
+        q, k = rotate(self._heads(q), rope), rotate(self._heads(k), rope)
+        return self._finish(x, attention(q, k, self._heads(v)))
+
+    def reread(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The same for x whose keys and values are stored among `keys` and `values` [B, Hkv, L, Dh] already."""
+        q = rotate(self._heads(self.q_proj(self.input_layernorm(x))), rope)
+        return self._finish(x, attend(q, keys, values, mask))
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
+        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class UnrolledAttention:

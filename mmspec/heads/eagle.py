@@ -228,6 +228,7 @@ class EagleDrafter:
         frozen = not (head.training or any(p.requires_grad for p in head.parameters()))
         head = head if frozen else copy.deepcopy(head)
         self.head = head.to(target.device, target.dtype).eval().requires_grad_(False)
+        self.head.block.fuse()
         self.target, self.width = target, width
         self.max_depth = 32
 
@@ -323,32 +324,58 @@ class EagleDrafter:
         B, k, D = state.shape[0], self.width, state.shape[-1]
         best = self._scored(self.target.unembed(state), 1).squeeze(1).topk(k, dim=-1)
         beam_scores, beam_tokens = best.values, best.indices
-        pool_tokens, pool_scores = [beam_tokens], [beam_scores]
-        pool_parents = [torch.full_like(beam_tokens, -1)]
-        beam_nodes = torch.arange(k, device=state.device).expand(B, k)
+        pool_tokens, pool_scores, chosen_at = [beam_tokens], [beam_scores], []
         beam_states = state.expand(B, k, D)
-        seen, created = self.eye.expand(B, 1, k, k), k
-        self.kv.begin_tree(k * (depth - 1))
+        stable, seen = base.shape[-1], k * (depth - 1)
+        mask = base.new_full((B, 1, k, stable + seen), float("-inf"))
+        mask[..., :stable] = base
+        cos, sin = self._rope(0, depth - 1)
+        self.kv.begin_tree(seen)
         for level in range(1, depth):
-            mask = torch.cat([base.expand(B, 1, k, -1), seen], -1)
-            outputs = self._draft_pass(beam_tokens, beam_states, level, mask)
+            end = stable + k * level
+            mask[..., end - k : end] = self.eye
+            rope = cos[:, :, level - 1 : level], sin[:, :, level - 1 : level]
+            outputs = self._draft_pass(beam_tokens, beam_states, rope, mask[..., :end])
             best = self._scored(self.target.unembed(outputs), level + 1).topk(k, dim=-1)
             scores = (beam_scores.unsqueeze(-1) + best.values).flatten(1)
             tokens = best.indices.flatten(1)
             pool_tokens.append(tokens)
             pool_scores.append(scores)
-            pool_parents.append(beam_nodes.repeat_interleave(k, 1))
             if level == depth - 1:
                 break
-            chosen = scores.topk(k, dim=-1)
-            beam = chosen.indices // k
-            beam_scores, beam_tokens = chosen.values, tokens.gather(1, chosen.indices)
+            beam_scores, chosen = scores.topk(k, dim=-1)
+            chosen_at.append(chosen)
+            beam = chosen // k
+            beam_tokens = tokens.gather(1, chosen)
             beam_states = outputs.gather(1, beam.unsqueeze(-1).expand(-1, -1, D))
-            beam_nodes = chosen.indices + created
-            created += k * k
-            inherited = seen.gather(2, beam[:, None, :, None].expand(-1, -1, -1, seen.shape[-1]))
-            seen = torch.cat([inherited, self.eye.expand(B, 1, k, k)], -1)
-        return torch.cat(pool_tokens, 1), torch.cat(pool_parents, 1), torch.cat(pool_scores, 1)
+            if k > 1:  # a beam inherits what its parent sees
+                mask[..., stable:end] = mask[..., stable:end].gather(
+                    2, beam[:, None, :, None].expand(-1, 1, -1, end - stable)
+                )
+        return torch.cat(pool_tokens, 1), self._pool_parents(chosen_at, B, depth), torch.cat(pool_scores, 1)
+
+    def _pool_parents(self, chosen_at: list[Tensor], B: int, depth: int) -> Tensor:
+        """Parents [B, C] in the pool: k children of the root, then k children of each beam of each further level.
+
+        Args:
+            chosen_at: of each level that was expanded further, which of its k * k candidates became beams, [B, k].
+        """
+        k, device = self.width, self.eye.device
+        nodes = torch.arange(k, device=device).expand(B, k)
+        if chosen_at:
+            firsts = k + k * k * torch.arange(len(chosen_at), device=device)
+            beams = (torch.stack(chosen_at, 1) + firsts[:, None]).flatten(1)
+            nodes = torch.cat([nodes, beams], 1)
+        children = nodes.repeat_interleave(k, 1) if depth > 1 else nodes[:, :0]
+        return torch.cat([torch.full((B, k), -1, device=device), children], 1)
+
+    def _rope(self, offset: int, n: int) -> tuple[Tensor, Tensor]:
+        """Rotation of the n positions from `offset` behind each row's stored pairs, [B or 1, 1, n, Dh]."""
+        lengths, rotary = self.kv.lengths, self.head.rotary
+        if min(lengths) == max(lengths):
+            return rotary.span(lengths[0] + offset, n, self.eye)
+        start = (self.kv.lengths_device + offset).clamp_min(0).unsqueeze(1)
+        return rotary.at(start + torch.arange(n, device=start.device), max(lengths) + offset + n, self.eye.dtype)
 
     def _scored(self, logits: Tensor, ahead: int) -> Tensor:
         """Log-probability [B, M, V] that the target will choose each token: log q, or given the noise it chooses with.
@@ -392,7 +419,8 @@ class EagleDrafter:
                 eye = state.new_full((counts[level], counts[level]), float("-inf")).fill_diagonal_(0.0)
                 seen = torch.cat([seen.repeat_interleave(widths[level - 1], 2), eye.expand(B, 1, -1, -1)], -1)
                 mask = torch.cat([base.expand(B, 1, counts[level], -1), seen], -1)
-                state = self._draft_pass(tokens[-1], state.repeat_interleave(widths[level - 1], 1), level, mask)
+                state = state.repeat_interleave(widths[level - 1], 1)
+                state = self._draft_pass(tokens[-1], state, self._rope(level - 1, 1), mask)
             weights = self.sampler.weights(self.target.unembed(state))
             probabilities.append(weights.softmax(-1))
             positions = (self.kv.lengths_device + level + 1).unsqueeze(1)
@@ -411,10 +439,8 @@ class EagleDrafter:
         trees = from_parents(torch.cat(tokens, 1)[:, :n_nodes], kept, len(widths))
         return replace(trees, proposals=Proposals(torch.cat(probabilities, 1)[:, :n_nodes], tuple(widths)))
 
-    def _draft_pass(self, tokens: Tensor, states: Tensor, level: int, mask: Tensor) -> Tensor:
+    def _draft_pass(self, tokens: Tensor, states: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """One pass over the beams of a level; their keys and values go behind those of earlier levels."""
-        positions = (self.kv.lengths_device + (level - 1)).unsqueeze(1).expand(tokens.shape)
-        rope = self.head.rotary.at(positions, max(self.kv.lengths) + level, states.dtype)
 
         def tree_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.kv.write(0, k, v)
@@ -433,25 +459,25 @@ class EagleDrafter:
         if not width:
             return
         u = self.head.pair(self.target.embed(self.tokens[:, :width]), self.states[:, :width])
-        positions = self.kv.lengths_device.unsqueeze(1) + torch.arange(width, device=u.device)
-        rope = self.head.rotary.at(positions, max(self.kv.lengths) + width, u.dtype)
-        self.kv.append(0, *self.head.block.keys_values(u, rope), counts)
+        self.kv.append(0, *self.head.block.keys_values(u, self._rope(0, width)), counts)
         self.kv.advance(counts)
-        last = torch.tensor([max(c - 1, 0) for c in counts], device=u.device)
         if keep_last:
-            last = last + 1
+            last = torch.tensor([max(c, 1) for c in counts], device=u.device)
             self.states = self.states.gather(1, last[:, None, None].expand(-1, 1, self.states.shape[-1]))
             self.tokens = self.tokens.gather(1, last[:, None])
             self.waiting = [min(w, 1) for w in self.waiting]
         else:
-            self.newest = u.gather(1, last[:, None, None].expand(-1, 1, u.shape[-1])) if u.shape[1] > 1 else u
+            if min(counts) == width:
+                self.newest = u[:, width - 1 :]
+            else:
+                last = torch.tensor([max(c - 1, 0) for c in counts], device=u.device)
+                self.newest = u.gather(1, last[:, None, None].expand(-1, 1, u.shape[-1]))
             self.waiting = [0] * len(self.waiting)
 
     def _take_in_prompt(self, row: int, embeds: Tensor, states: Tensor) -> None:
         """Pairs 0..L-2 of a fresh row, [1, L-1, D] each: keys and values only, nothing else of them is ever used."""
         n = states.shape[1]
-        positions = torch.arange(n, device=states.device).unsqueeze(0)
-        rope = self.head.rotary.at(positions, n, states.dtype)
+        rope = self.head.rotary.span(0, n, states)
         keys, values = self.head.block.keys_values(self.head.pair(embeds, states), rope)
         self.kv.begin_prefill(row)
         self.kv.write(0, keys, values)
@@ -459,16 +485,10 @@ class EagleDrafter:
 
     def _root_state(self) -> Tensor:
         """The head's output [B, 1, D] at each row's newest pair, whose keys and values are stored already."""
-        last = (self.kv.lengths_device - 1).clamp_min(0).unsqueeze(1)
         width = max(self.kv.lengths)
-        rope = self.head.rotary.at(last, width, self.newest.dtype)
         mask = None
-        if len(set(self.kv.lengths)) > 1:
-            mask = torch.zeros((len(last), 1, 1, width), dtype=self.newest.dtype, device=last.device)
+        if min(self.kv.lengths) != width:
+            mask = torch.zeros((len(self.newest), 1, 1, width), dtype=self.newest.dtype, device=self.newest.device)
             mask.masked_fill_(~self.kv.visible(width)[:, None, None], float("-inf"))
-
-        def stable_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.kv.data[0, 0, :, :, :width], self.kv.data[0, 1, :, :, :width]
-            return attend(q, keys, values, mask)
-
-        return self.head.block(self.newest, rope, stable_attention)
+        keys, values = self.kv.data[0, 0, :, :, :width], self.kv.data[0, 1, :, :, :width]
+        return self.head.block.reread(self.newest, self._rope(-1, 1), keys, values, mask)

@@ -71,7 +71,7 @@ def test_training_states_equal_drafting_states(images, batch):
             tokens = torch.stack([p.input_ids[cut[b] + step + 1] for b, (p, _) in enumerate(rows)])
             mask = torch.zeros(batch, 1, 1, stable + step + 1, dtype=torch.float64)
             mask[..., :stable].masked_fill_(~drafter.kv.visible(stable)[:, None, None], float("-inf"))
-            states = drafter._draft_pass(tokens[:, None], states, step + 1, mask)
+            states = drafter._draft_pass(tokens[:, None], states, drafter._rope(step, 1), mask)
 
 
 def test_tree_drafting_equals_chain_drafting_along_each_path():
@@ -104,7 +104,7 @@ def test_tree_drafting_equals_chain_drafting_along_each_path():
                 log_q = target.unembed(states).log_softmax(-1)
                 total += float(log_q[0, 0, tokens[0, index]])
                 mask = torch.zeros(1, 1, 1, narrow.kv.offset + 1, dtype=torch.float64)
-                states = narrow._draft_pass(tokens[:, index : index + 1], states, level + 1, mask)
+                states = narrow._draft_pass(tokens[:, index : index + 1], states, narrow._rope(level, 1), mask)
             assert total == pytest.approx(float(scores[0, node]), abs=1e-9)
 
 
