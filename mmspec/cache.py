@@ -103,9 +103,7 @@ class RaggedKV:
             source = self.offset + path
             target = self.lengths_device.unsqueeze(1) + torch.arange(path.shape[1], device=path.device)
             self._move(source, target)
-        counts = [len(p) for p in paths]
-        self.lengths = [n + c for n, c in zip(self.lengths, counts)]
-        self.lengths_device += torch.tensor(counts, device=path.device)
+        self.advance([len(p) for p in paths])
 
     def append(self, layer: int, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
         """Add `counts[b]` entries to row `b` for good (columns beyond a row's count land in free slots).
@@ -129,7 +127,8 @@ class RaggedKV:
     def advance(self, counts: Sequence[int]) -> None:
         """Count appended entries as committed, once all layers have them."""
         self.lengths = [n + c for n, c in zip(self.lengths, counts)]
-        self.lengths_device += torch.tensor(counts, device=self.lengths_device.device)
+        one = len(set(counts)) == 1
+        self.lengths_device += counts[0] if one else torch.tensor(counts, device=self.lengths_device.device)
 
     def visible(self, width: int) -> Tensor:
         """[B, width] bool: which of the first `width` slots hold committed tokens.

@@ -6,6 +6,7 @@ stays a tree when it is taken in that order. Nothing here loops over nodes in Py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -44,14 +45,16 @@ def root_only(roots: Tensor) -> Tree:
     Args:
         roots: [B] int64.
     """
-    B = roots.shape[0]
-    return Tree(
-        tokens=roots.unsqueeze(1),
-        parents=torch.full((B, 1), -1, dtype=torch.long, device=roots.device),
-        depths=torch.zeros((B, 1), dtype=torch.long, device=roots.device),
-        ancestors=torch.ones((B, 1, 1), dtype=torch.bool, device=roots.device),
-        max_depth=0,
-    )
+    return Tree(roots.unsqueeze(1), *_bare(roots.shape[0], roots.device), max_depth=0)
+
+
+@functools.lru_cache(maxsize=64)
+def _bare(B: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, depths and ancestors of roots alone, made once: plain decoding asks for them every step."""
+    # Outside of inference mode, or they could never be used where gradients are recorded.
+    with torch.inference_mode(False):
+        parents = torch.full((B, 1), -1, dtype=torch.long, device=device)
+        return parents, torch.zeros_like(parents), torch.ones((B, 1, 1), dtype=torch.bool, device=device)
 
 
 def from_parents(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
