@@ -49,7 +49,7 @@ PROJECTOR_LEARNING_RATE = 1e-4  # of its first layer only: its inputs are large,
 SHORT_WEIGHTS = (0.58, 0.1, 0.05, 0.05, 0.2, 0.02)  # of the third cycle: counting is learnt late
 LOOKUP_WEIGHTS = (0.62, 0.16, 0.04, 0.04, 0.12, 0.02)  # of the fourth: finding what the question names, later still
 MIXED_WEIGHTS = (0.32, 0.14, 0.13, 0.06, 0.2, 0.15)  # of the fifth: the long answers come back, the look-ups stay
-LAST_WEIGHTS = (0.34, 0.1, 0.09, 0.03, 0.32, 0.12)  # of the last two: finding all that the question names
+LAST_WEIGHTS = (0.34, 0.1, 0.09, 0.03, 0.32, 0.12)  # of the last three: finding all that the question names
 LOOKUPS = frozenset({"count", "colour", "position"})
 
 
@@ -75,6 +75,7 @@ CYCLES = (
     Cycle(1000, 0.6, 4.0, MIXED_WEIGHTS, LOOKUPS, 1),
     Cycle(1000, 0.7, 3.0, LAST_WEIGHTS, frozenset({"count"}), 3),
     Cycle(800, 0.5, 3.0, LAST_WEIGHTS, frozenset({"count"}), 3),
+    Cycle(400, 0.4, 3.0, LAST_WEIGHTS, frozenset({"count"}), 3),
 )
 WORK = Path("runs/build_tiny_target")
 
