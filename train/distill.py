@@ -135,7 +135,9 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code > 128:
+    if code > 128 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The launcher ends helper processes of libraries along with us; their exit hooks would only wait and complain.
+        # After a finished run of several processes, threads that a ZeRO-3 engine leaves behind aborted the shutdown of
+        # the interpreter now and then. Everything is written and closed by now.
         os._exit(code)
     sys.exit(code)
