@@ -21,6 +21,7 @@ from mmspec import checkpoint as checkpoints
 from mmspec.checkpoint import Checkpoint
 from mmspec.costs import load_or_measure
 from mmspec.drafters.null import NullDrafter
+from mmspec.loop import error_line
 from mmspec.loop import generate as decode
 from mmspec.metrics import mat
 from mmspec.policy import FixedPolicy, LearnedPolicy, SkipPolicy
@@ -141,8 +142,7 @@ class Speculator:
             try:
                 requests.append(self._request(id, prompt, pictures, max_new_tokens))
             except (InputError, RecordError, OSError, ValueError) as error:
-                line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                answers[id] = Output(id, [], "error", 0.0, 0.0, [], error=line)
+                answers[id] = Output(id, [], "error", 0.0, 0.0, [], error=error_line(error))
         sampler = make_sampler(temperature, top_k, top_p, seed)
         outputs = decode(self.target, requests, self.drafter, self.policy, sampler, max_batch, on_emission=on_emission)
         answers |= {output.id: output for output in outputs}

@@ -216,7 +216,7 @@ class _Run:
                 try:
                     self._admit(row, fresh)
                 except Exception as error:  # of this request alone: what is decoded beside it goes on
-                    fresh.finish, fresh.error = "error", _line(error)
+                    fresh.finish, fresh.error = "error", error_line(error)
                 self.rows[row] = fresh
                 if self.on_emission and fresh.tokens:
                     self.on_emission(Emission(request, tuple(fresh.tokens), 0, "prefill"))
@@ -294,7 +294,7 @@ class _Run:
         self.drafter.open(len(self.rows), self.n_slots)
 
     def _lose(self, row: _Row, error: Exception) -> None:
-        row.drafted, row.error = False, f"drafter: {_line(error)}"
+        row.drafted, row.error = False, f"drafter: {error_line(error)}"
 
     def remaining(self) -> list[int]:
         """Tokens each row may still emit; 0 for idle rows."""
@@ -421,7 +421,7 @@ def _limit(target: Target, request: Request) -> int:
     return min(request.max_new_tokens, target.max_length - len(request.prompt) + 1)
 
 
-def _line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

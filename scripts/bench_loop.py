@@ -270,7 +270,7 @@ class Calls:
 
     def __init__(self, target: Any, drafter: Any) -> None:
         self.target, self.drafter = target, drafter
-        self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any, tuple[int | None, int]]] = []
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any, tuple[int | None, int]]] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -291,9 +291,17 @@ class Calls:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             depth[0] -= 1
 
-        modules = [*vision, self.target.text_model, self.target.lm_head, head.fc, head.block]
-        modules += [head.block.k_proj, head.block.v_proj]
-        for module in modules:
+        def kept(method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                self.calls.append((method, args, {}, None, (None, 0)))
+                return method(*args)
+
+            return call
+
+        # Two passes of the block that are not its forward: what the catch-up stores, and what the newest pair reads.
+        for name in ("keys_values", "reread"):
+            head.block.__dict__[name] = kept(getattr(head.block, name))
+        for module in [*vision, self.target.text_model, self.target.lm_head, head.fc, head.block]:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         try:
@@ -301,6 +309,8 @@ class Calls:
         finally:
             for handle in handles:
                 handle.remove()
+            for name in ("keys_values", "reread"):
+                del head.block.__dict__[name]
 
     @torch.inference_mode()
     def replay(self) -> None:

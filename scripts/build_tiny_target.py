@@ -1,6 +1,6 @@
 """Builds the embedded target, mmspec/assets/tiny_llava: a small LLaVA trained on the synthetic corpus.
 
-    python scripts/build_tiny_target.py                # about 100 minutes on two idle cores; resumes if killed
+    python scripts/build_tiny_target.py                # about two hours on two cores; resumes if killed
     python scripts/build_tiny_target.py --eval-only    # scores of what is there
 
 Three phases: (1) the vision tower learns to tell, from each single patch, the shape and colour in its cell, the word in

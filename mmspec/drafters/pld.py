@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from mmspec.tree import from_parents, root_only
-from mmspec.types import Forward, Plan, Request, Round, Tree
+from mmspec.drafters._host import NOTHING, Draft, HostDrafter, Stream
+from mmspec.types import Target
 
 PREFER = ("recent", "first")
 
@@ -33,6 +30,16 @@ class Config:
     num_pred: int = 10
     prefer: str = "recent"
 
+    @property
+    def depth(self) -> int:
+        """Levels to ask for."""
+        return self.num_pred
+
+    @property
+    def budget(self) -> int:
+        """Nodes to ask for."""
+        return self.num_pred
+
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"pld needs 1 <= min_ngram <= max_ngram, got {self.min_ngram} and {self.max_ngram}")
@@ -43,7 +50,7 @@ class Config:
 
 
 @dataclass
-class NGramIndex:
+class NGramIndex(Stream):
     """Where each n-gram of a growing stream was followed by something.
 
     `after[gram]` is the index of the token behind the first or the latest occurrence of the gram that has one.
@@ -66,54 +73,31 @@ class NGramIndex:
                     self.after[gram] = end
             stream.append(token)
 
-    def draft(self, length: int) -> list[int]:
-        """At most `length` tokens that followed the longest known context; [] without a match."""
-        stream = self.stream
+    def draft(self, depth: int, budget: int) -> Draft:
+        """What followed the longest known context; nothing without a match."""
+        stream, length = self.stream, min(depth, budget, self.config.num_pred)
         for n in range(min(self.config.max_ngram, len(stream)), self.config.min_ngram - 1, -1):
             start = self.after.get(tuple(stream[-n:]))
             if start is not None:
                 copied = stream[start : start + length]
-                return copied[: next((i for i, token in enumerate(copied) if token < 0), len(copied))]
-        return []
+                copied = copied[: next((i for i, token in enumerate(copied) if token < 0), len(copied))]
+                return copied, list(range(len(copied)))
+        return NOTHING
 
 
-class PromptLookupDrafter:
-    """Chains copied from the request's own text; a row without a match gets its root alone.
+class PromptLookupDrafter(HostDrafter):
+    """Chains copied from the request's own text.
 
     Args:
         config: see `Config`.
+        threads: see `HostDrafter`; nothing is left to settle here.
     """
 
-    taps: tuple[int, ...] = ()
-
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, threads: bool | None = None) -> None:
         self.config = config or Config()
+        super().__init__(lambda: NGramIndex(self.config), threads)
 
-    def open(self, max_batch: int, max_tokens: int) -> None:
-        self.rows: list[NGramIndex | None] = [None] * max_batch
 
-    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
-        prompt, index = request.prompt, NGramIndex(self.config)
-        index.extend([*prompt.input_ids.masked_fill(prompt.visual, -1).tolist(), int(root)])
-        self.rows[row] = index
-
-    def evict(self, row: int) -> None:
-        self.rows[row] = None
-
-    def observe(self, round: Round) -> None:
-        for index, tokens in zip(self.rows, round.tokens):
-            if index:
-                index.extend(tokens)
-
-    def propose(self, roots: Tensor, plan: Plan) -> Tree:
-        limit = min(plan.depth, self.config.num_pred)
-        drafts = [i.draft(min(limit, n)) if i and n else [] for i, n in zip(self.rows, plan.budget)]
-        longest = max(map(len, drafts))
-        if not longest:
-            return root_only(roots)
-        # One upload: drafts, padded, and how many of them count.
-        packed = torch.tensor([[len(d), *d, *[0] * (longest - len(d))] for d in drafts]).to(roots.device)
-        tokens = torch.cat([roots.unsqueeze(1), packed[:, 1:]], 1)
-        parents = torch.arange(-1, longest, device=roots.device).expand_as(tokens)
-        parents = parents.masked_fill(parents >= packed[:, :1], -1)
-        return from_parents(tokens, parents, longest)
+def make(config: Config, target: Target) -> PromptLookupDrafter:
+    """The method's drafter for a target."""
+    return PromptLookupDrafter(config)

@@ -1,0 +1,139 @@
+"""What drafters without weights share: one stream of tokens a row on the host, drafts packed into trees.
+
+A drafter of this kind is its `Stream`; batches, image placeholders, uploads and threads are dealt with here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mmspec.tree import chain, from_parents, root_only
+from mmspec.types import Forward, Plan, Request, Round, Tree
+
+Draft = tuple[list[int], list[int]]
+"""Tokens behind the root, and the tree index of each one's parent (0 is the root), parents before children."""
+
+NOTHING: Draft = ([], [])
+
+
+class Stream:
+    """What one row has seen: its prompt and answer. Negative tokens stand for images: never matched, never drafted."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take in tokens; the last of them is the root of the next draft."""
+        raise NotImplementedError
+
+    def draft(self, depth: int, budget: int) -> Draft:
+        """At most `budget` nodes on at most `depth` levels behind the last token; siblings have distinct tokens."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Work that the draft just made need not wait for: it is done while the target verifies."""
+
+    def close(self) -> None:
+        """The request has ended."""
+
+
+class HostDrafter:
+    """Drafts from one stream a row; a row without a draft gets its root alone.
+
+    Args:
+        start: makes the stream of a new row.
+        threads: settle streams in a worker thread while the target verifies. None: where the target is not on the CPU;
+            there the host only waits meanwhile, while on a CPU it would take the cores from the verification.
+
+    The outcome does not depend on threads: whatever is settling is waited for before a stream is touched again.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, start: Callable[[], Stream], threads: bool | None = None) -> None:
+        self.start, self.threads = start, threads
+        self.worker: ThreadPoolExecutor | None = None
+        self.settling: Future[None] | None = None
+        self.rows: list[Stream | None] = []
+
+    def open(self, max_batch: int, max_tokens: int) -> None:
+        self.settling = None
+        self.rows = [None] * max_batch
+
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
+        self._wait()
+        stream, prompt = self.start(), request.prompt
+        # One placeholder stands for an image: the others would only fill the index.
+        again = prompt.visual.clone()
+        again[1:] &= prompt.visual[:-1]
+        again[:1] = False
+        stream.extend([*prompt.input_ids.masked_fill(prompt.visual, -1)[~again].tolist(), int(root)])
+        self.rows[row] = stream
+
+    def evict(self, row: int) -> None:
+        self._wait()
+        stream, self.rows[row] = self.rows[row], None
+        if stream:
+            stream.close()
+
+    def observe(self, round: Round) -> None:
+        self._wait()
+        for stream, tokens in zip(self.rows, round.tokens):
+            if stream and tokens:
+                stream.extend(tokens)
+
+    def propose(self, roots: Tensor, plan: Plan) -> Tree:
+        self._wait()
+        trees = pack(roots, [s.draft(plan.depth, n) if s and n else NOTHING for s, n in zip(self.rows, plan.budget)])
+        if self.threads or (self.threads is None and roots.device.type != "cpu"):
+            self.worker = self.worker or ThreadPoolExecutor(1, "settle")
+            self.settling = self.worker.submit(_settle, [*self.rows])
+        else:
+            _settle(self.rows)
+        return trees
+
+    def _wait(self) -> None:
+        """Until nothing is settling; what went wrong there is raised here."""
+        if self.settling is not None:
+            settling, self.settling = self.settling, None
+            settling.result()
+
+
+def _settle(rows: Sequence[Stream | None]) -> None:
+    for stream in rows:
+        if stream:
+            stream.settle()
+
+
+def pack(roots: Tensor, drafts: Sequence[Draft]) -> Tree:
+    """Trees of a batch from drafts on the host, with one upload.
+
+    Args:
+        roots: [B] int64.
+        drafts: one for each row.
+    """
+    longest = max(len(tokens) for tokens, _ in drafts)
+    if not longest:
+        return root_only(roots)
+    line = list(range(longest))
+    if all(parents == line for _, parents in drafts):
+        drafted = torch.tensor([tokens for tokens, _ in drafts]).to(roots.device)
+        return chain(torch.cat([roots.unsqueeze(1), drafted], 1))
+    packed = torch.tensor(
+        [
+            [row + [fill] * (longest - len(row)) for row, fill in zip(draft, (0, -1))]  # tokens, parents
+            for draft in drafts
+        ]
+    ).to(roots.device)
+    tokens = torch.cat([roots.unsqueeze(1), packed[:, 0]], 1)
+    parents = torch.cat([torch.full_like(roots, -1).unsqueeze(1), packed[:, 1]], 1)
+    return from_parents(tokens, parents, max(_depth(parents) for _, parents in drafts))
+
+
+def _depth(parents: Sequence[int]) -> int:
+    """Levels of one draft."""
+    depths = [0]
+    for parent in parents:
+        depths.append(depths[parent] + 1)
+    return max(depths)
