@@ -96,13 +96,17 @@ class RaggedKV:
             path: [B, P] int64 node indices on the device; entries beyond a row's path may be anything valid.
             paths: the same on the host, cut to what is kept; empty for rows that keep nothing.
         """
-        in_place = all(
-            not p or (n == self.offset and tuple(p) == tuple(range(len(p)))) for n, p in zip(self.lengths, paths)
-        )
-        if not in_place:
-            source = self.offset + path
-            target = self.lengths_device.unsqueeze(1) + torch.arange(path.shape[1], device=path.device)
-            self._move(source, target)
+        moved = [
+            b
+            for b, (n, p) in enumerate(zip(self.lengths, paths))
+            if p and not (n == self.offset and tuple(p) == tuple(range(len(p))))
+        ]
+        if moved and (len(paths) == 1 or self.data.device.type == "cpu"):
+            self._move_rows(moved, path, paths)
+        elif moved:
+            self._move(
+                self.offset + path, self.lengths_device.unsqueeze(1) + torch.arange(path.shape[1], device=path.device)
+            )
         self.advance([len(p) for p in paths])
 
     def append(self, layer: int, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
@@ -136,6 +140,13 @@ class RaggedKV:
         Slot 0 always counts, or an idle row would have nothing to attend to and turn into NaN.
         """
         return torch.arange(width, device=self.lengths_device.device) < self.lengths_device.clamp_min(1).unsqueeze(1)
+
+    def _move_rows(self, rows: Sequence[int], path: Tensor, paths: Sequence[Sequence[int]]) -> None:
+        """Row by row, each a copy of whole entries: on a CPU several times faster than an index for every number."""
+        slots = self.offset + path
+        for b in rows:
+            data, n, kept = self.data[:, :, b], self.lengths[b], len(paths[b])
+            data[:, :, :, n : n + kept] = data.index_select(3, slots[b, :kept])
 
     def _move(self, source: Tensor, target: Tensor) -> None:
         """One gather and one scatter for all layers, [B, P] slots each; the gather is a copy, so overlap is safe."""

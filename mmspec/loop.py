@@ -354,8 +354,8 @@ class _Run:
         if P == 1 and not self.want_gaps and sensed is None:  # plain decoding: nothing to tell but the tokens
             new = [[t] if row else [] for row, t in zip(self.rows, accepted.next_tokens.tolist())]
             return _News([0] * len(new), [[0] if row else [] for row in self.rows], new, [[]] * len(new))
-        counts = torch.stack([accepted.n_kept, (trees.parents >= 0).sum(1)], 1)
-        packed = torch.cat([counts, path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)], 1)
+        counts = accepted.n_kept.unsqueeze(1), (trees.parents >= 0).sum(1, keepdim=True)
+        packed = torch.cat([*counts, path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)], 1)
         if self.want_gaps:
             top = scores.topk(2, dim=-1).values
             packed = torch.cat([packed.double(), (top[..., 0] - top[..., 1]).gather(1, path).double()], 1)

@@ -20,23 +20,32 @@ def ancestors_of(parents: Tensor, max_depth: int) -> Tensor:
 
     Args:
         parents: [B, N] int64, -1 for roots and padding.
-        max_depth: upper bound of the depth of any node.
+        max_depth: upper bound of the depth of any node, at most 128: beyond it the products would leave fp32.
 
     Returns:
         [B, N, N] bool, `[b, i, j]` when `j` is `i` or an ancestor of `i`.
 
+    Raises:
+        ValueError: a deeper tree.
+
     Example: parents `[-1, 0, 0, 1]` give rows `1000, 1100, 1010, 1101`.
     """
-    B, N = parents.shape
-    reach = torch.eye(N, device=parents.device).repeat(B, 1, 1)
-    if N > 1:
-        rows = parents.clamp_min(0).unsqueeze(-1)
-        reach.scatter_add_(2, rows, (parents >= 0).to(reach.dtype).unsqueeze(-1))
+    if max_depth > 128:
+        raise ValueError(f"trees of depth {max_depth} are not supported; draft at most 128 levels")
+    nodes, eye = _nodes(parents.shape[1], parents.device)
+    reach = (parents.unsqueeze(-1) == nodes) + eye
     span = 1
     while span < max_depth:
-        reach = torch.bmm(reach, reach).clamp_max_(1.0)
+        reach = torch.bmm(reach, reach)
         span *= 2
     return reach > 0
+
+
+@functools.lru_cache(maxsize=256)
+def _nodes(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Node numbers [N] and the identity [N, N] in fp32, made once for each size."""
+    with torch.inference_mode(False):
+        return torch.arange(N, device=device), torch.eye(N, device=device)
 
 
 def root_only(roots: Tensor) -> Tree:
@@ -81,42 +90,31 @@ def chain(tokens: Tensor) -> Tree:
     return Tree(tokens, depths - 1, depths, ancestors, N - 1)
 
 
-def best_of_pool(
-    roots: Tensor, tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequence[int], max_depth: int
-) -> Tree:
-    """The nodes with the best cumulative score, `budget[b]` of them in row `b`, and the root.
+def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequence[int], max_depth: int) -> Tree:
+    """The root, and of the other nodes of a pool those with the best cumulative score, `budget[b]` of them in row `b`.
 
     A child never scores above its parent and is created after it, so a stable sort keeps the choice ancestor-closed
     even where scores tie (a child with log q = 0).
 
     Args:
-        roots: [B] int64.
-        tokens: [B, C] int64, candidate nodes in order of creation.
-        parents: [B, C] int64, index of the parent in the pool, -1 for children of the root.
-        scores: [B, C], cumulative log-probability, non-increasing along paths.
-        budget: draft nodes per row; more than C takes all, 0 leaves the root alone.
+        tokens: [B, C] int64, candidate nodes in order of creation, the root first.
+        parents: [B, C] int64, index of the parent in the pool, -1 for the root.
+        scores: [B, C], cumulative log-probability, non-increasing along paths from the root's 0.
+        budget: draft nodes per row; more than C - 1 takes all, 0 leaves the root alone.
         max_depth: deepest level in the pool.
 
     Source: EAGLE-2 (arXiv 2406.16858), re-ranking.
     """
-    B, C = tokens.shape
-    n = min(max(budget), C)
+    C = tokens.shape[1]
+    n = min(max(budget) + 1, C)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
-    ragged = min(budget) < n
-    if ragged:
-        limits = torch.tensor([min(b, n) for b in budget], device=tokens.device)
-        dropped = torch.arange(n, device=tokens.device) >= limits.unsqueeze(1)
-        order = order.masked_fill(dropped, C)  # sorts to the end: creation order again, padding last
-    order = order.sort(dim=1).values
-    place = torch.zeros((B, C + 2), dtype=torch.long, device=tokens.device)  # pool index + 1 -> tree index
-    place.scatter_(1, order + 1, torch.arange(1, n + 1, device=tokens.device).expand(B, n))
+    if min(budget) + 1 >= n:
+        order = order.sort(dim=1).values  # creation order again
+        # `order` is where tree nodes stand in the pool; a parent is found in it by bisection, and -1 stays -1.
+        places = torch.searchsorted(order, parents.gather(1, order), right=True) - 1
+        return from_parents(tokens.gather(1, order), places, max(max_depth, 1))
+    limits = torch.tensor(budget, device=tokens.device).unsqueeze(1)
+    order = order.masked_fill(torch.arange(n, device=tokens.device) > limits, C).sort(dim=1).values  # padding last
     picked = order.clamp_max(C - 1)
-    # Children of the root carry parent -1: slot 0 of `place`, which holds tree index 0.
-    new_parents = place.gather(1, parents.gather(1, picked) + 1)
-    new_tokens = tokens.gather(1, picked)
-    if ragged:
-        new_parents = new_parents.masked_fill(order == C, -1)
-    head = torch.full((B, 1), -1, dtype=torch.long, device=tokens.device)
-    return from_parents(
-        torch.cat([roots.unsqueeze(1), new_tokens], 1), torch.cat([head, new_parents], 1), max(max_depth, 1)
-    )
+    places = torch.searchsorted(order, parents.gather(1, picked), right=True) - 1
+    return from_parents(tokens.gather(1, picked), places.masked_fill(order == C, -1), max(max_depth, 1))

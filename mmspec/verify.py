@@ -36,18 +36,15 @@ class MatchVerifier:
         if N == 1:
             zeros = torch.zeros((B, 1), dtype=torch.long, device=chosen.device)
             return Accepted(zeros, zeros[:, 0] + 1, chosen[:, 0])
-        matches = trees.tokens == chosen.gather(1, trees.parents.clamp_min(0))
-        matches &= trees.parents >= 0
+        matches = (trees.tokens == chosen.gather(1, trees.parents.clamp_min(0))) & (trees.parents >= 0)
         matches[:, 0] = True
-        # A node counts when no ancestor-or-self fails; siblings differ, so these nodes form one path from the root.
-        accepted = ~(trees.ancestors & ~matches.unsqueeze(1)).any(-1)
+        # A node counts when it and all above it match; siblings differ, so these nodes form one path from the root.
+        accepted = (matches.unsqueeze(1) | ~trees.ancestors).all(-1)
+        # Nodes are in topological order: the accepted ones, moved to the front, are the path.
+        front = accepted.byte().sort(dim=1, descending=True, stable=True).indices
         n_kept = accepted.sum(1)
-        nodes = torch.arange(N, device=chosen.device).expand(B, N)
-        path = torch.zeros((B, trees.max_depth + 2), dtype=torch.long, device=chosen.device)
-        path.scatter_(1, trees.depths.masked_fill(~accepted, trees.max_depth + 1), nodes)
-        path = path[:, :-1]
-        last = path.gather(1, n_kept.unsqueeze(1) - 1)
-        return Accepted(path, n_kept, chosen.gather(1, last).squeeze(1))
+        next_tokens = chosen.gather(1, front.gather(1, n_kept.unsqueeze(1) - 1)).squeeze(1)
+        return Accepted(front[:, : trees.max_depth + 1], n_kept, next_tokens)
 
 
 class RejectionVerifier:

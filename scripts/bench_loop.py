@@ -301,7 +301,8 @@ class Calls:
         # Two passes of the block that are not its forward: what the catch-up stores, and what the newest pair reads.
         for name in ("keys_values", "reread"):
             head.block.__dict__[name] = kept(getattr(head.block, name))
-        for module in [*vision, self.target.text_model, self.target.lm_head, head.fc, head.block]:
+        ends = [self.target.embedding, self.target.lm_head]
+        for module in [*vision, self.target.text_model, *ends, head.fc, head.block]:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         try:

@@ -79,14 +79,13 @@ def test_acceptance_in_a_ragged_batch_is_the_walk_of_each_row(rows, data):
 @st.composite
 def pools(draw):
     """Rows of candidates in order of creation, scores non-increasing along paths and often tied, with budgets."""
-    size = draw(st.integers(1, 12))
+    size = draw(st.integers(1, 13))
     rows = []
     for _ in range(draw(st.integers(1, 3))):
-        parents = [-1] + [draw(st.integers(-1, i - 1)) for i in range(1, size)]
-        scores: list[float] = []
-        for parent in parents:
-            step = draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, float("inf")]))
-            scores.append((scores[parent] if parent >= 0 else 0.0) - step)
+        parents = [-1] + [draw(st.integers(0, i - 1)) for i in range(1, size)]
+        scores = [0.0]
+        for parent in parents[1:]:
+            scores.append(scores[parent] - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, float("inf")])))
         rows.append((parents, scores, draw(st.integers(0, size + 2))))
     return rows
 
@@ -97,20 +96,19 @@ def test_each_row_keeps_its_own_best_candidates(rows):
     """Also where log q is -inf: the choice stays ancestor-closed."""
     size, budgets = len(rows[0][0]), tuple(row[2] for row in rows)
     tree = best_of_pool(
-        torch.full((len(rows),), 99),
         torch.arange(size).expand(len(rows), size),
         torch.tensor([row[0] for row in rows]),
         torch.tensor([row[1] for row in rows]),
         budgets,
         size,
     )
-    assert tree.tokens.shape[1] == 1 + min(max(budgets), size)
+    assert tree.tokens.shape[1] == min(1 + max(budgets), size)
     for b, (parents, scores, budget) in enumerate(rows):
-        kept = sorted(sorted(range(size), key=lambda i: (-scores[i], i))[:budget])
-        place = {-1: 0} | {node: i + 1 for i, node in enumerate(kept)}
-        padding = tree.tokens.shape[1] - 1 - len(kept)
-        assert tree.tokens[b, : 1 + len(kept)].tolist() == [99, *kept]
-        assert tree.parents[b].tolist() == [-1, *(place[parents[i]] for i in kept), *[-1] * padding]
+        kept = sorted(sorted(range(size), key=lambda i: (-scores[i], i))[: budget + 1])
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        padding = tree.tokens.shape[1] - len(kept)
+        assert tree.tokens[b, : len(kept)].tolist() == kept
+        assert tree.parents[b].tolist() == [*(place[parents[i]] for i in kept), *[-1] * padding]
 
 
 @st.composite

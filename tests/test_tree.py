@@ -32,6 +32,13 @@ def test_root_only_and_chain():
     assert tree.ancestors[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 
 
+def test_trees_that_are_too_deep_to_be_counted_in_fp32_are_refused():
+    line = torch.arange(-1, 128).unsqueeze(0)
+    assert torch.equal(ancestors_of(line, 128)[0], torch.ones(129, 129, dtype=torch.bool).tril())
+    with pytest.raises(ValueError, match="depth 129"):
+        ancestors_of(line, 129)
+
+
 def test_shapes_are_checked():
     one = torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="Tree shapes disagree"):
@@ -39,10 +46,10 @@ def test_shapes_are_checked():
 
 
 def test_budget_cuts_each_row_on_its_own():
-    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
-    parents = torch.tensor([[-1, -1, 0, 0], [-1, -1, 0, 0]])
-    scores = torch.tensor([[-0.1, -3.0, -0.2, -0.3], [-0.1, -0.5, -2.0, -2.1]])
-    tree = best_of_pool(torch.tensor([9, 9]), tokens, parents, scores, (3, 1), 2)
+    tokens = torch.tensor([[9, 1, 2, 3, 4], [9, 1, 2, 3, 4]])
+    parents = torch.tensor([[-1, 0, 0, 1, 1], [-1, 0, 0, 1, 1]])
+    scores = torch.tensor([[0.0, -0.1, -3.0, -0.2, -0.3], [0.0, -0.1, -0.5, -2.0, -2.1]])
+    tree = best_of_pool(tokens, parents, scores, (3, 1), 2)
     assert tree.tokens[0].tolist() == [9, 1, 3, 4]
     assert tree.parents[0].tolist() == [-1, 0, 1, 1]
     assert tree.parents[1].tolist() == [-1, 0, -1, -1]  # one node, the rest is padding
@@ -50,8 +57,8 @@ def test_budget_cuts_each_row_on_its_own():
 
 def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
     """log q = 0 makes parent and child score alike: the parent has to win the tie."""
-    tokens, parents = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 0, 1]])
-    tree = best_of_pool(torch.tensor([0]), tokens, parents, torch.zeros(1, 3), (2,), 3)
+    tokens, parents = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[-1, 0, 1, 2]])
+    tree = best_of_pool(tokens, parents, torch.zeros(1, 4), (2,), 3)
     assert tree.tokens.tolist() == [[0, 1, 2]]
     assert tree.parents.tolist() == [[-1, 0, 1]]
 
@@ -59,11 +66,11 @@ def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
 @st.composite
 def pools(draw):
     """A pool in order of creation, scores non-increasing along paths, often tied."""
-    size = draw(st.integers(1, 14))
-    parents = [-1] + [draw(st.integers(-1, i - 1)) for i in range(1, size)]
-    scores: list[float] = []
-    for parent in parents:
-        scores.append((scores[parent] if parent >= 0 else 0.0) - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0])))
+    size = draw(st.integers(1, 15))
+    parents = [-1] + [draw(st.integers(0, i - 1)) for i in range(1, size)]
+    scores = [0.0]
+    for parent in parents[1:]:
+        scores.append(scores[parent] - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0])))
     return parents, scores, draw(st.integers(1, 16))
 
 
@@ -72,15 +79,14 @@ def pools(draw):
 def test_best_of_pool_against_a_slow_reference(pool):
     parents, scores, budget = pool
     size = len(parents)
-    ranked = sorted(range(size), key=lambda i: (-scores[i], i))[:budget]
-    kept = sorted(ranked)
-    place = {-1: 0} | {node: i + 1 for i, node in enumerate(kept)}
+    kept = sorted(sorted(range(size), key=lambda i: (-scores[i], i))[: budget + 1])
+    place = {-1: -1} | {node: i for i, node in enumerate(kept)}
     tree = best_of_pool(
-        torch.tensor([99]), torch.arange(size)[None], torch.tensor([parents]), torch.tensor([scores]), (budget,), size
+        torch.arange(size)[None], torch.tensor([parents]), torch.tensor([scores]), (budget,), max(size - 1, 1)
     )
-    assert tree.tokens[0].tolist() == [99, *kept]
-    assert tree.parents[0].tolist() == [-1, *(place[parents[node]] for node in kept)]
-    for i in range(len(kept) + 1):
+    assert tree.tokens[0].tolist() == kept
+    assert tree.parents[0].tolist() == [place[parents[node]] for node in kept]
+    for i in range(len(kept)):
         line, node = set(), i
         while node >= 0:
             line.add(node)

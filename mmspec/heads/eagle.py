@@ -12,6 +12,7 @@ token), which is the very first draft input, is in the loss; positions are 1-D p
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -183,6 +184,15 @@ class Head(DraftHead):
         return EagleDrafter(self, target, width, sampler, widths)
 
 
+@functools.lru_cache(maxsize=64)
+def _pool_constants(k: int, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Parents of the root and the first two levels; where each further beam's level starts in the pool."""
+    nodes = [-1, *[0] * k, *(node for node in range(1, k + 1) for _ in range(k) if depth > 1)]
+    starts = [1 + k + k * k * level for level in range(depth - 2) for _ in range(k)]
+    with torch.inference_mode(False):
+        return torch.tensor(nodes, device=device), torch.tensor(starts, dtype=torch.long, device=device)
+
+
 def _cast(features: Features, dtype: torch.dtype) -> Features:
     return replace(features, last_hidden=features.last_hidden.to(dtype), embeds=features.embeds.to(dtype))
 
@@ -243,8 +253,10 @@ class EagleDrafter:
         self.waiting = [0] * max_batch
         self.keys = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        self.eye = torch.zeros((1, 1, self.width, self.width), dtype=self.target.dtype, device=device)
-        self.eye.masked_fill_(~torch.eye(self.width, dtype=torch.bool, device=device), float("-inf"))
+        own = torch.eye(self.width, dtype=torch.bool, device=device)
+        # Additive mask of the beams of all levels: each sees itself, and what it inherits is filled in level by level.
+        self.own = torch.zeros((1, 1, self.width, self.width), dtype=self.target.dtype, device=device)
+        self.own = self.own.masked_fill_(~own, float("-inf")).repeat(1, 1, 1, self.max_depth)
 
     def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Note a new row; its prompt is run through the head when it is first drafted for."""
@@ -306,10 +318,9 @@ class EagleDrafter:
             base.masked_fill_(~self.kv.visible(stable)[:, None, None], float("-inf"))
         if self.widths:
             return self._draw(roots, state, base, plan)
-        tokens, parents, scores = self._expand(state, base, plan.depth)
-        return best_of_pool(roots, tokens, parents, scores, plan.budget, plan.depth)
+        return best_of_pool(*self._expand(roots, state, base, plan.depth), plan.budget, plan.depth)
 
-    def _expand(self, state: Tensor, base: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _expand(self, roots: Tensor, state: Tensor, base: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """Beam search over draft tokens (EAGLE-2, expansion).
 
         Args:
@@ -318,24 +329,24 @@ class EagleDrafter:
             depth: levels to draft.
 
         Returns:
-            Pool of candidates: tokens, parents (pool indices, -1 for the root) and cumulative scores (see `_scored`),
+            Pool of candidates, the root first: tokens, parents (pool indices) and cumulative scores (see `_scored`),
             each [B, C].
         """
         B, k, D = state.shape[0], self.width, state.shape[-1]
         best = self._scored(self.target.unembed(state), 1).squeeze(1).topk(k, dim=-1)
         beam_scores, beam_tokens = best.values, best.indices
-        pool_tokens, pool_scores, chosen_at = [beam_tokens], [beam_scores], []
+        pool_tokens = [roots.unsqueeze(1), beam_tokens]
+        pool_scores = [torch.zeros_like(beam_scores[:, :1]), beam_scores]
+        chosen_at: list[Tensor] = []
         beam_states = state.expand(B, k, D)
         stable, seen = base.shape[-1], k * (depth - 1)
-        mask = base.new_full((B, 1, k, stable + seen), float("-inf"))
-        mask[..., :stable] = base
+        mask = torch.cat([base.expand(B, 1, k, stable), self.own[..., :seen].expand(B, 1, k, seen)], -1)
         cos, sin = self._rope(0, depth - 1)
+        ropes = list(zip(cos.split(1, 2), sin.split(1, 2)))
         self.kv.begin_tree(seen)
         for level in range(1, depth):
             end = stable + k * level
-            mask[..., end - k : end] = self.eye
-            rope = cos[:, :, level - 1 : level], sin[:, :, level - 1 : level]
-            outputs = self._draft_pass(beam_tokens, beam_states, rope, mask[..., :end])
+            outputs = self._draft_pass(beam_tokens, beam_states, ropes[level - 1], mask[..., :end])
             best = self._scored(self.target.unembed(outputs), level + 1).topk(k, dim=-1)
             scores = (beam_scores.unsqueeze(-1) + best.values).flatten(1)
             tokens = best.indices.flatten(1)
@@ -349,9 +360,8 @@ class EagleDrafter:
             beam_tokens = tokens.gather(1, chosen)
             beam_states = outputs.gather(1, beam.unsqueeze(-1).expand(-1, -1, D))
             if k > 1:  # a beam inherits what its parent sees
-                mask[..., stable:end] = mask[..., stable:end].gather(
-                    2, beam[:, None, :, None].expand(-1, 1, -1, end - stable)
-                )
+                inherited = mask[..., stable:end]
+                inherited[:] = inherited.gather(2, beam[:, None, :, None].expand(-1, 1, -1, end - stable))
         return torch.cat(pool_tokens, 1), self._pool_parents(chosen_at, B, depth), torch.cat(pool_scores, 1)
 
     def _pool_parents(self, chosen_at: list[Tensor], B: int, depth: int) -> Tensor:
@@ -360,22 +370,20 @@ class EagleDrafter:
         Args:
             chosen_at: of each level that was expanded further, which of its k * k candidates became beams, [B, k].
         """
-        k, device = self.width, self.eye.device
-        nodes = torch.arange(k, device=device).expand(B, k)
-        if chosen_at:
-            firsts = k + k * k * torch.arange(len(chosen_at), device=device)
-            beams = (torch.stack(chosen_at, 1) + firsts[:, None]).flatten(1)
-            nodes = torch.cat([nodes, beams], 1)
-        children = nodes.repeat_interleave(k, 1) if depth > 1 else nodes[:, :0]
-        return torch.cat([torch.full((B, k), -1, device=device), children], 1)
+        k = self.width
+        first, offsets = _pool_constants(k, depth, self.own.device)
+        if not chosen_at:
+            return first.expand(B, -1)
+        beams = torch.cat(chosen_at, 1) + offsets
+        return torch.cat([first.expand(B, -1), beams.repeat_interleave(k, 1)], 1)
 
     def _rope(self, offset: int, n: int) -> tuple[Tensor, Tensor]:
         """Rotation of the n positions from `offset` behind each row's stored pairs, [B or 1, 1, n, Dh]."""
         lengths, rotary = self.kv.lengths, self.head.rotary
         if min(lengths) == max(lengths):
-            return rotary.span(lengths[0] + offset, n, self.eye)
+            return rotary.span(lengths[0] + offset, n, self.own)
         start = (self.kv.lengths_device + offset).clamp_min(0).unsqueeze(1)
-        return rotary.at(start + torch.arange(n, device=start.device), max(lengths) + offset + n, self.eye.dtype)
+        return rotary.at(start + torch.arange(n, device=start.device), max(lengths) + offset + n, self.own.dtype)
 
     def _scored(self, logits: Tensor, ahead: int) -> Tensor:
         """Log-probability [B, M, V] that the target will choose each token: log q, or given the noise it chooses with.

@@ -202,9 +202,14 @@ class HFTarget:
         """Free a row: it holds nothing until its next prefill."""
         state.kv.set_length(row, 0)
 
-    def _mask(self, kv: RaggedKV, trees: Tree) -> Tensor:
-        """Additive mask [B, 1, N, offset + N]; float, because eager attention adds a boolean one as 0 and 1."""
+    def _mask(self, kv: RaggedKV, trees: Tree) -> Tensor | None:
+        """Additive mask [B, 1, N, offset + N]; float, because eager attention adds a boolean one as 0 and 1.
+
+        None where every node sees everything: one token behind rows of one length.
+        """
         B, N = trees.tokens.shape
+        if N == 1 and len(set(kv.lengths)) == 1:
+            return None
         mask = torch.zeros((B, 1, N, kv.offset + N), dtype=self.dtype, device=self.device)
         if len(set(kv.lengths)) > 1:
             mask[..., : kv.offset].masked_fill_(~kv.visible(kv.offset)[:, None, None], float("-inf"))

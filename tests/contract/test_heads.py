@@ -88,10 +88,10 @@ def test_tree_drafting_equals_chain_drafting_along_each_path():
         wide.admit(0, Request("r", request, 1), forward, root)
         wide._take_in(keep_last=False)
         base = torch.zeros(1, 1, 1, max(wide.kv.lengths), dtype=torch.float64)
-        tokens, parents, scores = wide._expand(wide._root_state(), base, 3)
-        for node in range(tokens.shape[1]):
+        tokens, parents, scores = wide._expand(root.reshape(1), wide._root_state(), base, 3)
+        for node in range(1, tokens.shape[1]):
             path, walk = [], node
-            while walk >= 0:
+            while walk > 0:
                 path.insert(0, walk)
                 walk = int(parents[0, walk])
             narrow = trained.drafter(target, 1)
