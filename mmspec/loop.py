@@ -85,7 +85,7 @@ def generate(
     batch = min(max_batch, len(requests))
     run = _Run(target, requests, drafter, policy, sampler, batch, want_gaps, on_output, on_emission)
     verifier = verifier or MatchVerifier()
-    clock = _Clock(target.device)
+    clock = _Clock(target.device, traces is not None)
     while run.fill():
         start = clock.mark()
         plan = run.plan()
@@ -99,21 +99,19 @@ def generate(
         sensed = policy.sense(run.evidence(trees, forward, accepted), run.all_rows) if policy.senses else None
         news = run.transfer(trees, accepted, scores, sensed)
         verified = clock.mark()
-        trace = run.emit(plan, trees.tokens.shape[1], news)
+        told = run.emit(news)
         run.remember(trees, accepted)
         target.keep(run.state, accepted, run.paths)
         run.roots = accepted.next_tokens
         run.teach(trees, forward, accepted, news)
         run.retire()
-        clock.lap(start, planned, drafted, verified)
-        if target.device.type == "cpu":
-            trace = clock.timed(trace, -1)
+        seconds = clock.lap(start, planned, drafted, verified)
+        trace = StepTrace(plan, *told, trees.tokens.shape[1], *seconds)
         policy.observe(trace)
         if traces is not None:
             traces.append(trace)
-    if traces is not None and target.device.type != "cpu":
-        first = len(traces) - len(clock.laps)
-        traces[first:] = [clock.timed(t, i) for i, t in enumerate(traces[first:])]
+    if traces is not None:
+        clock.resolve(traces)
     return [run.outputs[i] for i in range(len(requests))]
 
 
@@ -355,7 +353,7 @@ class _Run:
             new = [[t] if row else [] for row, t in zip(self.rows, accepted.next_tokens.tolist())]
             return _News([0] * len(new), [[0] if row else [] for row in self.rows], new, [[]] * len(new))
         counts = accepted.n_kept.unsqueeze(1), (trees.parents >= 0).sum(1, keepdim=True)
-        packed = torch.cat([*counts, path, trees.tokens.gather(1, path), accepted.next_tokens.unsqueeze(1)], 1)
+        packed = torch.cat([*counts, path, accepted.tokens], 1)
         if self.want_gaps:
             top = scores.topk(2, dim=-1).values
             packed = torch.cat([packed.double(), (top[..., 0] - top[..., 1]).gather(1, path).double()], 1)
@@ -366,15 +364,18 @@ class _Run:
             kept = int(line[0]) if self.rows[b] else 0
             nodes.append(int(line[1]))
             paths.append([int(x) for x in line[2 : 2 + kept]])
-            drafted = [int(x) for x in line[3 + P : 2 + P + kept]]
-            tokens.append([*drafted, int(line[2 + 2 * P])] if kept else [])
-            rest = line[3 + 2 * P :]
+            tokens.append([int(x) for x in line[2 + P : 2 + P + kept]])
+            rest = line[2 + 2 * P :]
             gaps.append(rest[:kept] if self.want_gaps else [])
             self.sensed[b] = rest[P if self.want_gaps else 0 :]
         return _News(nodes, paths, tokens, gaps)
 
-    def emit(self, plan: Plan, width: int, news: _News) -> StepTrace:
-        """Give each row its tokens, truncated at a stop token or a limit."""
+    def emit(self, news: _News) -> tuple[tuple[bool, ...], tuple[int, ...], tuple[int, ...]]:
+        """Give each row its tokens, truncated at a stop token or a limit.
+
+        Returns:
+            Per row, for the trace: whether it is active, draft tokens accepted, tokens emitted.
+        """
         emitted, accepted = [], []
         for b, row in enumerate(self.rows):
             if row is None:
@@ -393,8 +394,7 @@ class _Run:
                 row.finish = "cancelled"
         # Rows that are finished keep nothing: their cache is about to be released.
         self.paths = tuple(tuple(path) if row and not row.finish else () for path, row in zip(news.paths, self.rows))
-        active = tuple(row is not None for row in self.rows)
-        return StepTrace(plan, active, tuple(accepted), tuple(emitted), width)
+        return tuple(row is not None for row in self.rows), tuple(accepted), tuple(emitted)
 
     def retire(self) -> None:
         """Hand out finished rows."""
@@ -427,10 +427,15 @@ def error_line(error: Exception) -> str:
 
 
 class _Clock:
-    """Phase borders without syncs: the host clock on a CPU, events on the stream of a GPU, resolved at the end."""
+    """Phase borders without syncs: the host clock on a CPU, events on the stream of a GPU, resolved at the end.
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    Args:
+        device: of the target.
+        keep: whether events will be resolved; without, a long run would only pile them up.
+    """
+
+    def __init__(self, device: torch.device, keep: bool) -> None:
+        self.cuda, self.keep = device.type == "cuda", keep
         self.laps: list[tuple[Any, ...]] = []
 
     def mark(self) -> Any:
@@ -440,16 +445,19 @@ class _Clock:
         event.record()
         return event
 
-    def lap(self, *marks: Any) -> None:
-        self.laps.append((*marks, self.mark()))
+    def lap(self, start: Any, planned: Any, drafted: Any, verified: Any) -> tuple[float, float, float, float]:
+        """Seconds of drafting, verification, commit and control (0 until they are resolved)."""
+        end = self.mark()
+        if not self.cuda:
+            return drafted - planned, verified - drafted, end - verified, planned - start
+        if self.keep:
+            self.laps.append((start, planned, drafted, verified, end))
+        return 0.0, 0.0, 0.0, 0.0
 
-    def timed(self, trace: StepTrace, index: int) -> StepTrace:
-        """The trace with the seconds of its phases."""
-        marks = self.laps[index]
-        if self.cuda:
+    def resolve(self, traces: list[StepTrace]) -> None:
+        """Fill in what events say of the latest traces."""
+        first = len(traces) - len(self.laps)
+        for i, marks in enumerate(self.laps, first):
             marks[-1].synchronize()
-            spans = [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
-        else:
-            spans = [b - a for a, b in pairwise(marks)]
-        control, draft, verify, commit = spans
-        return replace(trace, control_s=control, draft_s=draft, verify_s=verify, commit_s=commit)
+            control, draft, verify, commit = (a.elapsed_time(b) / 1000 for a, b in pairwise(marks))
+            traces[i] = replace(traces[i], control_s=control, draft_s=draft, verify_s=verify, commit_s=commit)

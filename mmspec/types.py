@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -174,12 +175,18 @@ class Accepted:
     Args:
         path: [B, P] int64 node indices by depth, `path[:, 0] == 0`; entries from `n_kept` on are meaningless.
         n_kept: [B] int64, accepted nodes with the root: a + 1.
-        next_tokens: [B] int64, the bonus token: the next root.
+        tokens: [B, P] int64, the token decided behind each node of the path: the next node's, and behind the last kept
+            one the bonus; meaningless from `n_kept` on.
     """
 
     path: Tensor
     n_kept: Tensor
-    next_tokens: Tensor
+    tokens: Tensor
+
+    @cached_property
+    def next_tokens(self) -> Tensor:
+        """[B] int64, the bonus tokens: the next roots."""
+        return self.tokens.gather(1, self.n_kept.unsqueeze(1) - 1).squeeze(1)
 
 
 @dataclass(frozen=True)

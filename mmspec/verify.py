@@ -35,16 +35,14 @@ class MatchVerifier:
         B, N = chosen.shape
         if N == 1:
             zeros = torch.zeros((B, 1), dtype=torch.long, device=chosen.device)
-            return Accepted(zeros, zeros[:, 0] + 1, chosen[:, 0])
+            return Accepted(zeros, zeros[:, 0] + 1, chosen)
         matches = (trees.tokens == chosen.gather(1, trees.parents.clamp_min(0))) & (trees.parents >= 0)
         matches[:, 0] = True
         # A node counts when it and all above it match; siblings differ, so these nodes form one path from the root.
         accepted = (matches.unsqueeze(1) | ~trees.ancestors).all(-1)
         # Nodes are in topological order: the accepted ones, moved to the front, are the path.
-        front = accepted.byte().sort(dim=1, descending=True, stable=True).indices
-        n_kept = accepted.sum(1)
-        next_tokens = chosen.gather(1, front.gather(1, n_kept.unsqueeze(1) - 1)).squeeze(1)
-        return Accepted(front[:, : trees.max_depth + 1], n_kept, next_tokens)
+        path = accepted.byte().sort(dim=1, descending=True, stable=True).indices[:, : trees.max_depth + 1]
+        return Accepted(path, accepted.sum(1), chosen.gather(1, path))
 
 
 class RejectionVerifier:
@@ -123,4 +121,6 @@ class RejectionVerifier:
             path.append(node)
         position = choices.positions[rows, node].unsqueeze(1)
         noise = gumbel_noise(seed, keys, position, p.shape[-1], p.dtype, BONUS_STREAM).squeeze(1)
-        return Accepted(torch.stack(path, 1), n_kept, (rest.log() + noise).argmax(-1))
+        bonus, nodes = (rest.log() + noise).argmax(-1), torch.stack(path, 1)
+        tokens = trees.tokens.gather(1, nodes).roll(-1, 1).scatter(1, n_kept.unsqueeze(1) - 1, bonus.unsqueeze(1))
+        return Accepted(nodes, n_kept, tokens)

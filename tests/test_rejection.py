@@ -61,9 +61,7 @@ def choices(target: torch.Tensor, trees: Tree) -> Choices:
 
 def first_two(accepted, trees, target, sampler):
     """The first two tokens of each row; a row that decided one draws its second in the next, plain round."""
-    decided = trees.tokens.gather(1, accepted.path)[:, 1:]
-    decided = torch.cat([decided, decided[:, :1]], 1)
-    decided = decided.scatter(1, accepted.n_kept[:, None] - 1, accepted.next_tokens[:, None])
+    decided = accepted.tokens
     first = decided[:, 0]
     keys, positions = torch.arange(len(first)), torch.full((len(first), 1), ROOT + 2)
     plain = sampler.scores(target[first].unsqueeze(1), keys, positions).argmax(-1)[:, 0]

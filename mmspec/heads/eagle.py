@@ -276,11 +276,8 @@ class EagleDrafter:
 
     def observe(self, round: Round) -> None:
         """Queue the pairs that the round committed: states at the kept nodes with the tokens that followed them."""
-        path, n_kept = round.accepted.path, round.accepted.n_kept
-        D = self.states.shape[-1]
+        path, tokens, D = round.accepted.path, round.accepted.tokens, self.states.shape[-1]
         states = round.forward.last_hidden.gather(1, path.unsqueeze(-1).expand(-1, -1, D))
-        tokens = round.trees.tokens.gather(1, path).roll(-1, 1)
-        tokens.scatter_(1, n_kept.unsqueeze(1) - 1, round.accepted.next_tokens.unsqueeze(1))
         counts = [len(p) for p in round.paths]
         if not any(self.waiting):
             self.states, self.tokens, self.waiting = states, tokens, counts

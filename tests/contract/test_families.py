@@ -153,7 +153,7 @@ def commit_at_random(target, prompts, rounds, check=None):
         padded = torch.tensor([p + [0] * (longest - len(p)) for p in paths])
         roots = [rng.randrange(vocab) for _ in prompts]
         counts = torch.tensor([len(p) for p in paths])
-        target.keep(state, Accepted(padded, counts, torch.tensor(roots)), paths)
+        target.keep(state, Accepted(padded, counts, torch.zeros_like(padded)), paths)
         for b, path in enumerate(paths):
             kept[b] += [tokens[b][i] for i in path]
     return state, kept, roots

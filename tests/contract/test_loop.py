@@ -108,7 +108,9 @@ def test_the_committed_cache_equals_a_fresh_prefill():
     target.forward(state, tree)
     paths = ((0, 2, 3), (0, 1))
     target.keep(
-        state, Accepted(torch.tensor([[0, 2, 3], [0, 1, 0]]), torch.tensor([3, 2]), torch.tensor([20, 21])), paths
+        state,
+        Accepted(torch.tensor([[0, 2, 3], [0, 1, 0]]), torch.tensor([3, 2]), torch.tensor([[8, 10, 20], [6, 21, 0]])),
+        paths,
     )
     step = target.forward(state, root_only(torch.tensor([20, 21])))
     for b, (p, path) in enumerate(zip(rows, paths)):
