@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmspec.drafters.null import NullDrafter
-from mmspec.heads.eagle import Config, EagleDrafter, Head
+from mmspec.heads._drafter import PairDrafter
+from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler, KeyedSampler, make_sampler
@@ -99,7 +100,7 @@ def test_candidates_that_share_the_noise_or_are_drawn_change_no_token():
     untrained = head(target)
     drafting = {
         "shared": untrained.drafter(target, 3, draw),
-        "shared_wholly": EagleDrafter(untrained, target, 2, draw, noise_share=1.0),
+        "shared_wholly": PairDrafter(untrained, target, 2, draw, noise_share=1.0),
         "drawn_chain": untrained.drafter(target, 1, draw, widths=(1,)),
         "drawn_tree": untrained.drafter(target, 1, draw, widths=(3, 2)),
     }
@@ -158,7 +159,7 @@ def test_shared_noise_finds_the_position_it_is_for():
     those very logits at the positions the loop uses.
     """
     target, draw = llava(), KeyedSampler(1.0, seed=8)
-    drafter = EagleDrafter(head(target), target, 1, draw, noise_share=1.0)
+    drafter = PairDrafter(head(target), target, 1, draw, noise_share=1.0)
     request = Request("r", prompt(target, 4), 8, key=5)
     with torch.inference_mode():
         forward = target.prefill(target.open(1, 64), 0, request.prompt, ())
