@@ -1,9 +1,7 @@
-"""Trees: hand-written cases a person can check, and a property test against a slow reference."""
+"""Trees: hand-written cases a person can check; `test_properties.py` has the others."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmspec.tree import ancestors_of, best_of_pool, chain, from_parents, root_only
 from mmspec.types import Tree
@@ -54,36 +52,3 @@ def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
     tree = best_of_pool(torch.tensor([0]), tokens, parents, torch.zeros(1, 3), (2,), 3)
     assert tree.tokens.tolist() == [[0, 1, 2]]
     assert tree.parents.tolist() == [[-1, 0, 1]]
-
-
-@st.composite
-def pools(draw):
-    """A pool in order of creation, scores non-increasing along paths, often tied."""
-    size = draw(st.integers(1, 14))
-    parents = [-1] + [draw(st.integers(-1, i - 1)) for i in range(1, size)]
-    scores: list[float] = []
-    for parent in parents:
-        scores.append((scores[parent] if parent >= 0 else 0.0) - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0])))
-    return parents, scores, draw(st.integers(1, 16))
-
-
-@given(pools())
-@settings(max_examples=200, deadline=None)
-def test_best_of_pool_against_a_slow_reference(pool):
-    parents, scores, budget = pool
-    size = len(parents)
-    ranked = sorted(range(size), key=lambda i: (-scores[i], i))[:budget]
-    kept = sorted(ranked)
-    place = {-1: 0} | {node: i + 1 for i, node in enumerate(kept)}
-    tree = best_of_pool(
-        torch.tensor([99]), torch.arange(size)[None], torch.tensor([parents]), torch.tensor([scores]), (budget,), size
-    )
-    assert tree.tokens[0].tolist() == [99, *kept]
-    assert tree.parents[0].tolist() == [-1, *(place[parents[node]] for node in kept)]
-    for i in range(len(kept) + 1):
-        line, node = set(), i
-        while node >= 0:
-            line.add(node)
-            node = int(tree.parents[0, node])
-        assert set(tree.ancestors[0, i].nonzero().flatten().tolist()) == line
-        assert int(tree.depths[0, i]) == len(line) - 1
