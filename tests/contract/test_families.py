@@ -14,8 +14,6 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -47,8 +45,8 @@ from tests.families import (
 PROCESSORS = {
     "greedy": make_sampler(0.0),
     "repetition": make_sampler(0.0, repetition_penalty=1.05),
-    "ngram": make_sampler(0.0, no_repeat_ngram=3),
-    "both": make_sampler(0.0, repetition_penalty=1.3, no_repeat_ngram=2),
+    "ngram": make_sampler(0.0, no_repeat_ngram=2),
+    "both": make_sampler(0.0, repetition_penalty=1.3, no_repeat_ngram=3),
     "sampled": make_sampler(0.8, 20, 0.9, seed=3),
     "all": make_sampler(0.8, 20, 0.9, seed=3, repetition_penalty=1.05, no_repeat_ngram=3),
 }
@@ -96,15 +94,18 @@ class KeyedNoise(LogitsProcessor):
         return scores + gumbel_noise(self.seed, key, position, scores.shape[1], scores.dtype)[:, 0]
 
 
-def processors(draw, key):
-    """transformers' own processors of our sampler's settings, in the order of its `generate`."""
-    repetition, ngram = draw.penalties.repetition, draw.penalties.no_repeat_ngram
-    line = [RepetitionPenaltyLogitsProcessor(repetition)] if repetition != 1 else []
-    line += [NoRepeatNGramLogitsProcessor(ngram)] if ngram else []
+def settings_of(draw, key):
+    """Our sampler as arguments of transformers' `generate`, which applies the penalties before what it is given."""
+    warpers = []
     if isinstance(draw, KeyedSampler):
-        line += [TemperatureLogitsWarper(draw.temperature), TopKLogitsWarper(draw.top_k), TopPLogitsWarper(draw.top_p)]
-        line += [KeyedNoise(draw.seed, key)]
-    return LogitsProcessorList(line)
+        warpers = [TemperatureLogitsWarper(draw.temperature), TopKLogitsWarper(draw.top_k)]
+        warpers += [TopPLogitsWarper(draw.top_p), KeyedNoise(draw.seed, key)]
+    return {
+        "do_sample": False,
+        "repetition_penalty": draw.penalties.repetition,
+        "no_repeat_ngram_size": draw.penalties.no_repeat_ngram,
+        "logits_processor": LogitsProcessorList(warpers),
+    }
 
 
 @quick_cases
@@ -115,12 +116,7 @@ def test_plain_decoding_is_the_models_own_generate(family, shape, settings):
     wanted = [Request(l, prompt(target, i, l), 20, key=9 * i) for i, l in enumerate(LAYOUTS)]
     ours, model = plain(target, wanted, draw, batch=3), twin(target, "sdpa")
     for request, output in zip(wanted, ours):
-        theirs = model.generate(
-            **inputs(request.prompt),
-            max_new_tokens=20,
-            do_sample=False,
-            logits_processor=processors(draw, request.key),
-        )
+        theirs = model.generate(**inputs(request.prompt), max_new_tokens=20, **settings_of(draw, request.key))
         assert theirs[0, len(request.prompt) :].tolist() == output.tokens, request.id
     if settings != "greedy":  # or the processors did nothing
         assert [o.tokens for o in plain(target, wanted, batch=3)] != [o.tokens for o in ours]
