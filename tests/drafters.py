@@ -58,7 +58,7 @@ class Scripted:
                     tokens[b].append(token)
                     parents[b].append(spine)
                 spine = first
-        return padded(tokens, parents, plan)
+        return padded(tokens, parents, plan, roots.device)
 
 
 class RandomTrees(Scripted):
@@ -89,17 +89,17 @@ class RandomTrees(Scripted):
                 line.append(token)
                 above.append(parent)
                 depths.append(depth)
-        return padded(tokens, parents, plan)
+        return padded(tokens, parents, plan, roots.device)
 
 
-def padded(tokens, parents, plan):
+def padded(tokens, parents, plan, device):
     """Rows of one width, nodes beyond a row's budget turned into padding."""
     width = max(map(len, tokens))
     for line, above, budget in zip(tokens, parents, plan.budget):
         above[:] = [p if i <= budget else -1 for i, p in enumerate(above)]
         above += [-1] * (width - len(line))
         line += [0] * (width - len(line))
-    return from_parents(torch.tensor(tokens), torch.tensor(parents), max(plan.depth, 1))
+    return from_parents(*(torch.tensor(x, device=device) for x in (tokens, parents)), max(plan.depth, 1))
 
 
 class Erratic(FixedPolicy):
@@ -124,6 +124,8 @@ def drafters(target, truth):
     """One of each kind for a target whose plain outputs are known."""
     torch.manual_seed(1)
     vocab = target.shape.vocab_size
+    rng = random.Random(0)
+    heads = [Head(Config().resolve(target.shape)).to(target.device, target.dtype) for _ in range(2)]
 
     def wrong(true, depth):
         return (true + 1) % vocab
@@ -132,11 +134,12 @@ def drafters(target, truth):
         "null": NullDrafter(),
         "oracle": Scripted(truth, lambda true, depth: true, vocab),
         "adversary": Scripted(truth, wrong, vocab),
+        "coin_chain": Scripted(truth, lambda true, depth: true if rng.random() < 0.5 else wrong(true, depth), vocab),
         "half_right_tree": Scripted(
             truth, lambda true, depth: true if depth < 2 else wrong(true, depth), vocab, width=3
         ),
         "random_tree": RandomTrees(truth, vocab),
         "pld": PromptLookupDrafter(),
-        "head": Head(Config().resolve(target.shape)).double().drafter(target, 3),
-        "head_chain": Head(Config().resolve(target.shape)).double().drafter(target, 1),
+        "head": heads[0].drafter(target, 3),
+        "head_chain": heads[1].drafter(target, 1),
     }

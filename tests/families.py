@@ -1,4 +1,4 @@
-"""Tiny random targets of every family: real transformers classes and image processors, no download, fp64.
+"""Tiny random targets of every family: real transformers classes and image processors, no download.
 
 Vision towers see images of a few patches, texts are words `w0`, `w1`, ... and the families' own special tokens.
 """
@@ -31,6 +31,7 @@ from mmspec.targets._adapters import ATTENTION
 from mmspec.targets._load import family_of
 from mmspec.targets._processor import ComposedProcessor
 from mmspec.targets.base import HFTarget
+from mmspec.tree import root_only
 from mmspec.types import Prompt, Request
 from tests import tiny
 
@@ -44,6 +45,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CASES = [(f, s) for f in FAMILIES for s in SHAPES if s != "wide_heads" or f not in ("qwen2_vl", "qwen2_5_vl")]
 """Every family in every shape; those two derive the head width from the hidden size and nothing else."""
+
+QUICK = {
+    ("llava", "one_kv_head"),
+    ("llava_next", "tied"),
+    ("qwen2_vl", "one_kv_head"),
+    ("qwen2_5_vl", "tied"),
+    ("qwen3_vl", "wide_heads"),
+}
+"""Every family and every shape at least once, where all of them would take too long."""
 
 LAYOUTS = {
     "none": ("text",),
@@ -73,13 +83,24 @@ QWEN_TEMPLATE = (
 
 
 @functools.cache
-def build(family: str, n_kv_heads: int = 2, tie: bool = False, head_dim: int = 8, seed: int = 2) -> HFTarget:
+def build(
+    family: str,
+    n_kv_heads: int = 2,
+    tie: bool = False,
+    head_dim: int = 8,
+    seed: int = 2,
+    dtype: str = "float64",
+    device: str = "cpu",
+) -> HFTarget:
     """A random target: hidden 32, 3 layers, 4 heads, a vision tower of 2 layers.
 
     Weights are scaled up so that the argmax depends on the context; a fresh transformer repeats one token.
     """
+    if device != "cpu":
+        here = build(family, n_kv_heads, tie, head_dim, seed, dtype)
+        return type(here)(copy.deepcopy(here.model).to(device), here.processor, here.name)
     if family == "llava":
-        return tiny.llava(n_kv_heads, tie, head_dim, seed=seed)
+        return tiny.llava(n_kv_heads, tie, head_dim, dtype, seed)
     torch.manual_seed(seed)
     text = {
         "hidden_size": 32,
@@ -97,7 +118,7 @@ def build(family: str, n_kv_heads: int = 2, tie: bool = False, head_dim: int = 8
     else:
         config, processor = _qwen(family, text, tie, head_dim)
     attention = {"text_config": ATTENTION, "vision_config": "sdpa"}
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float64, attn_implementation=attention)
+    model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -235,6 +256,48 @@ def twin(target: HFTarget, attention: str) -> Any:
     model = copy.deepcopy(target.model)
     model.set_attn_implementation(attention)
     return model
+
+
+class Audited:
+    """A target that audits its cache after every commit, against a fresh prefill of the same tokens.
+
+    Attributes:
+        n_audits: rows of commits that were looked at.
+        worst: largest difference of logits one step later, over the largest logit.
+    """
+
+    def __init__(self, target: HFTarget) -> None:
+        self.inner, self.n_audits, self.worst = target, 0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def open(self, max_batch: int, max_tokens: int) -> Any:
+        self.rows: list[Any] = [None] * max_batch
+        return self.inner.open(max_batch, max_tokens)
+
+    def prefill(self, state: Any, row: int, prompt: Prompt, taps: Any = ()) -> Any:
+        self.rows[row] = (prompt, [])
+        return self.inner.prefill(state, row, prompt, taps)
+
+    def forward(self, state: Any, trees: Any, taps: Any = ()) -> Any:
+        self.trees = trees
+        return self.inner.forward(state, trees, taps)
+
+    def keep(self, state: Any, accepted: Any, paths: Any) -> None:
+        self.inner.keep(state, accepted, paths)
+        step = self.inner.forward(state, root_only(accepted.next_tokens))
+        for b, path in enumerate(paths):
+            if not path:
+                continue
+            prompt, kept = self.rows[b]
+            kept += self.trees.tokens[b, list(path)].tolist()
+            assert state.lengths[b] == int(state.lengths_device[b]) == len(prompt) + len(kept)
+            ids = torch.cat([prompt.input_ids, torch.tensor([*kept, int(accepted.next_tokens[b])])])
+            visual = torch.nn.functional.pad(prompt.visual, (0, len(kept) + 1))
+            fresh = self.inner.prefill(self.inner.open(1, len(ids)), 0, Prompt(ids, visual, prompt.pixels)).logits[0, 0]
+            self.n_audits += 1
+            self.worst = max(self.worst, float((step.logits[b, 0] - fresh).abs().max() / fresh.abs().max()))
 
 
 def inputs(prompt: Prompt) -> dict[str, torch.Tensor]:

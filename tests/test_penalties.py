@@ -13,6 +13,7 @@ from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsPr
 from mmspec.sampling import GreedySampler, KeyedSampler, Penalties, make_sampler
 from mmspec.tree import from_parents, root_only
 from mmspec.types import Paths
+from tests.strategies import forests, line
 
 V = 5
 """Few tokens, so that n-grams do repeat."""
@@ -20,18 +21,11 @@ V = 5
 
 @st.composite
 def batches(draw):
-    """Rows of histories of different lengths, each with a tree of the same width; parents -1 beyond 0 are padding."""
-    width = draw(st.integers(1, 6))
-    rows = []
-    for _ in range(draw(st.integers(1, 3))):
-        history = draw(st.lists(st.integers(0, V - 1), max_size=9))
-        parents = [-1]
-        for i in range(1, width):
-            open_nodes = [j for j in range(i) if j == 0 or parents[j] >= 0]
-            parents.append(draw(st.sampled_from([*open_nodes, -1])))
-        tokens = draw(st.lists(st.integers(0, V - 1), min_size=width, max_size=width))
-        rows.append((history, tokens, parents))
-    return rows
+    """Rows of histories of different lengths, each with the tokens and parents of a tree of the same width."""
+    tokens = st.integers(0, V - 1)
+    return [
+        (draw(st.lists(tokens, max_size=9)), [draw(tokens) for _ in parents], parents) for parents in draw(forests(6))
+    ]
 
 
 def paths_of(rows):
@@ -43,14 +37,6 @@ def paths_of(rows):
     return Paths(history.reshape(len(rows), longest), lengths, from_parents(tokens, parents, max(tokens.shape[1], 1)))
 
 
-def path_tokens(history, tokens, parents, node):
-    line = []
-    while node >= 0:
-        line.insert(0, tokens[node])
-        node = parents[node]
-    return [*history, *line]
-
-
 @given(batches(), st.sampled_from([1.0, 1.3, 0.7]), st.integers(0, 4))
 @settings(max_examples=150, deadline=None)
 def test_scores_of_every_node_are_those_of_transformers_processors_on_its_path(rows, repetition, ngram):
@@ -60,7 +46,7 @@ def test_scores_of_every_node_are_those_of_transformers_processors_on_its_path(r
         for node, parent in enumerate(parents):
             if node and parent < 0:
                 continue
-            ids = torch.tensor([path_tokens(history, tokens, parents, node)])
+            ids = torch.tensor([[*history, *(tokens[i] for i in reversed(line(parents, node)))]])
             expected = logits[b, node][None]
             expected = RepetitionPenaltyLogitsProcessor(repetition)(ids, expected)
             if ngram:

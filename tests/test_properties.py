@@ -1,38 +1,22 @@
-"""Batched tensor code against slow references in plain Python: trees, acceptance and commits of ragged batches."""
+"""Batched tensor code against slow references in plain Python: trees, masks, acceptance, commits of ragged batches."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmspec.cache import RaggedKV
+from mmspec.sampling import ACCEPT_STREAM, BONUS_STREAM, KeyedSampler, gumbel_noise, uniform_noise
 from mmspec.tree import ancestors_of, best_of_pool, from_parents
-from mmspec.verify import MatchVerifier
+from mmspec.types import Choices, Proposals
+from mmspec.verify import MatchVerifier, RejectionVerifier
+from tests.strategies import distinct_siblings, forests, line
+from tests.tiny import llava
 
 VOCAB = 5
-
-
-@st.composite
-def forests(draw):
-    """Parents of 1 to 3 rows of one width: any tree, -1 beyond node 0 for padding, which has no children."""
-    width = draw(st.integers(1, 9))
-    rows = []
-    for _ in range(draw(st.integers(1, 3))):
-        parents = [-1]
-        for i in range(1, width):
-            parents.append(draw(st.sampled_from([-1, 0, *(j for j in range(1, i) if parents[j] >= 0)])))
-        rows.append(parents)
-    return rows
-
-
-def line(parents, node):
-    """A node and its ancestors, from the node up."""
-    nodes = []
-    while node >= 0:
-        nodes.append(node)
-        node = parents[node]
-    return nodes
 
 
 @given(forests(), st.integers(0, 3))
@@ -50,19 +34,31 @@ def test_ancestors_and_depths_are_those_of_walking_up(rows, slack):
 
 
 @given(forests(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_node_sees_its_rows_tokens_and_its_own_line(rows, data):
+    """The additive mask of a tree pass. A row that holds nothing sees slot 0, or it would turn into NaN."""
+    lengths = [data.draw(st.integers(0, 5)) for _ in rows]
+    table = torch.tensor(rows)
+    kv = RaggedKV(1, len(rows), 1, 16, 1, torch.float64, torch.device("cpu"))
+    for b, length in enumerate(lengths):
+        kv.set_length(b, length)
+    kv.begin_tree(table.shape[1])
+    mask = llava()._mask(kv, from_parents(torch.zeros_like(table), table, table.shape[1]))
+    offset = max(lengths)
+    for b, (parents, length) in enumerate(zip(rows, lengths)):
+        for node in range(len(parents)):
+            past = range(min(max(length, 1), offset))
+            seen = [*past, *sorted(offset + i for i in line(parents, node))]
+            assert (mask[b, 0, node] == 0).nonzero().flatten().tolist() == seen
+    assert ((mask == 0) | (mask == -torch.inf)).all()
+
+
+@given(forests(), st.data())
 @settings(max_examples=150, deadline=None)
 def test_acceptance_in_a_ragged_batch_is_the_walk_of_each_row(rows, data):
     """Rows know nothing of each other, and padding is never accepted, whatever token it carries."""
-    tokens, choices = [], []
-    for parents in rows:
-        used: dict[int, set[int]] = {}
-        row = []
-        for parent in parents:
-            free = [t for t in range(VOCAB) if parent < 0 or t not in used.setdefault(parent, set())]
-            row.append(data.draw(st.sampled_from(free or [VOCAB + len(row)])))
-            used.setdefault(parent, set()).add(row[-1])
-        tokens.append(row)
-        choices.append(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=len(row), max_size=len(row))))
+    tokens = [data.draw(distinct_siblings(parents, VOCAB)) for parents in rows]
+    choices = [[data.draw(st.integers(0, VOCAB - 1)) for _ in row] for row in tokens]
     tree = from_parents(torch.tensor(tokens), torch.tensor(rows), len(rows[0]))
     accepted = MatchVerifier().accept(tree, torch.nn.functional.one_hot(torch.tensor(choices), VOCAB).double())
     for b, parents in enumerate(rows):
@@ -74,6 +70,74 @@ def test_acceptance_in_a_ragged_batch_is_the_walk_of_each_row(rows, data):
             path += follows
         assert accepted.path[b, : int(accepted.n_kept[b])].tolist() == path
         assert int(accepted.next_tokens[b]) == choices[b][path[-1]]
+
+
+def rejection(parents, tokens, p, q, widths, uniform):
+    """One row by the book: siblings in order, each against the proposal without its predecessors.
+
+    Args:
+        p, q: distributions per node, as lists.
+        uniform: node -> the uniform numbers of its children.
+
+    Returns:
+        The accepted nodes, and what the bonus is drawn from.
+    """
+    path, rest = [0], p[0]
+    for width in widths:
+        node, found = path[-1], None
+        left, numbers = list(q[node]), uniform(node)
+        children = [i for i, parent in enumerate(parents) if i and parent == node]
+        for k, child in enumerate(children[:width]):
+            if sum(left) == 0:
+                break
+            drawn = [x / sum(left) for x in left]
+            if numbers[k] * drawn[tokens[child]] < rest[tokens[child]]:
+                found = child
+                break
+            uncovered = [max(r - d, 0.0) for r, d in zip(rest, drawn)]
+            rest = [u / sum(uncovered) for u in uncovered] if sum(uncovered) else rest
+            left[tokens[child]] = 0.0
+        if found is None:
+            break
+        path.append(found)
+        rest = p[found]
+    return path, rest
+
+
+@given(st.sampled_from([(1,), (3,), (1, 1, 1), (2, 2), (3, 1)]), st.integers(0, 999), st.data())
+@settings(max_examples=150, deadline=None)
+def test_rejection_in_a_ragged_batch_is_the_walk_of_each_row(widths, seed, data):
+    """Rows cut by a budget included, and proposals that leave tokens out."""
+    parents, level = [-1], [0]
+    for width in widths:
+        first = len(parents)
+        parents += [node for node in level for _ in range(width)]
+        level = list(range(first, len(parents)))
+    B, N = data.draw(st.integers(1, 3)), len(parents)
+    budgets = [data.draw(st.integers(0, N - 1)) for _ in range(B)]
+    rows = [[parent if i <= budget else -1 for i, parent in enumerate(parents)] for budget in budgets]
+    tokens = [data.draw(distinct_siblings(parents, VOCAB)) for _ in rows]
+    rng = torch.Generator().manual_seed(seed)
+    logits, drafted = (2 * torch.randn(B, N, VOCAB, generator=rng, dtype=torch.float64) for _ in range(2))
+    q = drafted.masked_fill(drafted < drafted.mean(), -torch.inf).index_fill(2, torch.tensor([0]), 0.0).softmax(-1)
+    trees = from_parents(torch.tensor(tokens), torch.tensor(rows), len(widths))
+    trees = replace(trees, proposals=Proposals(q, widths))
+    sampler, keys = KeyedSampler(0.9, seed=seed), torch.arange(B)
+    choices = Choices(logits, keys, 7 + trees.depths)
+    accepted = RejectionVerifier(sampler).accept(trees, logits, choices)
+    p = sampler.weights(logits).softmax(-1)
+    for b in range(B):
+
+        def at(node, b=b):
+            return keys[b : b + 1], choices.positions[b : b + 1, node : node + 1]
+
+        def uniform(node, at=at):
+            return uniform_noise(seed, *at(node), max(widths), ACCEPT_STREAM)[0, 0].tolist()
+
+        path, rest = rejection(rows[b], tokens[b], p[b].tolist(), q[b].tolist(), widths, uniform)
+        noise = gumbel_noise(seed, *at(path[-1]), VOCAB, torch.float64, BONUS_STREAM)[0, 0]
+        assert accepted.path[b, : int(accepted.n_kept[b])].tolist() == path
+        assert int(accepted.next_tokens[b]) == int((torch.tensor(rest).log() + noise).argmax())
 
 
 @st.composite

@@ -59,13 +59,17 @@ def choices(target: torch.Tensor, trees: Tree) -> Choices:
     return Choices(target[last], keys, ROOT + 1 + trees.depths)
 
 
+def plain(target, sampler, last, depth):
+    """What plain decoding says after the tokens `last` [DRAWS], as token number `depth` behind the root."""
+    positions = torch.full((DRAWS, 1), ROOT + depth)
+    return sampler.scores(target[last].unsqueeze(1), torch.arange(DRAWS), positions).argmax(-1)[:, 0]
+
+
 def first_two(accepted, trees, target, sampler):
     """The first two tokens of each row; a row that decided one draws its second in the next, plain round."""
     decided = accepted.tokens
     first = decided[:, 0]
-    keys, positions = torch.arange(len(first)), torch.full((len(first), 1), ROOT + 2)
-    plain = sampler.scores(target[first].unsqueeze(1), keys, positions).argmax(-1)[:, 0]
-    return first, torch.where(accepted.n_kept > 1, decided[:, 1], plain)
+    return first, torch.where(accepted.n_kept > 1, decided[:, 1], plain(target, sampler, first, 2))
 
 
 def excess(first, second, target, sampler) -> float:
@@ -143,6 +147,24 @@ def test_chosen_candidates_under_the_rejection_rule_are_not_the_target():
     assert excess(*first_two(accepted, posing, target, draw), target, draw) > 20
 
 
+def assert_plain(first, second, target, sampler):
+    """The same noise at the same position: plain decoding's tokens, not merely their like."""
+    assert torch.equal(first, plain(target, sampler, torch.full((DRAWS,), V), 1))
+    assert torch.equal(second, plain(target, sampler, first, 2))
+
+
+@pytest.mark.parametrize("sampler", [KeyedSampler(0.7), KeyedSampler(1.3, top_k=4), KeyedSampler(1.0, top_p=0.8)])
+def test_matching_follows_the_target_whatever_is_offered(sampler):
+    """A tree that offers some first tokens and not others does not tilt the pair."""
+    target, _ = models(0)
+    trees = from_parents(torch.tensor([0, 1, 4]).expand(DRAWS, 3), torch.tensor([-1, 0, 0]).expand(DRAWS, 3), 1)
+    told = choices(target, trees)
+    scores = sampler.scores(told.logits, told.keys, told.positions)
+    first, second = first_two(MatchVerifier().accept(trees, scores, told), trees, target, sampler)
+    assert excess(first, second, target, sampler) < 3.5
+    assert_plain(first, second, target, sampler)
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_matching_follows_the_target_where_candidates_share_its_noise(share):
     """Candidates chosen with the noise that decides: exact, and plain decoding's own tokens."""
@@ -164,8 +186,7 @@ def test_matching_follows_the_target_where_candidates_share_its_noise(share):
     scores = draw.scores(told.logits, told.keys, told.positions)
     first, second = first_two(MatchVerifier().accept(trees, scores, told), trees, target, draw)
     assert excess(first, second, target, draw) < 3.5
-    plain = draw.scores(target[V].expand(DRAWS, 1, V), keys, torch.full((DRAWS, 1), ROOT + 1)).argmax(-1)[:, 0]
-    assert torch.equal(first, plain)
+    assert_plain(first, second, target, draw)
     # The candidates themselves are no samples of the target: emitted unverified they would show.
     assert excess(trees.tokens[:, 1], trees.tokens[:, 3], target, draw) > 20
 

@@ -1,9 +1,7 @@
-"""Trees: hand-written cases a person can check, and a property test against a slow reference."""
+"""Trees: hand-written cases a person can check; `test_properties.py` has the others."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmspec.tree import ancestors_of, best_of_pool, chain, from_parents, root_only
 from mmspec.types import Tree
@@ -61,35 +59,3 @@ def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
     tree = best_of_pool(tokens, parents, torch.zeros(1, 4), (2,), 3)
     assert tree.tokens.tolist() == [[0, 1, 2]]
     assert tree.parents.tolist() == [[-1, 0, 1]]
-
-
-@st.composite
-def pools(draw):
-    """A pool in order of creation, scores non-increasing along paths, often tied."""
-    size = draw(st.integers(1, 15))
-    parents = [-1] + [draw(st.integers(0, i - 1)) for i in range(1, size)]
-    scores = [0.0]
-    for parent in parents[1:]:
-        scores.append(scores[parent] - draw(st.sampled_from([0.0, 0.0, 0.5, 1.0, 2.0])))
-    return parents, scores, draw(st.integers(1, 16))
-
-
-@given(pools())
-@settings(max_examples=200, deadline=None)
-def test_best_of_pool_against_a_slow_reference(pool):
-    parents, scores, budget = pool
-    size = len(parents)
-    kept = sorted(sorted(range(size), key=lambda i: (-scores[i], i))[: budget + 1])
-    place = {-1: -1} | {node: i for i, node in enumerate(kept)}
-    tree = best_of_pool(
-        torch.arange(size)[None], torch.tensor([parents]), torch.tensor([scores]), (budget,), max(size - 1, 1)
-    )
-    assert tree.tokens[0].tolist() == kept
-    assert tree.parents[0].tolist() == [place[parents[node]] for node in kept]
-    for i in range(len(kept)):
-        line, node = set(), i
-        while node >= 0:
-            line.add(node)
-            node = int(tree.parents[0, node])
-        assert set(tree.ancestors[0, i].nonzero().flatten().tolist()) == line
-        assert int(tree.depths[0, i]) == len(line) - 1

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.processing_utils import ProcessorMixin
+from transformers import AutoTokenizer
 
-from mmspec.types import InputError
+# Not from `transformers`: there the name needs torchvision in some versions, though its class does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.processing_utils import ProcessorMixin
 
 
 class ComposedProcessor:
@@ -45,11 +46,7 @@ class ComposedProcessor:
     ) -> dict[str, torch.Tensor]:
         """Tokens of one text, each placeholder repeated once per merged patch of its image, and the images' pixels."""
         start, *rest = text[0].split(self.image_token)
-        if len(rest) != len(images or ()):
-            raise InputError(
-                f"the prompt has {len(rest)} image placeholders but {len(images or ())} images came with it"
-            )
         pixels = dict(self.image_processor(images=list(images), return_tensors=return_tensors)) if images else {}
         counts = [int(grid.prod()) // self.image_processor.merge_size**2 for grid in pixels.get("image_grid_thw", ())]
-        full = start + "".join(self.image_token * count + tail for count, tail in zip(counts, rest))
+        full = start + "".join(self.image_token * count + tail for count, tail in zip(counts, rest, strict=True))
         return {"input_ids": self.tokenizer([full], return_tensors=return_tensors, **options)["input_ids"], **pixels}

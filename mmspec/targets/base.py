@@ -150,9 +150,12 @@ class HFTarget:
     def _encode(self, text: str, images: Sequence[Any]) -> Prompt:
         tokens = self.processor.tokenizer
         prefix = bool(tokens.bos_token) and text.startswith(tokens.bos_token)
+        n_images = text.count(self.processor.image_token)
+        if n_images > len(images):
+            raise InputError(f"the prompt has {n_images} image placeholders but {len(images)} images came with it")
         out = self.processor(
             text=[text],
-            images=list(images)[: text.count(self.processor.image_token)] or None,
+            images=list(images[:n_images]) or None,
             return_tensors="pt",
             add_special_tokens=not prefix,
         )

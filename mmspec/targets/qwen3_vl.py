@@ -17,7 +17,9 @@ class Target(MRopeTarget):
     def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor:
         """[n_visual, (1 + K) * D]: the features for the embeddings, then those for the outputs of K text layers."""
         out = self._look(pixels)
-        return torch.cat([torch.cat(list(level)) for level in (out.pooler_output, *out.deepstack_features)], -1)
+        # Levels come per image, or all images in one tensor: versions of transformers differ.
+        levels = [x if isinstance(x, Tensor) else torch.cat(x) for x in (out.pooler_output, *out.deepstack_features)]
+        return torch.cat(levels, -1)
 
     def deep_inputs(self, visual: Tensor, features: Tensor) -> dict[str, Any]:
         return {

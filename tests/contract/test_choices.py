@@ -17,8 +17,8 @@ from mmspec.sampling import GreedySampler, KeyedSampler, make_sampler
 from mmspec.tree import chain, from_parents
 from mmspec.types import Plan, Proposals, Request
 from mmspec.verify import RejectionVerifier
-from tests.contract.test_loop import requests
-from tests.drafters import drafters
+from tests.drafters import drafters, known_answers
+from tests.families import requests
 from tests.tiny import VOCAB, llava, prompt
 
 PENALTIES = {"repetition_penalty": 1.05, "no_repeat_ngram": 3}
@@ -28,63 +28,17 @@ SAMPLERS = {
 }
 
 
-class RandomTrees(NullDrafter):
-    """Trees of any shape with any tokens, siblings distinct, and padding."""
-
-    def open(self, max_batch, max_tokens):
-        self.rng = torch.Generator().manual_seed(5)
-
-    def draw(self, high):
-        return int(torch.randint(high, (1,), generator=self.rng))
-
-    def propose(self, roots, plan):
-        N = max(plan.budget) + 1
-        tokens, parents, depths = roots[:, None].repeat(1, N), torch.full((len(roots), N), -1), [0] * N
-        for b, budget in enumerate(plan.budget):
-            for i in range(1, budget + 1):
-                parent = self.draw(i)
-                if depths[parent] == plan.depth:
-                    parent = 0
-                parents[b, i], depths[i] = parent, depths[parent] + 1
-                siblings = {int(tokens[b, j]) for j in range(1, i) if int(parents[b, j]) == parent}
-                tokens[b, i] = next(t for t in iter(lambda: self.draw(VOCAB), None) if t not in siblings)
-        return from_parents(tokens, parents, plan.depth)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_penalised_text_is_plain_decodings_under_every_drafter(sampler):
     target, draw = llava(), SAMPLERS[sampler]
-    wanted = requests(target, n=6, new=28)
+    wanted = requests(target, 6, 28)
     plain = generate(target, wanted, NullDrafter(), SkipPolicy(), draw)
     free = generate(target, wanted, NullDrafter(), SkipPolicy(), make_sampler(0.0 if sampler == "greedy" else 0.8))
     assert [o.tokens for o in plain] != [o.tokens for o in free]  # or nothing was penalised
-    truth = {tuple(r.prompt.input_ids.tolist()): o.tokens for r, o in zip(wanted, plain)}
-    for name, drafter in {**drafters(target, truth), "random_trees": RandomTrees()}.items():
+    for name, drafter in drafters(target, known_answers(wanted, plain)).items():
         for batch in (1, 4):
             got = generate(target, wanted, drafter, FixedPolicy(4, 9), draw, max_batch=batch)
             assert [o.tokens for o in got] == [o.tokens for o in plain], (name, batch)
-
-
-@pytest.mark.parametrize(("repetition", "ngram"), [(1.05, 0), (1.0, 3), (1.3, 2), (1.05, 3)])
-def test_penalised_plain_decoding_is_the_models_own_generate(repetition, ngram):
-    target = llava()
-    request = Request("r", prompt(target, 5, images=1), 60)
-    draw = make_sampler(0.0, repetition_penalty=repetition, no_repeat_ngram=ngram)
-    ours = generate(target, [request], NullDrafter(), SkipPolicy(), draw)[0].tokens
-    ids = request.prompt.input_ids[None]
-    pixels = {k: v.double() for k, v in request.prompt.pixels.items()}
-    theirs = target.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=60,
-        do_sample=False,
-        repetition_penalty=repetition,
-        no_repeat_ngram_size=ngram,
-        **pixels,
-    )[0, ids.shape[1] :].tolist()
-    assert theirs == ours
-    free = generate(target, [request], NullDrafter(), SkipPolicy(), make_sampler(0.0))[0].tokens
-    assert ours != free
 
 
 def head(target):
@@ -95,7 +49,7 @@ def head(target):
 def test_candidates_that_share_the_noise_or_are_drawn_change_no_token():
     """Under MatchVerifier any candidates will do: chosen with the noise that decides, or drawn without it."""
     target, draw = llava(), make_sampler(0.8, top_p=0.9, seed=3, **PENALTIES)
-    wanted = requests(target, n=6)
+    wanted = requests(target, 6, 24)
     plain = generate(target, wanted, NullDrafter(), SkipPolicy(), draw)
     untrained = head(target)
     drafting = {
@@ -268,7 +222,7 @@ def test_rejection_in_the_loop_follows_the_target(widths):
 
 def test_rejection_ends_answers_like_any_other_verifier():
     target, draw = llava(), KeyedSampler(1.3, seed=2, penalties=SAMPLERS["sampled"].penalties)
-    wanted = requests(target)
+    wanted = requests(target, 9, 24)
     drafter = head(target).drafter(target, 1, draw, widths=(2, 2))
     again = [generate(target, wanted, drafter, FixedPolicy(3, 7), draw, 4, RejectionVerifier(draw)) for _ in range(2)]
     assert [o.tokens for o in again[0]] == [o.tokens for o in again[1]]
@@ -284,7 +238,7 @@ def test_rejection_ends_answers_like_any_other_verifier():
 
 def test_chosen_candidates_and_greedy_decoding_are_refused():
     target, draw = llava(), KeyedSampler(1.0)
-    wanted = requests(target, n=1)
+    wanted = requests(target, 1, 24)
     with pytest.raises(ValueError, match="needs sampled trees"):
         generate(target, wanted, head(target).drafter(target, 2), FixedPolicy(3, 5), draw, 1, RejectionVerifier(draw))
     with pytest.raises(ValueError, match="needs a KeyedSampler"):
