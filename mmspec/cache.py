@@ -41,6 +41,8 @@ class RaggedKV:
         self.lengths = [0] * batch
         self.lengths_device = torch.zeros(batch, dtype=torch.long, device=device)
         self._row: int | None = None
+        self._slots: Tensor | None = None
+        self._window = 0
         self.offset = 0
 
     @property
@@ -53,7 +55,7 @@ class RaggedKV:
 
     def begin_prefill(self, row: int) -> None:
         """The next pass fills one row from its start."""
-        self._row, self.offset = row, 0
+        self._row, self._slots, self.offset = row, None, 0
         self.set_length(row, 0)
 
     def begin_tree(self, n_nodes: int) -> None:
@@ -62,11 +64,20 @@ class RaggedKV:
         Raises:
             ValueError: when they do not fit; open the state with a larger `max_tokens`.
         """
-        self._row, self.offset = None, max(self.lengths)
+        self._row, self._slots, self.offset = None, None, max(self.lengths)
         if self.offset + n_nodes > self.capacity:
             raise ValueError(
                 f"{self.offset} tokens and {n_nodes} nodes exceed the KV capacity of {self.capacity} slots"
             )
+
+    def begin_static(self, slots: Tensor, window: int) -> None:
+        """The running tree pass is one of fixed shape: it writes where a tensor says, and sees a window of fixed width.
+
+        Args:
+            slots: [N] int64 on the device, `offset..offset+N-1`.
+            window: slots that `write` returns, at least `offset + N`; what is beyond is for the mask to hide.
+        """
+        self._slots, self._window = slots, window
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of the running pass, and return all that it may look at.
@@ -77,8 +88,12 @@ class RaggedKV:
         Returns:
             Views [B, H, offset + M, Dh] (prefill: [1, H, M, Dh]).
         """
-        end = self.offset + keys.shape[2]
         all_keys, all_values = self._keys[layer], self._values[layer]
+        if self._slots is not None:
+            all_keys.index_copy_(2, self._slots, keys)
+            all_values.index_copy_(2, self._slots, values)
+            return all_keys[:, :, : self._window], all_values[:, :, : self._window]
+        end = self.offset + keys.shape[2]
         if self._row is not None:
             all_keys, all_values = all_keys[self._row : self._row + 1], all_values[self._row : self._row + 1]
         all_keys[:, :, self.offset : end] = keys

@@ -45,6 +45,8 @@ def test_a_node_sees_its_rows_tokens_and_its_own_line(rows, data):
     kv.begin_tree(table.shape[1])
     mask = llava()._mask(kv, from_parents(torch.zeros_like(table), table, table.shape[1]))
     offset = max(lengths)
+    if mask is None:  # nothing to hide
+        mask = torch.zeros(len(rows), 1, table.shape[1], offset + table.shape[1])
     for b, (parents, length) in enumerate(zip(rows, lengths)):
         for node in range(len(parents)):
             past = range(min(max(length, 1), offset))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from mmspec.cache import RaggedKV
 from mmspec.targets._adapters import MassRecorder, RaggedLayer
+from mmspec.targets._static import StaticPasses, padded_slots
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
 
 
@@ -29,6 +32,7 @@ class HFState:
     kv: RaggedKV
     cache: Cache
     rope_delta: Tensor
+    passes: StaticPasses | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -62,6 +66,9 @@ class HFTarget:
         self.device = self.lm_head.weight.device
         self.dtype = self.lm_head.weight.dtype
         self.fingerprint = self._fingerprint()
+        self.static = self.device.type == "cuda"
+        """Whether verification runs at fixed shapes, as CUDA graphs need it; set it before a state is opened."""
+        self._shelf: deque[HFState] = deque(maxlen=1)
 
     # ---- what a family overrides ----
 
@@ -169,9 +176,25 @@ class HFTarget:
         """Buffers for `max_batch` rows of `max_tokens` slots each, tree nodes included."""
         text = self.model.config.get_text_config()
         s = self.shape
-        kv = RaggedKV(s.n_layers, max_batch, s.n_kv_heads, max_tokens, s.head_dim, self.dtype, self.device)
+        capacity = padded_slots(max_tokens) if self.static else max_tokens
+        kept = self._shelf.pop() if self.static and self._shelf else None
+        if kept is not None and kept.kv.lengths_device.shape[0] == max_batch and kept.kv.capacity >= capacity:
+            for row in range(max_batch):
+                kept.kv.set_length(row, 0)
+            return self._lend(kept)
+        kv = RaggedKV(s.n_layers, max_batch, s.n_kv_heads, capacity, s.head_dim, self.dtype, self.device)
         cache = Cache(layers=[RaggedLayer(kv, i) for i in range(text.num_hidden_layers)])
-        return HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device))
+        state = HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device))
+        if not self.static:
+            return state
+        state.passes = StaticPasses(kv, state.rope_delta, lambda taps: self._verifier(cache, taps))
+        return self._lend(state)
+
+    def _lend(self, state: HFState) -> HFState:
+        """The state for one user; when it is dropped, its buffers and captured passes are kept for the next one."""
+        lent = replace(state)
+        weakref.finalize(lent, self._shelf.append, state).atexit = False
+        return lent
 
     def prefill(self, state: HFState, row: int, prompt: Prompt, taps: Sequence[int] = ()) -> Forward:
         """Run a prompt into one row; logits of the last position only."""
@@ -188,14 +211,22 @@ class HFTarget:
 
     def forward(self, state: HFState, trees: Tree, taps: Sequence[int] = ()) -> Forward:
         """Verify trees: every node sees its row's committed tokens and its own ancestors."""
+        if state.passes is not None:
+            return state.passes.run(trees, tuple(taps))
         kv = state.kv
         kv.begin_tree(trees.tokens.shape[1])
         positions = (kv.lengths_device + state.rope_delta).unsqueeze(1) + trees.depths
-        with self._tapped(taps) as hidden:
-            last = self._text(
-                self.embed(trees.tokens), self.position_ids(positions), self._mask(kv, trees), state.cache
-            )
-        return Forward(self.unembed(last), last, hidden)
+        return self._verifier(state.cache, taps)(trees.tokens, positions, self._mask(kv, trees))
+
+    def _verifier(self, cache: Cache, taps: Sequence[int]) -> Callable[[Tensor, Tensor, Tensor | None], Forward]:
+        """The tree pass from tokens [B, N], positions [B, N] and mask to outputs, over a cache."""
+
+        def verify(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Forward:
+            with self._tapped(taps) as hidden:
+                last = self._text(self.embed(tokens), self.position_ids(positions), mask, cache)
+            return Forward(self.unembed(last), last, hidden)
+
+        return verify
 
     def keep(self, state: HFState, accepted: Accepted, paths: Sequence[Sequence[int]]) -> None:
         """Commit each row's path and drop the other nodes."""

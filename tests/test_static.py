@@ -1,0 +1,120 @@
+"""Passes of fixed shape: the same tokens as passes of changing shapes, and buffers that go from one run to the next."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections import deque
+
+import pytest
+import torch
+
+from mmspec.drafters.null import NullDrafter
+from mmspec.loop import generate
+from mmspec.policy import FixedPolicy, SkipPolicy
+from mmspec.sampling import GreedySampler, KeyedSampler
+from mmspec.targets import _static
+from mmspec.targets._static import padded_nodes
+from mmspec.tree import from_parents, root_only
+from tests.drafters import Erratic, drafters, known_answers
+from tests.families import FAMILIES, build, requests
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def narrow_windows(monkeypatch):
+    """So narrow that answers of a few tokens leave one."""
+    monkeypatch.setattr(_static, "WINDOW", 16)
+
+
+def at_fixed_shapes(model):
+    """A target of the same weights whose passes have fixed shapes."""
+    twin = copy.copy(model)
+    twin.static, twin._shelf = True, deque(maxlen=1)
+    return twin
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sampler", [GreedySampler(), KeyedSampler(0.8, top_p=0.9)], ids=["greedy", "sampled"])
+def test_fixed_shapes_change_no_token(family, sampler):
+    model = build(family)
+    asked = requests(model, 4, 24)
+    plain = generate(model, asked, NullDrafter(), SkipPolicy(), sampler)
+    model = at_fixed_shapes(model)
+    for batch in (1, 3):
+        for name, drafter in drafters(model, known_answers(asked, plain)).items():
+            outputs = generate(model, asked, drafter, Erratic(3, 5), sampler, batch)
+            assert [o.tokens for o in outputs] == [o.tokens for o in plain], (name, batch)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_pass_of_fixed_shape_gives_the_outputs_of_the_changing_one(device):
+    """Logits, states and tapped layers of ragged rows, windows and node counts apart, within rounding."""
+    changing = build("llava", device=device)
+    changing.static = False
+    asked = requests(changing, 2, 1)
+    results = []
+    for model in (changing, at_fixed_shapes(changing)):
+        state = model.open(2, 64)
+        with torch.inference_mode():
+            for row, request in enumerate(asked):
+                model.prefill(state, row, request.prompt)
+            tree = from_parents(
+                torch.tensor([[5, 6, 7], [8, 9, 5]], device=device),
+                torch.tensor([[-1, 0, 0], [-1, 0, 1]], device=device),
+                2,
+            )
+            results.append(model.forward(state, tree, (1,)))
+    dynamic, fixed = results
+    assert fixed.logits.shape == dynamic.logits.shape
+    for a, b in (
+        (dynamic.logits, fixed.logits),
+        (dynamic.last_hidden, fixed.last_hidden),
+        (dynamic.hidden[1], fixed.hidden[1]),
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_buffers_and_passes_are_kept_for_the_next_run_and_lent_once():
+    model = at_fixed_shapes(build("llava"))
+    one = requests(model, 1, 1)[0].prompt
+    first, second = model.open(1, 40), model.open(1, 40)
+    assert first.kv is not second.kv
+    with torch.inference_mode():
+        model.prefill(first, 0, one)
+        model.forward(first, root_only(torch.tensor([5])))
+    buffers, passes = first.kv, first.passes
+    del first
+    gc.collect()
+    again = model.open(1, 40)
+    assert again.kv is buffers
+    assert again.passes is passes
+    assert passes.known
+    assert again.lengths == [0]
+    assert again.lengths_device.tolist() == [0]
+    del again
+    gc.collect()
+    assert model.open(2, 40).kv is not buffers, "made for another batch"
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_and_replayed_without_a_warning():
+    model = build("llava", device="cuda")
+    asked = requests(model, 3, 24)
+    model.static = False
+    plain = generate(model, asked, NullDrafter(), SkipPolicy(), GreedySampler())
+    model = at_fixed_shapes(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs = generate(model, asked, drafters(model, {})["head"], FixedPolicy(3, 5), GreedySampler())
+    assert [o.tokens for o in outputs] == [o.tokens for o in plain]
+    passes = model.open(1, 20).passes
+    assert passes
+    assert passes.known
+    assert all(one.graph for one in passes.known.values())
+
+
+def test_few_shapes_are_enough():
+    assert [padded_nodes(n) for n in (1, 2, 3, 5, 8, 9, 30, 60)] == [1, 2, 4, 8, 8, 16, 32, 64]
