@@ -369,6 +369,8 @@ class Target(Protocol):
     name: str
     shape: TargetShape
     fingerprint: str
+    vocabulary: str
+    """Fingerprint of the tokenizer's vocabulary: equal where token ids mean the same."""
     max_length: int
     stop_ids: frozenset[int]
     image_token_id: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmspec.targets._load import load_target
+from mmspec.targets._load import Vocabulary, load_target, load_vocabulary
 from mmspec.targets.base import HFTarget
 
-__all__ = ["HFTarget", "load_target"]
+__all__ = ["HFTarget", "Vocabulary", "load_target", "load_vocabulary"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from mmspec.assets import resolve
 from mmspec.targets._adapters import ATTENTION
-from mmspec.targets.base import HFTarget
+from mmspec.targets.base import HFTarget, fingerprint, vocabulary_of
 from mmspec.types import InputError
 
 
@@ -33,22 +34,60 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTar
     if dtype not in kinds:
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(sorted(kinds))}")
     path = resolve(name)
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(path)
         family = family_of(config.model_type)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+        )
+        processor = family.load_processor(path)
+    return family(model.to(device), processor, name)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What tokenizing for a target takes, without its weights.
+
+    Args:
+        tokenizer: of the target.
+        image_token_id: the placeholder.
+        fingerprint: the target's `vocabulary`.
+    """
+
+    tokenizer: Any
+    image_token_id: int
+    fingerprint: str
+
+
+def load_vocabulary(name: str) -> Vocabulary:
+    """Load the tokenizer of a target.
+
+    Args:
+        name: as for `load_target`.
+
+    Raises:
+        InputError: unsupported family, or files that cannot be found.
+    """
+    path = resolve(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = family_of(config.model_type).load_processor(path).tokenizer
+    return Vocabulary(tokenizer, int(config.image_token_id), fingerprint(vocabulary_of(tokenizer)))
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Says in one line what of a target cannot be found, and nothing else."""
+    try:
         with _quiet():
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
-            )
-            processor = family.load_processor(path)
+            yield
     except OSError as error:
         first = str(error).splitlines()[0]
         raise InputError(
             f"target '{name}' cannot be loaded: {first} (give a folder, a Hub id, or tiny_llava)"
         ) from None
-    return family(model.to(device), processor, name)
 
 
 @contextlib.contextmanager

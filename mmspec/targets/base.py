@@ -65,7 +65,9 @@ class HFTarget:
         self.stop_ids = _stop_ids(model.generation_config, processor.tokenizer)
         self.device = self.lm_head.weight.device
         self.dtype = self.lm_head.weight.dtype
-        self.fingerprint = self._fingerprint()
+        vocabulary = vocabulary_of(processor.tokenizer)
+        self.vocabulary = fingerprint(vocabulary)
+        self.fingerprint = self._fingerprint(vocabulary)
         self.static = self.device.type == "cuda"
         """Whether verification runs at fixed shapes, as CUDA graphs need it; set it before a state is opened."""
         self._shelf: deque[HFState] = deque(maxlen=1)
@@ -357,18 +359,26 @@ class HFTarget:
             for module in modules:
                 del module.__dict__["mmspec_recorder"]
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, vocabulary: bytes) -> str:
         """Identifies the weights a head was trained on: shape, vocabulary, and samples of three tensors in bf16.
 
         bf16, so that one checkpoint gives one fingerprint in whatever dtype it is run.
         """
-        digest = hashlib.sha256(repr(self.shape).encode())
-        vocabulary = sorted(self.processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        digest.update(repr(vocabulary).encode())
+        samples = [repr(self.shape).encode(), vocabulary]
         for weight in (self.embedding.weight, self.lm_head.weight, self.text_model.norm.weight):
             sample = weight.detach().flatten()[:65536].to("cpu", torch.bfloat16).view(torch.int16)
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+            samples.append(sample.numpy().tobytes())
+        return fingerprint(*samples)
+
+
+def fingerprint(*parts: bytes) -> str:
+    """A short hash of some bytes."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def vocabulary_of(tokenizer: Any) -> bytes:
+    """All tokens of a tokenizer with their ids, in one canonical form."""
+    return repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode()
 
 
 def _trim(after: Tensor, full: Tensor, stop_ids: frozenset[int]) -> int:
