@@ -17,6 +17,9 @@ from eval.summary import interval, number
 
 PLAIN = "plain"
 TEMPLATE = "report.html.j2"
+N_COLOURS = 9
+"""Classes m0, m1, ... of the template."""
+
 PHASES = (
     ("draft_s", "draft"),
     ("verify_s", "verify (target)"),
@@ -55,7 +58,7 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sample
     methods = summary["methods"]
     # Plain decoding is always grey; the others take the palette in order.
     drafting = [name for name in methods if name != PLAIN]
-    colours = {PLAIN: "m-plain"} | {name: f"m{place % 4}" for place, name in enumerate(drafting)}
+    colours = {PLAIN: "m-plain"} | {name: f"m{place % N_COLOURS}" for place, name in enumerate(drafting)}
     return environment.get_template(TEMPLATE).render(
         summary=summary,
         methods=methods,

@@ -31,6 +31,10 @@ class Stream:
         """At most `budget` nodes on at most `depth` levels behind the last token; siblings have distinct tokens."""
         raise NotImplementedError
 
+    def match(self) -> int:
+        """Length of the newest context that was found earlier: how far the next draft can be trusted. 0: not at all."""
+        return 0
+
     def settle(self) -> None:
         """Work that the draft just made need not wait for: it is done while the target verifies."""
 
@@ -82,6 +86,11 @@ class HostDrafter:
         for stream, tokens in zip(self.rows, round.tokens):
             if stream and tokens:
                 stream.extend(tokens)
+
+    def matches(self) -> list[int]:
+        """`Stream.match` of every row, 0 where there is no request."""
+        self._wait()
+        return [stream.match() if stream else 0 for stream in self.rows]
 
     def propose(self, roots: Tensor, plan: Plan) -> Tree:
         self._wait()
