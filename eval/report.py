@@ -20,6 +20,9 @@ TEMPLATE = "report.html.j2"
 N_COLOURS = 9
 """Classes m0, m1, ... of the template."""
 
+N_DEPTHS = 12
+"""Drawn: what copies from its context may draft forty tokens, which would leave a head's five no room."""
+
 PHASES = (
     ("draft_s", "draft"),
     ("verify_s", "verify (target)"),
@@ -125,7 +128,7 @@ def bars(
 def depth_chart(methods: Mapping[str, Any], names: Sequence[str], colours: Mapping[str, str]) -> str:
     """Share of the drafting rounds that accepted at least k tokens, by k; "" when nothing was ever accepted."""
     lines = [
-        Series(name, colours[name], list(enumerate(methods[name]["overall"]["accept_by_depth"], start=1)))
+        Series(name, colours[name], list(enumerate(methods[name]["overall"]["accept_by_depth"][:N_DEPTHS], start=1)))
         for name in names
     ]
     deepest = max((len(line.points) for line in lines), default=0)
