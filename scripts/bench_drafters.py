@@ -9,7 +9,8 @@ and `observe` are timed. What is printed and written (medians over rounds and re
   share_of_step.<method>       seconds of propose + observe at 4,096 tokens of context / those of a plain decoding step
   growth_512_8192.<method>     seconds at 8,192 tokens / seconds at 512
   microseconds.<method>        propose + observe at each length
-  accepted.<method>            draft tokens accepted a round at 4,096 tokens, of this stream, not of a target's text
+  nodes.<method>               draft nodes a round at each length: more text to draft from can mean more to draft
+  accepted.<method>            draft tokens accepted a round at each length, of this stream, not of a target's text
   step_microseconds            a plain decoding step
 """
 
@@ -55,7 +56,7 @@ class Bench:
         deepest = max(policy.max_depth for _, policy in self.methods.values())
         self.stream = self._stream(LONG + args.rounds * (deepest + 1) + deepest + 2)
         self.noise = torch.Generator(self.target.device).manual_seed(0)
-        self.accepted: dict[str, list[int]] = {name: [] for name in self.methods}
+        self.counts = {(name, length): (0.0, 0.0) for name in self.methods for length in LENGTHS}
 
     def _stream(self, n: int) -> Tensor:
         """[n] tokens of one conversation after the other."""
@@ -68,14 +69,14 @@ class Bench:
 
     @torch.inference_mode()
     def drafting(self, name: str, length: int) -> float:
-        """Median seconds of propose + observe over the rounds behind `length` tokens of context."""
+        """Median seconds of propose + observe over the rounds behind `length` tokens; notes how much was drafted."""
         drafter, policy = self.methods[name]
         at = length - 1  # of the root, the last token of the context
         ids = self.stream[:at].cpu()
         prompt = Prompt(ids, torch.zeros(at, dtype=torch.bool))
         drafter.open(1, len(self.stream))
         drafter.admit(0, Request("0", prompt, self.args.rounds), self._outputs(1, at), self.stream[at])
-        seconds, accepted = [], []
+        seconds, nodes, accepted = [], [], []
         plan = policy.plan([[]], [len(self.stream)])
         for _ in range(self.args.rounds):
             synchronise(self.target.device)
@@ -102,11 +103,11 @@ class Bench:
             drafter.observe(told)
             synchronise(self.target.device)
             seconds.append(proposed_s + time.perf_counter() - start)
+            nodes.append(int((trees.parents >= 0).sum()))
             accepted.append(kept - 1)
             at += kept
         drafter.evict(0)
-        if length == AT:
-            self.accepted[name] += accepted
+        self.counts[name, length] = statistics.mean(nodes), statistics.mean(accepted)
         return statistics.median(seconds)
 
     def _outputs(self, n_nodes: int, n_hidden: int = 0) -> Forward:
@@ -138,7 +139,8 @@ class Bench:
             "share_of_step": {name: seconds[name, AT] / step_s for name in self.methods},
             "growth_512_8192": {name: seconds[name, LONG] / seconds[name, SHORT] for name in self.methods},
             "microseconds": {n: {str(l): seconds[n, l] * 1e6 for l in LENGTHS} for n in self.methods},
-            "accepted": {name: statistics.mean(counts) for name, counts in self.accepted.items()},
+            "nodes": {n: {str(l): self.counts[n, l][0] for l in LENGTHS} for n in self.methods},
+            "accepted": {n: {str(l): self.counts[n, l][1] for l in LENGTHS} for n in self.methods},
             "step_microseconds": step_s * 1e6,
         }
 

@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from mmspec.drafters.hybrid import HybridDrafter
 from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.heads.eagle import Config, Head
@@ -139,4 +140,7 @@ def drafters(target, truth):
         "pld": PromptLookupDrafter(),
         "head": Head(Config().resolve(target.shape)).double().drafter(target, 3),
         "head_chain": Head(Config().resolve(target.shape)).double().drafter(target, 1),
+        "hybrid": HybridDrafter(
+            PromptLookupDrafter(), Head(Config().resolve(target.shape)).double().drafter(target, 3), 3, 6, min_match=1
+        ),
     }
