@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from eval.tasks import Dialogues, Task
 from mmspec import metrics
-from mmspec.api import drafter_and_policy, make_drafter
+from mmspec.api import drafter_and_policy, make_drafter, method_and_policy
 from mmspec.checkpoint import Checkpoint
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
+from mmspec.methods import Settings, resolved
 from mmspec.policy import SkipPolicy
 from mmspec.types import Drafter, Output, Policy, Request, Sampler, StepTrace, Target, Verifier
 
@@ -215,31 +217,49 @@ class Bench:
 
 def make_methods(
     target: Target,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     policies: Sequence[str],
     batch_size: int,
     sampler: Sampler | None = None,
     widths: Sequence[int] = (),
+    named: Sequence[str] = (),
+    given: Settings | None = None,
 ) -> tuple[list[Method], dict[str, Any]]:
-    """Plain decoding, the head with its fixed tree, and the head steered by its controller.
+    """Plain decoding, training-free methods, the head with its fixed tree, and the head steered by its controller.
 
     Args:
-        target: what the head drafts for.
-        checkpoint: was checked against the target; costs measured on this machine are kept in its folder.
+        target: what is drafted for.
+        checkpoint: was checked against the target; costs measured on this machine are kept in its folder. None: no
+            head, so neither policies nor the hybrid.
         policies: of "fixed" and "viskip"; viskip needs a controller in the checkpoint.
         batch_size: rows decoded together; part of what the cost table is measured for.
         sampler: the run's, for a head that drafts with its noise, or draws.
         widths: of the trees of a head that draws, else empty.
+        named: training-free methods, and the hybrid where there is a checkpoint.
+        given: their settings.
 
     Returns:
         The methods, plain first, and their settings in plain words for the summary.
     """
-    tree, kind = checkpoint.tree, checkpoint.kind
-    drafter = make_drafter(checkpoint, target, sampler, widths)
+    head = make_drafter(checkpoint, target, sampler, widths) if checkpoint else None
     methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
     settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
-    for name, label, described in (("fixed", kind, "fixed"), ("viskip", "viskip", "learned")):
-        if name in policies:
-            methods.append(Method(label, *drafter_and_policy(checkpoint, target, name, batch_size, drafter)))
-            settings[label] = {"drafter": kind, "policy": described, **asdict(tree)}
+    for name in named:
+        mine = (given or {}).get(name)
+        methods.append(Method(name, *method_and_policy(name, target, mine, checkpoint, head)))
+        settings[name] = {"drafter": name, "policy": "fixed", **_placeless(resolved(name, mine))}
+    if checkpoint:
+        kind = checkpoint.kind
+        for policy, label, described in (("fixed", kind, "fixed"), ("viskip", "viskip", "learned")):
+            if policy in policies:
+                methods.append(Method(label, *drafter_and_policy(checkpoint, target, policy, batch_size, head)))
+                settings[label] = {"drafter": kind, "policy": described, **asdict(checkpoint.tree)}
     return methods, settings
+
+
+def _placeless(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without this machine's folder names."""
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in settings.items()
+    }

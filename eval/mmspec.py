@@ -1,6 +1,7 @@
-"""Scores a checkpoint: MAT, speedup, latency and losslessness on MMSpec's records or on the synthetic splits.
+"""Scores heads and methods: MAT, speedup, latency and losslessness on MMSpec's records or on the synthetic splits.
 
     python -m eval.mmspec --ckpt runs/viskip_tiny --data synth:testmini
+    python -m eval.mmspec --method all
 
 Invariant: whatever is wrong with what the user gave is one line on stderr and exit code 2, before any model time is
 spent where it can be known then. (`python eval/mmspec.py` would shadow the package of the same name: use `-m`.)
@@ -28,6 +29,8 @@ from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device
+from mmspec.assets import EMBEDDED
+from mmspec.methods import HYBRID, method_names, read_settings
 from mmspec.records import Quarantine
 from mmspec.sampling import KeyedSampler, make_sampler
 from mmspec.targets import load_target
@@ -35,7 +38,7 @@ from mmspec.types import InputError, Target
 from mmspec.verify import RejectionVerifier
 
 PROGRAM = "eval.mmspec"
-EMBEDDED = "tiny_llava"
+ALL = "all"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 EXAMPLES = """\
@@ -48,11 +51,20 @@ examples
     python -m eval.mmspec --ckpt runs/viskip_tiny --data data/mmspec/testmini --batch-size 4 --max-new-tokens 64
   sampling: the text equals plain decoding's token for token at the same seed:
     python -m eval.mmspec --ckpt runs/viskip_tiny --temperature 1.0 --seed 7
+  methods that need no training, on the embedded target or on any other one:
+    python -m eval.mmspec --method all
+    python -m eval.mmspec --method pld sam --target llava-hf/llava-1.5-7b-hf --data data/mmspec/testmini
+  the same beside a head, and in front of it (hybrid), with settings of your own:
+    python -m eval.mmspec --ckpt runs/viskip_tiny --method all --method-settings recipes/methods/training_free.yaml
 
 what is compared
   plain     the target alone, one token a step, in the same loop
+  <method>  each training-free method of --method: {methods}
+  hybrid    a method that copies where its match is long, else the head with its fixed tree
   <head>    the checkpoint's head with its fixed draft tree (skipped with --policies viskip)
   viskip    the same head, steered by the checkpoint's controller, when it has one
+  The figures at the top of summary.json and of the report are those of the last one in the table: of the checkpoint's
+  where there is one, else of the last one after --method.
   Every method decodes the same prompts, one directly after another in alternating order. Later turns of a
   conversation see plain decoding's earlier answers, so no method is measured on prompts of its own.
 
@@ -75,20 +87,33 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(
         prog=f"python -m {PROGRAM}",
-        description="Scores a draft head: MAT, speedup over plain decoding, latency, and whether the text is the same.",
-        epilog=EXAMPLES,
+        description="Scores a draft head and training-free methods: MAT, speedup over plain decoding, latency, and "
+        "whether the text is the same.",
+        epilog=EXAMPLES.format(methods=", ".join(method_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="run folder of train/distill.py")
+    add("--ckpt", metavar="DIR", help="run folder of train/distill.py; needed without --method, and for hybrid")
+    add(
+        "--method",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(method_names())}, hybrid, or all (hybrid only with --ckpt)",
+    )
+    add(
+        "--method-settings",
+        metavar="FILE",
+        help="YAML with settings of methods (default: those of recipes/methods/training_free.yaml, which has them all)",
+    )
     add(
         "--data",
         default="synth:testmini",
         metavar="DATA",
         help="synth:testmini (60 records, default), synth:test (600), synth:val (200), or a folder in MMSpec's layout",
     )
-    add("--out", metavar="DIR", help="where the results go (default: CKPT/eval)")
-    add("--target", metavar="NAME", help="target to decode with (default: the one the checkpoint was made for)")
+    add("--out", metavar="DIR", help="where the results go (default: CKPT/eval, or runs/eval-METHODS)")
+    add("--target", metavar="NAME", help=f"to decode with (default: the checkpoint's, without one {EMBEDDED})")
     add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
@@ -171,6 +196,33 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.device = find_device(args.device)
 
 
+def choose_methods(args: argparse.Namespace) -> list[str]:
+    """The training-free methods to score, and the hybrid, in the order they were asked for.
+
+    Raises:
+        InputError: an unknown name, or options that need a checkpoint or exclude these methods.
+    """
+    if not args.ckpt and not args.method:
+        raise InputError("give --ckpt DIR, or --method all for the methods that need no training")
+    known = [*method_names(), HYBRID]
+    unknown = [name for name in args.method if name not in (*known, ALL)]
+    if unknown:
+        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, or {ALL}")
+    if args.method and args.verifier == "rejection":
+        raise InputError("--verifier rejection needs candidates drawn by a head; those of --method are chosen")
+    if not args.ckpt:
+        if HYBRID in args.method:
+            raise InputError("--method hybrid needs --ckpt: its head drafts where there is nothing to copy")
+        alone = [option for option in ("policies", "share_noise") if getattr(args, option)]
+        if alone:
+            raise InputError(f"--{alone[0].replace('_', '-')} needs --ckpt: it is about the checkpoint's head")
+    if args.method_settings and not args.method:
+        raise InputError("--method-settings needs --method")
+    if ALL not in args.method:
+        return list(dict.fromkeys(args.method))
+    return known if args.ckpt else known[:-1]
+
+
 def choose_policies(wanted: Sequence[str] | None, has_controller: bool) -> list[str]:
     """What steers the head. Raises InputError when viskip is asked for without a controller."""
     if wanted is None:
@@ -231,7 +283,7 @@ def ratio(numerator: float, denominator: float) -> float | None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Score a checkpoint and write all results.
+    """Score a checkpoint and methods, and write all results.
 
     Args:
         args: checked options.
@@ -243,9 +295,13 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     Raises:
         InputError: see the module's invariant.
     """
-    checkpoint = checkpoints.load(args.ckpt)
-    policies = choose_policies(args.policies, checkpoint.viskip is not None)
-    out = output_folder(Path(args.out) if args.out else Path(args.ckpt) / "eval")
+    named = choose_methods(args)
+    given = read_settings(args.method_settings) if args.method_settings else {}
+    checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
+    policies = choose_policies(args.policies, checkpoint.viskip is not None) if checkpoint else []
+    what = ALL if ALL in args.method else "-".join(named)
+    usual = Path(args.ckpt) / "eval" if args.ckpt else Path("runs") / f"eval-{what}"
+    out = output_folder(Path(args.out) if args.out else usual)
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     target = open_target(checkpoint, args.target, args.dtype, args.device)
@@ -260,6 +316,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         args.batch_size,
         sampler if rejects or args.share_noise else None,
         (args.draft_widths or [1]) if rejects else (),
+        named,
+        given,
     )
     primary = methods[-1].name
     tie_gap = 0.0 if args.dtype == "float64" else metrics.TIE_GAP
@@ -291,13 +349,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return summary
 
 
-def open_target(checkpoint: checkpoints.Checkpoint, name: str | None, dtype: str, device: str) -> Target:
-    """The named target, or the one the checkpoint was made for. Raises InputError when it is missing or another one."""
+def open_target(checkpoint: checkpoints.Checkpoint | None, name: str | None, dtype: str, device: str) -> Target:
+    """The named target, or the one the checkpoint was made for, or the embedded one.
+
+    Raises:
+        InputError: it is missing, or another one than the checkpoint's.
+    """
+    usual = checkpoint.target.name if checkpoint else EMBEDDED
     try:
-        target: Target = load_target(name or checkpoint.target.name, dtype, device)
+        target: Target = load_target(name or usual, dtype, device)
     except InputError as error:
         raise InputError(str(error) if name else f"{error}; --target says where it is") from None
-    checkpoint.check_target(target)
+    if checkpoint:
+        checkpoint.check_target(target)
     return target
 
 
@@ -345,7 +409,7 @@ def settings(
 ) -> dict[str, Any]:
     """Everything that could change a figure, without this machine's folder names."""
     return {
-        "checkpoint": Path(args.ckpt).name,
+        "checkpoint": Path(args.ckpt).name if args.ckpt else None,
         "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
         "target": Path(target.name).name if Path(target.name).is_absolute() else target.name,
         "fingerprint": target.fingerprint,

@@ -17,6 +17,12 @@ from eval.summary import interval, number
 
 PLAIN = "plain"
 TEMPLATE = "report.html.j2"
+N_COLOURS = 9
+"""Classes m0, m1, ... of the template."""
+
+N_DEPTHS = 12
+"""Drawn: what copies from its context may draft forty tokens, which would leave a head's five no room."""
+
 PHASES = (
     ("draft_s", "draft"),
     ("verify_s", "verify (target)"),
@@ -55,7 +61,7 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sample
     methods = summary["methods"]
     # Plain decoding is always grey; the others take the palette in order.
     drafting = [name for name in methods if name != PLAIN]
-    colours = {PLAIN: "m-plain"} | {name: f"m{place % 4}" for place, name in enumerate(drafting)}
+    colours = {PLAIN: "m-plain"} | {name: f"m{place % N_COLOURS}" for place, name in enumerate(drafting)}
     return environment.get_template(TEMPLATE).render(
         summary=summary,
         methods=methods,
@@ -122,7 +128,7 @@ def bars(
 def depth_chart(methods: Mapping[str, Any], names: Sequence[str], colours: Mapping[str, str]) -> str:
     """Share of the drafting rounds that accepted at least k tokens, by k; "" when nothing was ever accepted."""
     lines = [
-        Series(name, colours[name], list(enumerate(methods[name]["overall"]["accept_by_depth"], start=1)))
+        Series(name, colours[name], list(enumerate(methods[name]["overall"]["accept_by_depth"][:N_DEPTHS], start=1)))
         for name in names
     ]
     deepest = max((len(line.points) for line in lines), default=0)

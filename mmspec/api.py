@@ -4,6 +4,8 @@ import mmspec
 model = mmspec.Speculator.from_pretrained("runs/viskip_tiny")
 answer = model.generate("How many stars are there?", images=["picture.png"])[0]
 print(answer.text, answer.mat)
+
+Without a checkpoint: `mmspec.Speculator.from_method("pld", target="llava-hf/llava-1.5-7b-hf")`.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import torch
 from PIL import Image
 
 from mmspec import checkpoint as checkpoints
+from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
 from mmspec.costs import load_or_measure
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import error_line
 from mmspec.loop import generate as decode
+from mmspec.methods import HYBRID, make_hybrid, make_method, resolved
 from mmspec.metrics import mat
 from mmspec.policy import FixedPolicy, LearnedPolicy, SkipPolicy
 from mmspec.records import RecordError, open_image
@@ -65,7 +69,7 @@ class Answer:
 
 
 class Speculator:
-    """Decodes with a draft head. Its text is that of plain decoding, whatever the head and the policy do.
+    """Decodes with a draft head or a training-free method. Its text is plain decoding's, whatever these do.
 
     Args:
         target: frozen model.
@@ -103,6 +107,37 @@ class Speculator:
         model = load_target(target or loaded.target.name, dtype, find_device(device))
         loaded.check_target(model)
         return cls(model, *drafter_and_policy(loaded, model, policy, max_batch))
+
+    @classmethod
+    def from_method(
+        cls,
+        name: str,
+        target: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        ckpt: str | Path | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+    ) -> Speculator:
+        """Load a target and decode with a training-free method, or with the hybrid of one and a checkpoint's head.
+
+        Args:
+            name: a file of `mmspec/drafters`, such as "pld", or "hybrid", which needs a checkpoint.
+            target: of any supported family (default: the checkpoint's, or the embedded one).
+            settings: fields of the method's `Config`; what is not given has its default.
+            ckpt: run folder of train/distill.py.
+            dtype, device: as for `from_pretrained`.
+
+        Raises:
+            InputError: an unknown method, key or value; a checkpoint as for `from_pretrained`, or none for the hybrid.
+        """
+        resolved(name, settings)  # what is wrong is said before a large target is loaded
+        loaded = checkpoints.load(ckpt) if ckpt is not None else None
+        if name == HYBRID and loaded is None:
+            raise InputError("hybrid needs a checkpoint: its head drafts where there is nothing to copy")
+        model = load_target(target or (loaded.target.name if loaded else EMBEDDED), dtype, find_device(device))
+        if loaded:
+            loaded.check_target(model)
+        return cls(model, *method_and_policy(name, model, settings, loaded))
 
     def generate(
         self,
@@ -196,6 +231,29 @@ def drafter_and_policy(
     # Kept beside the head for every later run, so measured with the drafter as it usually is.
     costs = load_or_measure(checkpoint.folder / "costs", target, usual, max_batch, tree.depth, tree.budget)
     return drafter, LearnedPolicy(controller.to(target.device), costs, target.embed, tree.depth, tree.budget)
+
+
+def method_and_policy(
+    name: str,
+    target: Target,
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: Checkpoint | None = None,
+    head: Drafter | None = None,
+) -> tuple[Drafter, Policy]:
+    """What a training-free method or the hybrid decodes with.
+
+    Args:
+        name, target, settings: see `mmspec.methods.make_method`.
+        checkpoint: of the hybrid's head, else not needed.
+        head: the head's drafter, where it was made already.
+
+    Raises:
+        InputError: see `mmspec.methods`.
+    """
+    if name != HYBRID or checkpoint is None:
+        return make_method(name, target, settings)
+    tree = checkpoint.tree
+    return make_hybrid(target, head or make_drafter(checkpoint, target), tree.depth, tree.budget, settings)
 
 
 def find_device(name: str) -> str:

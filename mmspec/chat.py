@@ -1,4 +1,4 @@
-"""Talk to a target that decodes with its draft head, and watch which tokens the head proposed.
+"""Talk to a target that decodes with a draft head or a training-free method, and watch which tokens were proposed.
 
 python -m mmspec.chat --ckpt runs/viskip_tiny --image picture.png
 """
@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from mmspec.api import POLICIES, Answer, Speculator
+from mmspec.assets import EMBEDDED
 from mmspec.drafters.null import NullDrafter
+from mmspec.methods import method_names, read_settings
 from mmspec.metrics import skip_rate
 from mmspec.policy import SkipPolicy
 from mmspec.records import RecordError, open_image
@@ -30,6 +32,8 @@ examples
     python -m mmspec.chat --ckpt runs/viskip_tiny --image picture.png --prompt "What do you see in this image?"
   a conversation (an empty line or Ctrl-D ends it, /image FILE starts anew with another picture):
     python -m mmspec.chat --ckpt runs/viskip_tiny --image picture.png
+  without a checkpoint, with a training-free method on the embedded target:
+    python -m mmspec.chat --method pld --image picture.png --prompt "Describe it."
   the same answer without drafting afterwards, to see what the head is worth here:
     python -m mmspec.chat --ckpt runs/viskip_tiny --image picture.png --prompt "Describe it." --compare
 
@@ -56,11 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="run folder of train/distill.py")
+    add("--ckpt", metavar="DIR", help="run folder of train/distill.py; not needed with --method")
+    add("--method", metavar="NAME", help=f"draft with {', '.join(method_names())}, or hybrid (needs --ckpt)")
+    add("--method-settings", metavar="FILE", help="settings of methods, such as recipes/methods/training_free.yaml")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="picture; may be given several times")
     add("--prompt", metavar="TEXT", help="one question; without it, a conversation")
     add("--system", metavar="TEXT", help="system text (default: none)")
-    add("--target", metavar="NAME", help="target to decode with (default: the one the checkpoint was made for)")
+    add("--target", metavar="NAME", help=f"target to decode with (default: the checkpoint's, without one {EMBEDDED})")
     add(
         "--policy", choices=POLICIES, default="auto", help="what decides how much to draft (default: viskip if trained)"
     )
@@ -200,6 +206,24 @@ class Chat:
             self.ask(line)
 
 
+def load(args: argparse.Namespace) -> Speculator:
+    """The model that the command line names.
+
+    Raises:
+        InputError: neither or too much is named, or see `Speculator`.
+    """
+    if args.method is None:
+        if args.ckpt is None:
+            raise InputError(f"give --ckpt DIR, or --method with one of {', '.join(method_names())}")
+        if args.method_settings is not None:
+            raise InputError("--method-settings needs --method")
+        return Speculator.from_pretrained(args.ckpt, args.target, args.policy, args.dtype, args.device)
+    if args.policy != "auto":
+        raise InputError(f"--policy {args.policy} steers a checkpoint's own head; leave it out with --method")
+    settings = read_settings(args.method_settings).get(args.method) if args.method_settings else None
+    return Speculator.from_method(args.method, args.target, settings, args.ckpt, args.dtype, args.device)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program.
 
@@ -211,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-        model = Speculator.from_pretrained(args.ckpt, args.target, args.policy, args.dtype, args.device)
+        model = load(args)
         chat = Chat(model, args, console)
         # Kernels and threads settle on a throw-away question: the figures of the first answer count like the others.
         model.generate("Hello", max_new_tokens=8)

@@ -200,7 +200,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: the file is missing or no YAML, a key is unknown, a value is missing, mistyped or impossible.
     """
-    raw = _merge_raw(_read_yaml(Path(path)), overrides)
+    raw = _merge_raw(read_yaml(Path(path), _nodes()), overrides)
     head_module = import_head(_head_kind(raw, path))
     schema = _schema(head_module)
     _check_keys(raw, schema, prefix="")
@@ -299,7 +299,16 @@ def _check_numbers(recipe: Recipe) -> None:
             raise InputError(f"{key}={value} must be greater than 0")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, nodes: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: the file.
+        nodes: its top-level keys, for the error message alone.
+
+    Raises:
+        InputError: the file is missing, or no YAML mapping.
+    """
     if not path.is_file():
         near = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
         raise InputError(f"recipe {path} does not exist" + (f"; there are: {', '.join(near)}" if near else ""))
@@ -308,7 +317,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is no valid YAML: {_line(error)}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"recipe {path} must be a mapping with the nodes {', '.join(_nodes())}")
+        raise InputError(f"recipe {path} must be a mapping with the nodes {', '.join(nodes)}")
     return raw
 
 
@@ -433,6 +442,20 @@ def _assemble(plain: dict[str, Any], head_module: ModuleType) -> Recipe:
         run=Run(**plain["run"]),
         deepspeed=DeepSpeedNode(**plain["deepspeed"]),
     )
+
+
+def typed_config(name: str, config: type, values: Mapping[str, Any]) -> Any:
+    """A `Config` from the values of a YAML node, checked as a recipe is: by key, type, and the class itself.
+
+    Args:
+        name: of the node, for error messages.
+
+    Raises:
+        InputError: the first key or value that is wrong.
+    """
+    schema = {name: _thawed(config)}
+    _check_keys({name: values}, schema, prefix="")
+    return _build("settings", config, _typed(schema, {name: values})[name])
 
 
 def build_config(name: str, config: type, values: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmspec.types import Tree
@@ -88,6 +89,41 @@ def chain(tokens: Tensor) -> Tree:
     depths = torch.arange(N, device=tokens.device).expand(B, N)
     ancestors = torch.ones(N, N, dtype=torch.bool, device=tokens.device).tril().expand(B, N, N)
     return Tree(tokens, depths - 1, depths, ancestors, N - 1)
+
+
+def padded(trees: Tree, n_nodes: int) -> Tree:
+    """The same trees with padding behind their nodes.
+
+    Args:
+        trees: of at most `n_nodes` nodes.
+        n_nodes: width of the result.
+    """
+    more = n_nodes - trees.tokens.shape[1]
+    if not more:
+        return trees
+    ancestors = F.pad(trees.ancestors, (0, more, 0, more))
+    ancestors[:, -more:, -more:] = torch.eye(more, dtype=torch.bool, device=ancestors.device)
+    tokens, parents, depths = F.pad(trees.tokens, (0, more)), F.pad(trees.parents, (0, more), value=-1), trees.depths
+    return Tree(tokens, parents, F.pad(depths, (0, more)), ancestors, trees.max_depth)
+
+
+def by_row(first: Tensor, ours: Tree, theirs: Tree) -> Tree:
+    """One batch of the trees of two: of `ours` where `first` says so, else of `theirs`.
+
+    Args:
+        first: [B] bool.
+        ours, theirs: chosen candidates of the same B roots; widths may differ.
+    """
+    n_nodes = max(ours.tokens.shape[1], theirs.tokens.shape[1])
+    ours, theirs = padded(ours, n_nodes), padded(theirs, n_nodes)
+    flat = first.unsqueeze(1)
+    return Tree(
+        torch.where(flat, ours.tokens, theirs.tokens),
+        torch.where(flat, ours.parents, theirs.parents),
+        torch.where(flat, ours.depths, theirs.depths),
+        torch.where(flat.unsqueeze(2), ours.ancestors, theirs.ancestors),
+        max(ours.max_depth, theirs.max_depth),
+    )
 
 
 def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequence[int], max_depth: int) -> Tree:

@@ -15,8 +15,6 @@ What is printed and written (medians of interleaved repeats; the names are the J
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import sys
@@ -27,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bench import add_common, check, conversation, environment, interleaved, publish, ratio, synchronise, timed
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from mmspec import checkpoint as checkpoints
-from mmspec.api import find_device, make_drafter
+from mmspec.api import make_drafter
 from mmspec.assets import resolve
 from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import Config as LookupConfig
@@ -80,12 +79,8 @@ class Bench:
         """Conversations whose earlier answers are there to copy from, without their image."""
         requests = []
         for i in range(self.args.prompts):
-            one = sample("test", SPLITS["test"] - 1 - i)
-            talk = []
-            for question, answer in zip(one.turns, one.answers):
-                talk.append({"role": "user", "content": [{"type": "text", "text": question}]})
-                talk.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-            talk.append({"role": "user", "content": [{"type": "text", "text": one.turns[0]}]})
+            talk = conversation(i)
+            talk.append(talk[0])
             requests.append(Request(str(i), self.target.encode(talk, []), self.args.max_new_tokens, i))
         return requests
 
@@ -112,35 +107,19 @@ class Bench:
     ) -> tuple[float, list[Output]]:
         """Seconds and outputs of one pass over the prompts."""
         wanted = list(requests or self.requests)
-        self._sync()
+        synchronise(self.target.device)
         start = time.perf_counter()
         outputs = generate(self.target, wanted, drafter, policy, GreedySampler(), batch, traces=traces)
-        self._sync()
+        synchronise(self.target.device)
         return time.perf_counter() - start, all_complete(outputs)
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds of one call."""
-        self._sync()
-        start = time.perf_counter()
-        work()
-        self._sync()
-        return time.perf_counter() - start
+        return timed(self.target.device, work)
 
     def interleaved(self, works: Sequence[Callable[[], float]]) -> list[list[float]]:
-        """Seconds of each work in each repeat; the order is reversed from repeat to repeat."""
-        seconds: list[list[float]] = [[] for _ in works]
-        for work in works:
-            work()
-        for repeat in range(self.args.repeats):
-            order = range(len(works)) if repeat % 2 == 0 else reversed(range(len(works)))
-            for i in order:
-                seconds[i].append(works[i]())
-            self.bar.update()
-        return seconds
-
-    def _sync(self) -> None:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
+        """Seconds of each work in each repeat."""
+        return interleaved(works, self.args.repeats, self.bar.update)
 
     # --- against transformers
 
@@ -182,8 +161,8 @@ class Bench:
             ]
         )
         return {
-            "null_vs_generate": _ratio(plain, null),
-            "ngram_vs_prompt_lookup": _ratio(theirs_ngram, ours_ngram),
+            "null_vs_generate": ratio(plain, null),
+            "ngram_vs_prompt_lookup": ratio(theirs_ngram, ours_ngram),
             "same_tokens_as_generate": same["null"],
             "same_tokens_as_prompt_lookup": same["ngram"],
         }
@@ -201,7 +180,7 @@ class Bench:
         bare, whole = self.interleaved(
             [lambda: self.timed(calls.replay), lambda: self.run(self.head, policy, batch, requests)[0]]
         )
-        return _ratio(bare, whole)
+        return ratio(bare, whole)
 
     # --- against arithmetic
 
@@ -226,7 +205,7 @@ class Bench:
             slope = (statistics.median(many) - statistics.median(one)) / ORACLE_DEPTH
             passes = sum(statistics.median(one) + slope * (t.n_nodes - 1) for t in traces)
             predicted = tokens * statistics.median(one) / (passes + draft_s)
-            rows[str(oracle.p)] = {"measured": _ratio(null, seconds), "predicted": predicted}
+            rows[str(oracle.p)] = {"measured": ratio(null, seconds), "predicted": predicted}
         worst = min(row["measured"] / row["predicted"] for row in rows.values())
         return {"measured_vs_model": worst, "oracle": rows}
 
@@ -359,11 +338,6 @@ def _decoding(outputs: Sequence[Output]) -> float:
     return sum(o.latency_s - o.ttft_s for o in outputs)
 
 
-def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of each repeat."""
-    return statistics.median(a / b for a, b in zip(above, below))
-
-
 def _share(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
     return sum(list(a) == list(b) for a, b in zip(mine, theirs)) / len(mine)
 
@@ -371,21 +345,14 @@ def _share(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> fl
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
     add = parser.add_argument
-    add("--json", type=Path, metavar="OUT", help="write the figures there")
-    add("--target", default="tiny_llava", help="a target with synthetic prompts (default %(default)s)")
     add("--ckpt", type=Path, metavar="DIR", help="run folder with a head (default: an untrained one)")
-    add("--dtype", default="float32", help="of target and head (default %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--prompts", type=int, default=12, help="how many (default %(default)s)")
     add("--max-new-tokens", type=int, default=64, help="per prompt (default %(default)s)")
     add("--repeats", type=int, default=5, help="of each comparison (default %(default)s)")
-    add("--threads", type=int, default=1, help="of torch on a CPU: small targets lose by more (default %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("prompts", "max_new_tokens", "repeats", "threads"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    args.device = find_device(args.device)
+    check(args, "prompts", "max_new_tokens", "repeats")
     return args
 
 
@@ -408,24 +375,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures |= bench.against_model()
     figures["by_batch"] = bench.by_batch()
     bench.bar.close()
-    device = args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    figures["settings"] = {
-        "target": args.target,
-        "dtype": args.dtype,
-        "device": f"{device} ({platform.machine()}, {args.threads} threads)",
+    figures["settings"] = environment(args) | {
         "head": bench.note,
         "tree": [bench.tree.depth, bench.tree.width, bench.tree.budget],
         "prompts": args.prompts,
         "max_new_tokens": args.max_new_tokens,
         "repeats": args.repeats,
-        "commit": checkpoints.git_commit(),
-        "torch": torch.__version__,
     }
-    for name, value in figures.items():
-        print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name}: {json.dumps(value, indent=1)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(args.json, figures)
+    publish(figures, args.json)
     return 0
 
 

@@ -6,29 +6,22 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from rich.text import Text
 
 import mmspec
-from mmspec import chat, checkpoint
-from mmspec.heads import eagle, viskip
+from mmspec import chat
+from mmspec.checkpoint import DraftTree
 from mmspec.synth import sample
 from mmspec.targets import load_target
 from mmspec.types import Emission, InputError
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "untrained"
-    target = load_target("tiny_llava")
-    torch.manual_seed(0)
-    config = eagle.Config().resolve(target.shape)
-    checkpoint.save_head(folder, eagle.Head(config).state_dict(), config, target)
-    controller = viskip.Config(width=16, depth=3).resolve(target.shape)
-    checkpoint.save_controller(folder, viskip.Head(controller).state_dict(), controller, target)
-    checkpoint.save_tree(folder, checkpoint.DraftTree(3, 2, 4))
-    return folder
+    return tiny.run_folder(folder, load_target("tiny_llava"), DraftTree(3, 2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +88,54 @@ def test_the_one_line_form_and_its_refusals(run_folder, picture):
         mmspec.generate(run_folder / "nothing", "a")
     with pytest.raises(AttributeError, match="no attribute 'generat'"):
         _ = mmspec.generat
+
+
+def test_a_method_needs_no_checkpoint_and_a_hybrid_does(models, run_folder):
+    pictures = [sample("val", i).image for i in range(3)]
+    plain = models["plain"].generate(PROMPTS, pictures, max_new_tokens=20)
+    alone = mmspec.Speculator.from_method("pld", dtype="float64")
+    mixed = {"retrieval": "pld", "min_match": 2}
+    both = mmspec.Speculator.from_method("hybrid", ckpt=run_folder, settings=mixed, dtype="float64")
+    for model in (alone, both):
+        answers = model.generate(PROMPTS, pictures, max_new_tokens=20, max_batch=2)
+        assert [a.output.tokens for a in answers] == [a.output.tokens for a in plain]
+        assert any(a.mat > 1 for a in answers)
+    with pytest.raises(InputError, match="hybrid needs a checkpoint"):
+        mmspec.Speculator.from_method("hybrid", settings=mixed)
+    with pytest.raises(InputError, match="method 'pdl' is unknown"):
+        mmspec.Speculator.from_method("pdl", target="a/target/that/is/not/there")
+    with pytest.raises(InputError, match="did you mean 'num_pred'"):
+        mmspec.Speculator.from_method("pld", settings={"num_perd": 3})
+
+
+def test_chat_drafts_with_a_method(run_folder, picture, tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("hybrid: {retrieval: pld}\npld: {num_pred: 3}\n")
+    words = [
+        "--image",
+        str(picture),
+        "--max-new-tokens",
+        "12",
+        "--prompt",
+        PROMPTS[0],
+        "--dtype",
+        "float64",
+        "--compare",
+    ]
+    words += ["--method-settings", str(settings)]
+    for method in (["--method", "pld"], ["--method", "hybrid", "--ckpt", str(run_folder)]):
+        assert chat.main([*words, *method]) == 0
+        assert "without drafting: the same tokens" in capsys.readouterr().out
+    for wrong, said in (
+        (["--prompt", "a"], "give --ckpt DIR, or --method with one of "),
+        ([*words, "--ckpt", str(run_folder)], "--method-settings needs --method"),
+        (["--method", "pld", "--policy", "fixed"], "--policy fixed steers a checkpoint's own head"),
+        ([*words, "--method", "hybrid"], "hybrid needs a checkpoint"),
+    ):
+        assert chat.main(wrong) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
 
 
 def test_chat_streams_the_answer_and_compares(run_folder, picture, capsys):

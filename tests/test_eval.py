@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from eval import mmspec as cli
-from mmspec import checkpoint
-from mmspec.heads import eagle, viskip
+from mmspec.checkpoint import DraftTree
+from mmspec.methods import method_names, resolved
 from mmspec.targets import load_target
 from tests import tiny
 
@@ -57,16 +56,7 @@ def write_records(folder: Path, records: list[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of an untrained head and controller: lossless all the same."""
-    folder = tmp_path_factory.mktemp("runs") / "random"
-    target = tiny.llava()
-    torch.manual_seed(0)
-    head_config = eagle.Config().resolve(target.shape)
-    checkpoint.save_head(folder, eagle.Head(head_config).state_dict(), head_config, target)
-    viskip_config = viskip.Config(width=16, depth=4).resolve(target.shape)
-    checkpoint.save_controller(folder, viskip.Head(viskip_config).state_dict(), viskip_config, target)
-    checkpoint.save_tree(folder, checkpoint.DraftTree(4, 3, 6))
-    return folder
+    return tiny.run_folder(tmp_path_factory.mktemp("runs") / "random", tiny.llava(), DraftTree(4, 3, 6))
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +70,10 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, run_folder: Path, tmp_path: Path) 
     """Runs the CLI in this process on the random target, in fp64 so that equality has no exception."""
     monkeypatch.setattr(cli, "load_target", lambda name, dtype, device: tiny.llava(dtype=dtype))
 
-    def call(*words: str) -> int:
-        given = [
-            "--ckpt",
-            str(run_folder),
-            "--dtype",
-            "float64",
-            "--max-new-tokens",
-            "12",
-            "--out",
-            str(tmp_path / "out"),
-        ]
+    def call(*words: str, ckpt: bool = True) -> int:
+        given = ["--dtype", "float64", "--max-new-tokens", "12", "--out", str(tmp_path / "out")]
         try:
-            return cli.main([*given, *words])
+            return cli.main([*given, *(["--ckpt", str(run_folder)] if ckpt else []), *words])
         except SystemExit as stopped:
             return int(stopped.code or 0)
 
@@ -200,6 +181,85 @@ def test_a_checkpoint_without_a_controller_is_scored_with_its_fixed_tree(
     assert "has no controller" in capsys.readouterr().err
 
 
+@pytest.fixture
+def hybrid_of_pld(tmp_path: Path) -> str:
+    """Settings of a hybrid that copies now and then even from random text."""
+    path = tmp_path / "settings.yaml"
+    path.write_text("hybrid: {retrieval: pld, min_match: 1, settings: {num_pred: 4}}\npld: {max_ngram: 2}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--batch-size", "3")])
+def test_all_methods_are_scored_beside_a_head(
+    evaluate: Callable[..., int], data: Path, tmp_path: Path, hybrid_of_pld: str, sampling: tuple[str, ...]
+) -> None:
+    words = ("--data", str(data), "--limit", "3", "--method", "all", "--method-settings", hybrid_of_pld)
+    assert evaluate(*words, *sampling) == 0
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["methods"]) == ["plain", *method_names(), "hybrid", "eagle", "viskip"]
+    assert summary["primary"] == "viskip"
+    for method in summary["methods"].values():
+        assert method["overall"]["exact_match"] == 1.0
+    how = summary["settings"]["methods"]
+    assert how["pld"] == {"drafter": "pld", "policy": "fixed", **resolved("pld", {"max_ngram": 2})}
+    assert how["hybrid"]["settings"] == resolved("pld", {"num_pred": 4})
+    assert {row["method"] for row in rows_of(out)} == set(summary["methods"])
+    assert all(f">{name}</" in (out / "report.html").read_text() for name in summary["methods"])
+
+
+def test_methods_need_no_checkpoint(
+    evaluate: Callable[..., int], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(data), "--dtype", "float64", "--max-new-tokens", "8", "--limit", "2"]
+    assert cli.main(["--method", "pld", "pld", *words]) == 0
+    summary = json.loads((tmp_path / "runs" / "eval-pld" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["plain", "pld"]
+    assert summary["primary"] == "pld"
+    assert summary["exact_match"] == 1.0
+    assert summary["settings"]["checkpoint"] is None
+    assert evaluate("--data", str(data), "--limit", "2", "--method", "all", ckpt=False) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["plain", *method_names()]
+    assert summary["primary"] == method_names()[-1]
+    assert "random-llava on " in (tmp_path / "out" / "report.html").read_text()
+
+
+BAD_METHODS = [
+    ((), "give --ckpt DIR, or --method all"),
+    (("--method", "pdl"), "--method pdl is unknown; use "),
+    (("--method", "pld", "null"), "--method null is unknown"),
+    (("--method", "hybrid"), "--method hybrid needs --ckpt"),
+    (("--method", "pld", "--policies", "fixed"), "--policies needs --ckpt"),
+    (("--method", "pld", "--temperature", "1", "--share-noise"), "--share-noise needs --ckpt"),
+    (
+        ("--method", "pld", "--temperature", "1", "--verifier", "rejection"),
+        "--verifier rejection needs candidates drawn",
+    ),
+    (("--method", "pld", "--method-settings", "nowhere.yaml"), "nowhere.yaml does not exist"),
+    (("--method", "pld", "--method-settings", "FILE"), "did you mean 'num_pred'?"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_METHODS)
+def test_each_bad_choice_of_methods_is_one_line_and_exit_code_2(
+    evaluate: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("pld: {num_perd: 3}\n")
+    assert evaluate(*(str(wrong) if word == "FILE" else word for word in words), ckpt=False) == 2
+    written = capsys.readouterr()
+    assert written.err.startswith("eval.mmspec: error: ")
+    assert message in written.err
+    assert written.err.count("\n") == 1
+    assert written.out == ""
+
+
 def test_unusable_records_are_quarantined_and_counted_while_the_run_goes_on(
     evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +317,7 @@ BAD_OPTIONS = [
     (("--data", "/nowhere/at/all"), "data folder not found: /nowhere/at/all"),
     (("--ckpt", "/nowhere/at/all"), "checkpoint /nowhere/at/all does not exist"),
     (("--temprature", "1"), "unrecognized arguments: --temprature"),
+    (("--method-settings", "a.yaml"), "--method-settings needs --method"),
 ]
 
 

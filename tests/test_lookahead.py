@@ -24,11 +24,11 @@ PIECES = st.lists(st.lists(st.integers(-1, 3), max_size=7), max_size=6)
 
 def fed(config, pieces):
     """A stream of a prompt and rounds of an answer, and the two texts."""
-    stream, (first, *rounds) = CountedStream(config), [[0], *pieces] if not pieces or not pieces[0] else pieces
-    stream.extend(first)
+    stream, (prompt, *rounds) = CountedStream(config), [*pieces, [0]]
+    stream.begin(prompt)
     for piece in rounds:
         stream.extend(piece)
-    return stream, first[:-1], [*first[-1:], *(token for piece in rounds for token in piece)]
+    return stream, prompt, [token for piece in rounds for token in piece]
 
 
 def occurrences(text, longest):
@@ -96,7 +96,8 @@ def test_the_draft_is_the_heaviest_of_what_followed(pieces, depth, budget, weigh
 
 def test_among_equals_a_branch_is_drafted_to_its_end():
     stream = CountedStream(Config())
-    stream.extend([1, 2, 3, 4, 1, 5, 6, 7, -1, 1])
+    stream.begin([1, 2, 3, 4, 1, 5, 6, 7, -1])
+    stream.extend([1])
     # Behind 1: 2 3 4 1 5 6 7, and 5 6 7; both once.
     assert paths(stream.draft(3, 4)) == [(2,), (2, 3), (2, 3, 4), (5,)]
 
@@ -104,8 +105,10 @@ def test_among_equals_a_branch_is_drafted_to_its_end():
 def test_the_newest_tokens_alone_are_looked_up():
     """Defect: the whole sequence was looked up, from its first token on, n tries a step."""
     short, long = CountedStream(Config()), CountedStream(Config())
-    short.extend([1, 2, 3, 4, 5, 6, 9, 1, 2])
-    long.extend([*range(20, 400), 1, 2, 3, 4, 5, 6, 9, 1, 2])
+    short.begin([1, 2, 3, 4, 5, 6, 9, 1])
+    long.begin([*range(20, 400), 1, 2, 3, 4, 5, 6, 9, 1])
+    for stream in (short, long):
+        stream.extend([2])
     assert short.draft(3, 8) == long.draft(3, 8)
     assert paths(short.draft(3, 8)) == [(3,), (3, 4), (3, 4, 5)]
 
@@ -115,7 +118,8 @@ def two_branches():
     drafter = LookaheadDrafter(Config(branch_length=2, decoding_length=4))
     drafter.open(1, 64)
     drafter.rows[0] = drafter.start()
-    drafter.rows[0].extend([1, 2, 3, 1, 4, 5, -1, 1])
+    drafter.rows[0].begin([1, 2, 3, 1, 4, 5, -1])
+    drafter.rows[0].extend([1])
     tree = drafter.propose(torch.tensor([1]), Plan(2, (4,)))
     assert tree.tokens.tolist() == [[1, 2, 3, 4, 5]]
     assert tree.parents.tolist() == [[-1, 0, 1, 0, 3]]
@@ -178,7 +182,8 @@ def test_rows_of_a_batch_share_answers_only():
 def test_no_token_ends_a_text():
     """Defect: id 2, one family's end of sequence, cut the text of all; where to stop is the loop's business."""
     stream = CountedStream(Config())
-    stream.extend([1, 2, 3, 4, 1])
+    stream.begin([1, 2, 3, 4])
+    stream.extend([1])
     assert paths(stream.draft(3, 3)) == [(2,), (2, 3), (2, 3, 4)]
 
 

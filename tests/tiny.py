@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -17,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mmspec import checkpoint
+from mmspec.heads import eagle, viskip
 from mmspec.targets._adapters import ATTENTION
 from mmspec.targets.llava import Target
 from mmspec.types import Prompt
@@ -94,3 +97,14 @@ def prompt(target: Target, seed: int, n_words: int = 6, images: int = 1) -> Prom
     words = " ".join(f"w{int(i)}" for i in torch.randint(0, VOCAB - 6, (n_words,), generator=rng))
     content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
     return target.encode([{"role": "user", "content": content}], [image(seed + i) for i in range(images)])
+
+
+def run_folder(folder: Path, target: Target, tree: checkpoint.DraftTree) -> Path:
+    """A checkpoint of an untrained head and controller for a target: lossless all the same."""
+    torch.manual_seed(0)
+    config = eagle.Config().resolve(target.shape)
+    checkpoint.save_head(folder, eagle.Head(config).state_dict(), config, target)
+    controller = viskip.Config(width=16, depth=tree.depth).resolve(target.shape)
+    checkpoint.save_controller(folder, viskip.Head(controller).state_dict(), controller, target)
+    checkpoint.save_tree(folder, tree)
+    return folder

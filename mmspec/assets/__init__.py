@@ -5,7 +5,10 @@ from pathlib import Path
 TINY_LLAVA: Path = Path(__file__).resolve().parent / "tiny_llava"
 """Folder of the embedded target; `AutoProcessor.from_pretrained` and its like load it as they load any other."""
 
-_NAMES = ("tiny_llava", "embedded:tiny_llava")
+EMBEDDED = "tiny_llava"
+"""The name of the embedded target."""
+
+_NAMES = (EMBEDDED, f"embedded:{EMBEDDED}")
 
 
 def resolve(name: str) -> str:

@@ -154,16 +154,16 @@ class CountedStream(Stream):
         self.answers = answers or Trie(config.max_nodes)
         self.runs: Runs = deque(maxlen=config.branch_length)
         self.newest: deque[int] = deque(maxlen=config.max_query)
-        self.answering = False
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Count the prompt's tokens."""
+        for token in prompt:
+            self.prompt.add(self.runs, token)
+        self.runs.clear()
+        self.newest.extend(prompt)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Count tokens; the first call brings the prompt and the first token of the answer."""
-        if not self.answering:
-            for token in tokens[:-1]:
-                self.prompt.add(self.runs, token)
-            self.runs.clear()
-            self.newest.extend(tokens[:-1])
-            self.answering, tokens = True, tokens[-1:]
+        """Count tokens of the answer."""
         for token in tokens:
             self.answers.add(self.runs, token)
         self.newest.extend(tokens)
@@ -224,13 +224,12 @@ class LookaheadDrafter(HostDrafter):
 
     Args:
         config: see `Config`.
-        threads: see `HostDrafter`. Counting a step's tokens takes microseconds: nothing is left to settle.
     """
 
-    def __init__(self, config: Config | None = None, threads: bool | None = None) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
         self.shared = Trie(self.config.max_nodes) if self.config.share else None
-        super().__init__(lambda: CountedStream(self.config, self.shared), threads)
+        super().__init__(lambda: CountedStream(self.config, self.shared))
 
 
 def make(config: Config, target: Target) -> LookaheadDrafter:

@@ -73,16 +73,27 @@ class NGramIndex(Stream):
                     self.after[gram] = end
             stream.append(token)
 
+    def match(self) -> int:
+        """Length of the longest known n-gram that the stream ends with; 0 when nothing can be copied from behind it."""
+        n, start = self._find()
+        return n if n and self.stream[start] >= 0 else 0
+
     def draft(self, depth: int, budget: int) -> Draft:
         """What followed the longest known context; nothing without a match."""
-        stream, length = self.stream, min(depth, budget, self.config.num_pred)
-        for n in range(min(self.config.max_ngram, len(stream)), self.config.min_ngram - 1, -1):
-            start = self.after.get(tuple(stream[-n:]))
+        n, start = self._find()
+        if not n:
+            return NOTHING
+        copied = self.stream[start : start + min(depth, budget, self.config.num_pred)]
+        copied = copied[: next((i for i, token in enumerate(copied) if token < 0), len(copied))]
+        return copied, list(range(len(copied)))
+
+    def _find(self) -> tuple[int, int]:
+        """Length of the longest known n-gram at the end of the stream, and the index of what followed it; or (0, 0)."""
+        for n in range(min(self.config.max_ngram, len(self.stream)), self.config.min_ngram - 1, -1):
+            start = self.after.get(tuple(self.stream[-n:]))
             if start is not None:
-                copied = stream[start : start + length]
-                copied = copied[: next((i for i, token in enumerate(copied) if token < 0), len(copied))]
-                return copied, list(range(len(copied)))
-        return NOTHING
+                return n, start
+        return 0, 0
 
 
 class PromptLookupDrafter(HostDrafter):
@@ -90,12 +101,11 @@ class PromptLookupDrafter(HostDrafter):
 
     Args:
         config: see `Config`.
-        threads: see `HostDrafter`; nothing is left to settle here.
     """
 
-    def __init__(self, config: Config | None = None, threads: bool | None = None) -> None:
+    def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
-        super().__init__(lambda: NGramIndex(self.config), threads)
+        super().__init__(lambda: NGramIndex(self.config))
 
 
 def make(config: Config, target: Target) -> PromptLookupDrafter:

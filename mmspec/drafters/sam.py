@@ -24,6 +24,7 @@ class Config:
     Args:
         n_predicts: tokens of a round, the target's own included: at most `n_predicts - 1` are drafted.
         alpha: drafted tokens for each token of the match.
+        min_match: shorter matches are not drafted from.
         prefer: "first" or "recent", which earlier occurrence to copy from.
         static: file of a static automaton, or "" for none.
         k: nodes on a level of a draft from the static automaton.
@@ -32,6 +33,7 @@ class Config:
 
     n_predicts: int = 40
     alpha: float = 4.0
+    min_match: int = 1
     prefer: str = "first"
     static: str = ""
     k: int = 8
@@ -48,7 +50,7 @@ class Config:
         return self.n_predicts - 1
 
     def __post_init__(self) -> None:
-        for name, least in (("n_predicts", 2), ("k", 1), ("static_bias", 0)):
+        for name, least in (("n_predicts", 2), ("min_match", 1), ("k", 1), ("static_bias", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"sam: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.alpha > 0:
@@ -90,17 +92,17 @@ class SuffixStream(Stream):
             if static:
                 self.state, self.known = static.step(self.state, self.known, token)
 
-    @property
-    def confidence(self) -> int:
+    def match(self) -> int:
         """Tokens of context that speak for the draft: of the text, or of the corpus less its bias."""
         return max(self.matched, self.known - self.config.static_bias)
 
     def draft(self, depth: int, budget: int) -> Draft:
         """A chain copied from the text, or a tree from the corpus where it knows more of the context."""
         config = self.config
-        if not self.confidence:
+        match = self.match()
+        if match < config.min_match:
             return NOTHING
-        if self.static and self.confidence > self.matched:
+        if self.static and match > self.matched:
             return self.static.expand(self.state, min(depth, config.depth), min(budget, config.budget), config.k)
         length = min(depth, budget, config.depth, int(config.alpha * self.matched))
         copied = self.tokens[self.start : self.start + length]
@@ -119,14 +121,11 @@ class SamDrafter(HostDrafter):
     Args:
         config: see `Config`; its file is not opened here but by `make`.
         static: the automaton of a corpus, shared by all rows.
-        threads: see `HostDrafter`; nothing is left to settle here, because the match is found by the insertion.
     """
 
-    def __init__(
-        self, config: Config | None = None, static: StaticAutomaton | None = None, threads: bool | None = None
-    ) -> None:
+    def __init__(self, config: Config | None = None, static: StaticAutomaton | None = None) -> None:
         self.config = config or Config()
-        super().__init__(lambda: SuffixStream(self.config, static), threads)
+        super().__init__(lambda: SuffixStream(self.config, static))
 
 
 def make(config: Config, target: Target) -> SamDrafter:
