@@ -91,6 +91,25 @@ def chain(tokens: Tensor) -> Tree:
     return Tree(tokens, depths - 1, depths, ancestors, N - 1)
 
 
+def without_padding(trees: Tree) -> Tree:
+    """The same trees less the nodes that are padding in every row. The device is asked how many those are: a sync."""
+    kept = (trees.parents >= 0).any(0)
+    kept[0] = True
+    nodes = kept.nonzero().squeeze(1)
+    if len(nodes) == len(kept):
+        return trees
+    if len(nodes) == 1:
+        return root_only(trees.tokens[:, 0])
+    parents = trees.parents[:, nodes]
+    return Tree(
+        trees.tokens[:, nodes],
+        torch.where(parents >= 0, (kept.cumsum(0) - 1)[parents], -1),
+        trees.depths[:, nodes],
+        trees.ancestors[:, nodes.unsqueeze(1), nodes],
+        trees.max_depth,
+    )
+
+
 def padded(trees: Tree, n_nodes: int) -> Tree:
     """The same trees with padding behind their nodes.
 

@@ -6,12 +6,13 @@ import random
 
 import torch
 
-from mmspec.drafters import lade
+from mmspec.drafters import lade, recycling
 from mmspec.drafters.hybrid import HybridDrafter
 from mmspec.drafters.lade import LadeDrafter
 from mmspec.drafters.lookahead import LookaheadDrafter
 from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
+from mmspec.drafters.recycling import RecyclingDrafter
 from mmspec.drafters.sam import SamDrafter
 from mmspec.heads.eagle import Config, Head
 from mmspec.policy import FixedPolicy
@@ -148,6 +149,7 @@ def drafters(target, truth):
         "sam": SamDrafter(),
         "lookahead": LookaheadDrafter(),
         "lade": LadeDrafter(lade.Config(4, 3, 2), target),
+        "recycling": RecyclingDrafter(recycling.Config(), target),
         "head": heads[0].drafter(target, 3),
         "head_chain": heads[1].drafter(target, 1),
         "hybrid": HybridDrafter(PromptLookupDrafter(), heads[0].drafter(target, 3), 3, 6, min_match=1),

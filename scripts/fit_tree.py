@@ -1,0 +1,242 @@
+"""Fits a static draft tree to a target: the nodes that are worth their place, for a head or for Token Recycling.
+
+    python scripts/fit_tree.py --ckpt runs/viskip_tiny --budget 16
+    python scripts/fit_tree.py --method recycling --target tiny_llava --budget 16 --out runs/recycling_tree.json
+
+Decodes held-out prompts with the target and counts, at each depth, how often the candidate of each rank is the next
+token given that everything before it was right. Then the node with the most likely path is added until the budget is
+spent (the recipe of Medusa), so the first n nodes of the file are the best tree of n nodes. What is printed is tau
+expected from these counts, of the fitted tree and of the method's usual one, cut to the same number of nodes.
+
+A head's ranks are those of its unrolled training forward on the target's own answers; the tree goes to
+static_tree.json in its run folder, beside the dynamic tree.json, which stays as it is. Token Recycling's ranks are
+taken from its own rounds; decode with the tree by the method's setting `tree`.
+
+Fit on data you do not report on: synth:val is there for tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.mmspec import EMBEDDED
+from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from mmspec import checkpoint as checkpoints
+from mmspec.api import find_device, make_drafter
+from mmspec.drafters import recycling
+from mmspec.heads import eagle
+from mmspec.loop import all_complete, generate
+from mmspec.policy import FixedPolicy
+from mmspec.records import Quarantine
+from mmspec.sampling import GreedySampler
+from mmspec.static_tree import EAGLE_25, TOKEN_RECYCLING_80, StaticTree, expected_tau, fit
+from mmspec.targets import load_target
+from mmspec.types import Drafter, InputError, Prompt, Request, Round, Target
+
+RANKS = recycling.Config().k
+"""Ranks that are told apart; a token of a higher one counts as missed."""
+
+
+class Counts:
+    """How often which rank was right.
+
+    Args:
+        depth: levels to tell apart.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.hits = torch.zeros((depth, RANKS), dtype=torch.long)
+        self.trials = torch.zeros(depth, dtype=torch.long)
+
+    def add(self, depth: int, ranks: Tensor) -> None:
+        """Take in the ranks [n] int64 of true tokens below accepted nodes of a depth; RANKS and above are misses."""
+        self.trials[depth] += len(ranks)
+        self.hits[depth] += ranks.clamp_max(RANKS).bincount(minlength=RANKS + 1)[:RANKS].cpu()
+
+    def rates(self) -> list[list[float]]:
+        """See `mmspec.static_tree.Rates`."""
+        rates: list[list[float]] = (self.hits / self.trials.clamp_min(1).unsqueeze(1)).tolist()
+        return rates
+
+
+class CountingRecycler(recycling.RecyclingDrafter):
+    """Token Recycling that looks up which of its successors the target went on with, before it learns of it."""
+
+    def __init__(self, target: Target, counts: Counts) -> None:
+        super().__init__(recycling.Config(), target)
+        self.counts = counts
+
+    def observe(self, round: Round) -> None:
+        for row, decided in enumerate(round.tokens):
+            if decided:
+                truth = torch.tensor(decided, device=self.target.device)
+                path = torch.cat([round.trees.tokens[row, :1], truth[:-1]])
+                right = self.matrix[row, path] == truth.unsqueeze(1)
+                ranks = torch.where(right.any(1), right.int().argmax(1), RANKS)
+                for depth, rank in enumerate(ranks[: len(self.counts.trials)].split(1)):
+                    self.counts.add(depth, rank)
+        super().observe(round)
+
+
+@torch.inference_mode()
+def count_head(head: eagle.Head, target: Target, request: Request, tokens: Sequence[int], counts: Counts) -> None:
+    """Counts the ranks that a head gives to the target's own answer, having drafted what precedes each token of it."""
+    prompt, answer = request.prompt, torch.tensor(tokens)
+    ids = torch.cat([prompt.input_ids, answer])
+    visual = torch.cat([prompt.visual, torch.zeros(len(answer), dtype=torch.bool)])
+    features = target.teacher([Prompt(ids, visual, prompt.pixels)], [(torch.arange(len(ids)) >= len(prompt)).long()])
+    # The first pair whose token is of the answer; its output predicts the token two further on.
+    first, T = len(prompt) - 1, len(ids)
+    for step, states in enumerate(head.unroll(features, len(counts.trials))):
+        truth = ids[first + 2 + step :].to(target.device)
+        if not len(truth):
+            break
+        logits = target.unembed(states[0, first : T - 2 - step])
+        counts.add(step, (logits > logits.gather(1, truth.unsqueeze(1))).sum(1))
+
+
+def answers(
+    target: Target, dialogues: Dialogues, drafter: Drafter, shape: tuple[int, int], batch: int
+) -> Iterator[tuple[Request, list[int]]]:
+    """All requests and the target's greedy answers; drafting changes none of them.
+
+    Args:
+        shape: depth and budget to draft with.
+        batch: requests decoded together.
+    """
+    policy = FixedPolicy(*shape)
+    with tqdm(total=dialogues.n_turns, unit="answer", desc="fit_tree", disable=not sys.stderr.isatty()) as bar:
+        for group in dialogues.groups(batch):
+            requests = [task.request for task in group]
+            outputs = all_complete(generate(target, requests, drafter, policy, GreedySampler(), batch))
+            for task, output in zip(group, outputs):
+                dialogues.answer(task, target.decode(output.tokens))
+                yield task.request, output.tokens
+            bar.update(len(group))
+
+
+def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
+    """Counts on held-out prompts.
+
+    Raises:
+        InputError: a checkpoint, a target or data that cannot be used.
+    """
+    checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
+    if checkpoint and checkpoint.kind != "eagle":
+        raise InputError(f"--ckpt {args.ckpt} is a head of kind {checkpoint.kind}; only eagle heads can be measured")
+    quarantine = Quarantine(None)
+    records = load_records(data_folder(args.data), args.limit, quarantine, max_bad_share=0.05)
+    target = load_target(args.target or (checkpoint.target.name if checkpoint else EMBEDDED), args.dtype, args.device)
+    system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
+    dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
+    counts = Counts(args.depth)
+    if checkpoint is None:
+        default = recycling.Config()
+        drafter: Drafter = CountingRecycler(target, counts)
+        for _ in answers(target, dialogues, drafter, (default.depth, default.budget), args.batch_size):
+            pass
+        return target, counts
+    checkpoint.check_target(target)
+    head: Any = checkpoint.head(target.dtype).to(target.device)
+    shape = checkpoint.tree.depth, checkpoint.tree.budget
+    for request, tokens in answers(target, dialogues, make_drafter(checkpoint, target), shape, args.batch_size):
+        count_head(head, target, request, tokens, counts)
+    return target, counts
+
+
+def table(fitted: StaticTree, usual: StaticTree, rates: list[list[float]]) -> str:
+    """Expected tau of both trees at budgets that double."""
+    lines = ["nodes   fitted   usual"]
+    budget, budgets = 1, []
+    while budget < fitted.budget:
+        budgets.append(budget)
+        budget *= 2
+    for budget in [*budgets, fitted.budget]:
+        taus = [expected_tau(tree.cut(budget, tree.depth), rates) for tree in (fitted, usual)]
+        lines.append(f"{budget:5}    {taus[0]:5.2f}   {taus[1]:5.2f}")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other wrong input: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        InputError: a value that cannot be.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", metavar="DIR", help="run folder with a head")
+    what.add_argument("--method", choices=("recycling",), help="a method without weights")
+    add = parser.add_argument
+    add("--target", metavar="NAME", help=f"default: the checkpoint's; without one, {EMBEDDED}")
+    add("--data", default="synth:val", help="synth:val (default), or a folder in MMSpec's layout")
+    add("--limit", type=int, default=60, metavar="N", help="records, taken in turn from the topics (default 60)")
+    add("--budget", type=int, metavar="N", help="draft nodes (default: as many as the method's usual tree)")
+    add("--depth", type=int, default=6, metavar="D", help="levels (default 6)")
+    add("--out", type=Path, metavar="FILE", help="default: static_tree.json in --ckpt; needed with --method")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (default 128)")
+    add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default 1)")
+    add("--dtype", default="float32", help="of target and head (default float32)")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    args.usual = EAGLE_25 if args.ckpt else TOKEN_RECYCLING_80
+    args.budget = args.usual.budget if args.budget is None else args.budget
+    for name in ("limit", "budget", "depth", "max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not (args.out or args.ckpt):
+        raise InputError("--out FILE says where the tree of a method without weights goes")
+    args.out = args.out or Path(args.ckpt) / "static_tree.json"
+    args.device = find_device(args.device)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, fits, writes and prints.
+
+    Returns:
+        0, or 2 for wrong input.
+    """
+    try:
+        args = arguments(argv)
+        target, counts = measure(args)
+        rates = counts.rates()
+        try:
+            tree = fit(rates, args.budget)
+        except ValueError as error:
+            raise InputError(f"{error} in {args.data}") from None
+    except InputError as error:
+        print(f"fit_tree: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    fitted_to = {
+        "method": args.method or "head",
+        "target": Path(target.name).name,
+        "fingerprint": target.fingerprint,
+        "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
+        "trials": int(counts.trials[0]),
+    }
+    figures = {"expected_tau": expected_tau(tree, rates), "rates": rates, "fitted_to": fitted_to}
+    checkpoints.write_json(args.out, {"paths": tree.paths, **figures})
+    print(table(tree, args.usual, rates))
+    print(f"{tree.budget} nodes on {tree.depth} levels: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
