@@ -19,7 +19,7 @@ class DraftHead(nn.Module, ABC):
     """Indices into the target's hidden_states that the head reads, in training and when drafting."""
 
     def prepare(self, target: Target, answer_counts: Callable[[], Tensor]) -> None:
-        """Take what training starts from; called once before it, and not when it is resumed.
+        """Take what training starts from; called once before it, unless it is resumed or starts from another head.
 
         Args:
             target: frozen.
