@@ -175,6 +175,10 @@ def load(path: Path | str) -> Checkpoint:
         _field(identity, "fingerprint", where),
         build_config(str(where), TargetShape, _field(identity, "shape", where)),
     )
+    if config.resolve(target.shape) != config:
+        raise InputError(
+            f"{where} is damaged (its config does not say all of the head's shape); copy or train it again"
+        )
     tree = build_config(str(folder / "tree.json"), DraftTree, _read_json(folder / "tree.json"))
     return Checkpoint(folder, kind, config, target, tree, viskip)
 

@@ -1,4 +1,4 @@
-"""Pure per-position losses of draft heads, and the chunked sum over answer positions.
+"""Pure per-position losses of draft heads, and their chunked sum over answer positions.
 
 Each loss maps [M, ...] to [M] and reduces nothing: sums and counts are formed once, in `Objective`, so that ranks and
 micro-batches add up to the same number however the batch was split.
@@ -6,13 +6,15 @@ micro-batches add up to the same number however the batch was split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from mmspec.types import Unembed
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class LossConfig:
         total_variation: sum of |q - p|: 2 (1 - acceptance probability of a sampled token).
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
-        chunk: answer positions whose [chunk, V] logits exist at a time.
+        chunk: predictions whose [chunk, V] logits exist at a time.
     """
 
     regression: float = 0.0
@@ -49,49 +51,119 @@ def smooth_l1(prediction: Tensor, truth: Tensor) -> Tensor:
     return F.smooth_l1_loss(prediction, truth, reduction="none").mean(-1)
 
 
-def soft_cross_entropy(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """-sum_x p(x) log q(x): [M, V], [M, V] -> [M]. Source: EAGLE, L_cls; EAGLE-3."""
-    return -(target_logits.softmax(-1) * draft_logits.log_softmax(-1)).sum(-1)
+def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
+    """-sum_x p(x) log q(x) of draft logits and the target's distribution: [M, V], [M, V] -> [M].
+
+    Source: EAGLE, L_cls; EAGLE-3.
+    """
+    return -(p * logits.log_softmax(-1)).sum(-1)
 
 
-def total_variation(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """sum_x |q(x) - p(x)|: [M, V], [M, V] -> [M]. Source: ViSpec stage 2, L_tv."""
-    return (draft_logits.softmax(-1) - target_logits.softmax(-1)).abs().sum(-1)
+def total_variation(logits: Tensor, p: Tensor) -> Tensor:
+    """sum_x |q(x) - p(x)| of draft logits and the target's distribution: [M, V], [M, V] -> [M].
+
+    Source: ViSpec stage 2, L_tv.
+    """
+    return (logits.softmax(-1) - p).abs().sum(-1)
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What M predictions aim at; several (those of different draft steps) may aim at one position of the target.
+
+    Args:
+        truth: [P, D] the target's last hidden states at those positions.
+        of: [M] int64, ascending: the row of `truth` that each prediction estimates.
+        weight: [M], factors of the losses.
+    """
+
+    truth: Tensor
+    of: Tensor
+    weight: Tensor
 
 
 def vocabulary_losses(
-    predicted: Tensor, truth: Tensor, unembed: Callable[[Tensor], Tensor], config: LossConfig
-) -> tuple[Tensor, Tensor]:
-    """Summed loss over positions and which argmax agree, in chunks: no [M, V] tensor outlives its chunk.
+    predicted: Tensor,
+    aims: Aims,
+    unembed: Unembed,
+    config: LossConfig,
+    weight: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss of predictions, in chunks: no [M, V] tensor outlives its chunk.
+
+    The gradients are formed chunk by chunk along with the sum, as the logits of a chunk are there anyway: the backward
+    pass computes none a second time. The target's distribution is computed once for all predictions that aim at it.
 
     Args:
-        predicted: [M, D] draft states, gradient flows here.
-        truth: [M, D] the target's last hidden states they estimate.
-        unembed: frozen, shared.
+        predicted: [M, D] draft states; gradient flows here.
+        unembed: the target's, frozen: of `aims.truth`, and of `predicted` where the head has no `weight`.
+        weight: [V', D] of the head's own unembedding, trained.
+        draft_ids: [V'] int64, ascending, where that has a vocabulary of its own: the target's distribution is
+            restricted to it and renormalised, and predictions whose target argmax lies outside have no loss.
 
     Returns:
-        Scalar sum, and [M] bool: draft and target have the same argmax.
+        The weighted sum, a scalar; [M] bool, draft and target have the same argmax; [M] bool, the target's argmax is in
+        the draft vocabulary.
     """
-
-    def chunk_loss(g: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    grows = torch.is_grad_enabled()
+    leaves = [predicted] if weight is None else [predicted, weight]
+    gradients = [torch.zeros_like(leaf) for leaf in leaves] if grows else []
+    own = None if weight is None else weight.detach().requires_grad_(grows)
+    total = torch.zeros((), dtype=_work(predicted[:0]).dtype, device=predicted.device)
+    hits, covers = [], []
+    size, P = max(config.chunk // config.steps, 1), len(aims.truth)
+    starts = torch.arange(0, P + size, size, device=predicted.device)
+    for index, (low, high) in enumerate(pairwise(torch.searchsorted(aims.of, starts).tolist())):
+        truth, of = aims.truth[index * size : (index + 1) * size], aims.of[low:high] - index * size
         with torch.no_grad():
-            target_logits = unembed(f).float()
-        draft_logits = unembed(g).float()
-        loss = draft_logits.new_zeros(())
-        if config.soft_ce:
-            loss = loss + config.soft_ce * soft_cross_entropy(draft_logits, target_logits).sum()
+            p, best, covered = _restricted(_work(unembed(truth)), draft_ids)
+        g = predicted[low:high].detach().requires_grad_(grows)
+        logits = _work(unembed(g) if own is None else F.linear(g, own))
+        losses = config.soft_ce * soft_cross_entropy(logits, p[of]) if config.soft_ce else logits.new_zeros(len(of))
         if config.total_variation:
-            loss = loss + config.total_variation * total_variation(draft_logits, target_logits).sum()
+            losses = losses + config.total_variation * total_variation(logits, p[of])
         if config.regression:
-            loss = loss + config.regression * smooth_l1(g.float(), f.float()).sum()
-        return loss, draft_logits.argmax(-1) == target_logits.argmax(-1)
+            losses = losses + config.regression * smooth_l1(_work(g), _work(truth)[of])
+        loss = (losses * aims.weight[low:high].to(losses.dtype) * covered[of]).sum()
+        if grows:
+            parts = torch.autograd.grad(loss, [g] if own is None else [g, own])
+            gradients[0][low:high] = parts[0]
+            if own is not None:
+                gradients[1] += parts[1]
+        total = total + loss.detach()
+        covers.append(covered[of])
+        hits.append(covers[-1] & (logits.argmax(-1) == best[of]))
+    none = aims.of.new_zeros(0, dtype=torch.bool)
+    if grows:
+        total = _Known.apply(total, gradients, *leaves)
+    return total, torch.cat([none, *hits]), torch.cat([none, *covers])
 
-    total = predicted.new_zeros((), dtype=torch.float32)
-    hits: list[Tensor] = []
-    many = predicted.shape[0] > config.chunk
-    for g, f in zip(predicted.split(config.chunk), truth.split(config.chunk)):
-        # Recompute a chunk's logits in the backward pass instead of keeping them, when there is more than one.
-        loss, hit = checkpoint(chunk_loss, g, f, use_reentrant=False) if many else chunk_loss(g, f)
-        total = total + loss
-        hits.append(hit)
-    return total, torch.cat(hits) if hits else torch.zeros(0, dtype=torch.bool, device=predicted.device)
+
+def _work(x: Tensor) -> Tensor:
+    """At least fp32: sums over a vocabulary need it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _restricted(logits: Tensor, draft_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's distribution [P, V'] over the draft vocabulary, its best index there, and whether that is its best
+    token of all."""
+    best = logits.argmax(-1)
+    if draft_ids is None:
+        return logits.softmax(-1), best, torch.ones_like(best, dtype=torch.bool)
+    logits = logits[:, draft_ids]
+    inside = logits.argmax(-1)
+    return logits.softmax(-1), inside, draft_ids[inside] == best
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradients for some tensors are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(known * upstream[0].to(known.dtype) for known in ctx.saved_tensors)

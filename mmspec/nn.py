@@ -120,24 +120,36 @@ class DecoderBlock(nn.Module):
     """Llama-style block: attention with residual, RMSNorm, SwiGLU with residual.
 
     Args:
-        width: D, input and output width.
+        width: D, output width; the input's too, or half of it when it is paired.
         n_heads, n_kv_heads, head_dim: attention shape.
         inner: MLP width.
         eps: of the norms.
         input_norm: RMSNorm before attention. EAGLE's block has none: its input is a fresh projection.
+        paired: the input is [embedding; state], 2D wide. Attention reads both, each behind a norm of its own; the
+            state alone is the residual stream.
 
-    Source: EAGLE (arXiv 2401.15077), draft decoder layer.
+    Source: EAGLE (arXiv 2401.15077), draft decoder layer; paired: EAGLE-3 (arXiv 2503.01840).
     """
 
     def __init__(
-        self, width: int, n_heads: int, n_kv_heads: int, head_dim: int, inner: int, eps: float, input_norm: bool
+        self,
+        width: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        inner: int,
+        eps: float,
+        input_norm: bool,
+        paired: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.input_layernorm = RMSNorm(width, eps) if input_norm else nn.Identity()
-        self.q_proj = nn.Linear(width, n_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, n_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, n_kv_heads * head_dim, bias=False)
+        self.hidden_norm = RMSNorm(width, eps) if paired else None
+        read = 2 * width if paired else width
+        self.q_proj = nn.Linear(read, n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(read, n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(read, n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, inner)
@@ -153,42 +165,50 @@ class DecoderBlock(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads of x, and the residual stream [B, M, D]."""
+        if self.hidden_norm is None:
+            return self.input_layernorm(x), x
+        embeds, states = x.chunk(2, -1)
+        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(states)], -1), states
+
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What later tokens need of x: in a one-layer head the past enters through these alone.
 
         Args:
-            x: [B, M, D].
+            x: [B, M, D], or [B, M, 2D] when paired.
             rope: cos, sin of x's positions.
 
         Returns:
             keys (rotated) and values, each [B, Hkv, M, Dh].
         """
-        x = self.input_layernorm(x)
+        read, _ = self._read(x)
         if self.fused is None:
-            k, v = self.k_proj(x), self.v_proj(x)
+            k, v = self.k_proj(read), self.v_proj(read)
         else:
-            k, v = F.linear(x, self.fused[self.sizes[0] :]).split(self.sizes[1:], -1)
+            k, v = F.linear(read, self.fused[self.sizes[0] :]).split(self.sizes[1:], -1)
         return rotate(self._heads(k), rope), self._heads(v)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """[B, M, D] -> [B, M, D]; `attention` gets rotated queries and keys."""
-        normed = self.input_layernorm(x)
+        """[B, M, D] (paired: 2D) -> [B, M, D]; `attention` gets rotated queries and keys."""
+        read, residual = self._read(x)
         if self.fused is None:
-            q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
+            q, k, v = self.q_proj(read), self.k_proj(read), self.v_proj(read)
         else:
-            q, k, v = F.linear(normed, self.fused).split(self.sizes, -1)
+            q, k, v = F.linear(read, self.fused).split(self.sizes, -1)
         q, k = rotate(self._heads(q), rope), rotate(self._heads(k), rope)
-        return self._finish(x, attention(q, k, self._heads(v)))
+        return self._finish(residual, attention(q, k, self._heads(v)))
 
     def reread(
         self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
         """The same for x whose keys and values are stored among `keys` and `values` [B, Hkv, L, Dh] already."""
-        q = rotate(self._heads(self.q_proj(self.input_layernorm(x))), rope)
-        return self._finish(x, attend(q, keys, values, mask))
+        read, residual = self._read(x)
+        q = rotate(self._heads(self.q_proj(read)), rope)
+        return self._finish(residual, attend(q, keys, values, mask))
 
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
+    def _finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        x = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
         return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
 
 

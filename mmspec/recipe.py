@@ -28,7 +28,7 @@ from mmspec.losses import LossConfig
 from mmspec.types import InputError
 
 NOT_A_DRAFT_HEAD = ("base", "viskip")
-"""Files of `mmspec/heads` that `head.kind` cannot name: shared code, and the controller."""
+"""Files of `mmspec/heads` that `head.kind` cannot name, besides the `_shared` ones: the base, and the controller."""
 
 
 @dataclass
@@ -213,7 +213,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 def head_kinds() -> list[str]:
     """Names that `head.kind` may take: the files of `mmspec/heads`."""
     names = [module.name for module in pkgutil.iter_modules(mmspec.heads.__path__)]
-    return sorted(name for name in names if name not in NOT_A_DRAFT_HEAD)
+    return sorted(name for name in names if name not in NOT_A_DRAFT_HEAD and not name.startswith("_"))
 
 
 def import_head(kind: str) -> ModuleType:

@@ -14,10 +14,41 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.drafters.recycling import RecyclingDrafter
 from mmspec.drafters.sam import SamDrafter
-from mmspec.heads.eagle import Config, Head
+from mmspec.heads import eagle, eagle3
+from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
 from mmspec.tree import from_parents
 from mmspec.types import Plan
+
+DRAFT_VOCAB = 40
+"""Of the 61 tokens of the random targets."""
+
+
+def eagle_head(target, loss=None):
+    return eagle.Head(eagle.Config().resolve(target.shape), loss)
+
+
+def eagle3_head(target, loss=None):
+    """With the target's whole vocabulary."""
+    return eagle3.Head(eagle3.Config(taps=(1, 2, 0)).resolve(target.shape), loss)
+
+
+def eagle3_small_head(target, loss=None):
+    """With a vocabulary of its own, whose ids are not their places in it."""
+    head = eagle3.Head(eagle3.Config(draft_vocab_size=DRAFT_VOCAB).resolve(target.shape), loss)
+    rng = torch.Generator().manual_seed(7)
+    head.prepare(target, lambda: torch.rand(target.shape.vocab_size, generator=rng))
+    return head
+
+
+HEADS = {"eagle": eagle_head, "eagle3": eagle3_head, "eagle3_small": eagle3_small_head}
+"""Every trained drafter on a random target, fp32, untrained."""
+
+
+def make_head(kind, target, seed=1, steps=4):
+    """One of HEADS where the target is, in its dtype."""
+    torch.manual_seed(seed)
+    return HEADS[kind](target, LossConfig(steps=steps)).to(target.device, target.dtype)
 
 
 class Scripted:
@@ -128,10 +159,8 @@ def known_answers(requests, outputs):
 
 def drafters(target, truth):
     """One of each kind for a target whose plain outputs are known."""
-    torch.manual_seed(1)
     vocab = target.shape.vocab_size
     rng = random.Random(0)
-    heads = [Head(Config().resolve(target.shape)).to(target.device, target.dtype) for _ in range(2)]
 
     def wrong(true, depth):
         return (true + 1) % vocab
@@ -150,7 +179,9 @@ def drafters(target, truth):
         "lookahead": LookaheadDrafter(),
         "lade": LadeDrafter(lade.Config(4, 3, 2), target),
         "recycling": RecyclingDrafter(recycling.Config(), target),
-        "head": heads[0].drafter(target, 3),
-        "head_chain": heads[1].drafter(target, 1),
-        "hybrid": HybridDrafter(PromptLookupDrafter(), heads[0].drafter(target, 3), 3, 6, min_match=1),
+        **{kind: make_head(kind, target).drafter(target, 3) for kind in HEADS},
+        "eagle_chain": make_head("eagle", target).drafter(target, 1),
+        "hybrid": HybridDrafter(
+            PromptLookupDrafter(), make_head("eagle", target).drafter(target, 3), 3, 6, min_match=1
+        ),
     }

@@ -108,7 +108,7 @@ def test_graphs_are_captured_and_replayed_without_a_warning():
     model = at_fixed_shapes(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        outputs = generate(model, asked, drafters(model, {})["head"], FixedPolicy(3, 5), GreedySampler())
+        outputs = generate(model, asked, drafters(model, {})["eagle"], FixedPolicy(3, 5), GreedySampler())
     assert [o.tokens for o in outputs] == [o.tokens for o in plain]
     passes = model.open(1, 20).passes
     assert passes

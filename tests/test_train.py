@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,6 +253,32 @@ def test_too_many_bad_records_stop_the_run(tmp_path: Path):
 def test_given_answers_are_used_as_they_are(tmp_path: Path):
     s = session(tmp_path, [record(0), record(1, turns=2)], data__answers="given")
     assert prepare(s).dialogues[1].answers == s.corpus.samples[1].answers
+
+
+def test_answer_counts_are_those_of_the_tokens_that_are_trained(tmp_path: Path):
+    """Counted without pictures, over any number of ranks, as often as a sample is drawn."""
+    s = session(tmp_path, [record(number, turns=1 + number % 2) for number in range(5)])
+    s.prepared = prepare(s)
+    s.corpus = replace(s.corpus, weights=(2.0, *s.corpus.weights[1:]))
+    expected = torch.zeros(s.target.shape.vocab_size, dtype=torch.float64)
+    for index, sample in enumerate(s.corpus.samples):
+        prompt, answer = regenerate.encode(sample, s.prepared.dialogues[index], s.target, 999)
+        for token in prompt.input_ids[answer > 0]:
+            expected[token] += s.corpus.weights[index]
+    counts = regenerate.answer_counts(s.corpus, s.prepared, s.target, ALONE)
+    assert torch.equal(counts, expected)
+    assert counts[s.target.image_token_id] == 0
+    shares = [
+        regenerate.answer_counts(s.corpus, s.prepared, s.target, _Rank(rank, 2, ALONE.device, None)) for rank in (0, 1)
+    ]
+    assert torch.equal(shares[0] + shares[1], expected)
+
+
+class _Rank(World):
+    """One of several ranks, asked for its share alone."""
+
+    def sum(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(values)
 
 
 class _StopAfter(Stopper):

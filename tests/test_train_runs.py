@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mmspec import checkpoint
 from tests import families, tiny
@@ -103,6 +105,33 @@ def test_every_split_gives_one_curve(base: Path, reference: Path, procs: int, mi
     assert checkpoint.load(base / "out" / name).head() is not None
 
 
+EAGLE3 = ("head.kind=eagle3", "head.draft_vocab_size=40", "loss.steps=4", "loss.chunk=8")
+"""A vocabulary of its own, and more than one chunk of logits a step."""
+
+
+@pytest.fixture(scope="module")
+def eagle3(base: Path) -> Path:
+    """A run of EAGLE-3's head in one process."""
+    done = distill(0, *words(base, "eagle3", "optim.micro_batch=4", *EAGLE3))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base / "out" / "eagle3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_head_of_its_own_vocabulary_gives_one_curve_at_every_stage(base: Path, eagle3: Path, zero: int):
+    """Its unembedding is trained, tapped states come from the teacher, and the ids are a buffer that no rank shards."""
+    (base / "z3.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    more = ["optim.micro_batch=2", f"deepspeed.zero_stage={zero}", *EAGLE3]
+    name = f"eagle3z{zero}"
+    done = distill(2, *words(base, name, *more, *([f"deepspeed.config={base / 'z3.json'}"] if zero == 3 else [])))
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_curve(eagle3, base / "out" / name)
+    first, second = (checkpoint.load(folder).head() for folder in (eagle3, base / "out" / name))
+    assert torch.equal(first.get_buffer("draft_ids"), second.get_buffer("draft_ids"))
+    assert losses(eagle3, "train/covered")
+
+
 @pytest.fixture
 def launch(base: Path) -> Iterator[Launch]:
     """Starts runs in the background, output in `<name>.log`; nothing of them outlives the test."""
@@ -155,6 +184,27 @@ def test_sigterm_to_the_launcher_alone_saves_ends_all_and_resumes(base: Path, la
     whole = distill(0, *words(base, "whole", f"run.max_steps={LONG}", "optim.micro_batch=4"))
     assert whole.returncode == 0, whole.stderr[-3000:]
     same_curve(base / "out" / "whole", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_resumed_head_keeps_the_vocabulary_it_began_with(base: Path, launch: Launch, zero: int):
+    name = f"kept{zero}"
+    more = (f"run.max_steps={LONG}", "optim.micro_batch=2", f"deepspeed.zero_stage={zero}", *EAGLE3)
+    folder = base / "out" / name
+    process = launch(2, name, *more)
+    wait_for(folder / "metrics.jsonl", process)
+    alive = workers(process)
+    process.send_signal(signal.SIGTERM)
+    assert not psutil.wait_procs(alive, timeout=60)[1]
+    process.wait(timeout=60)
+    before = load_file(folder / "head.safetensors")["draft_ids"]
+    assert before.tolist() != list(range(40))  # or chance could restore it
+    done = distill(2, *words(base, name, *more, "run.resume=true"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at head step" in done.stdout
+    assert torch.equal(load_file(folder / "head.safetensors")["draft_ids"], before)
+    assert list(losses(folder)) == list(range(1, LONG + 1))
 
 
 @pytest.mark.slow

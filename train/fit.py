@@ -81,6 +81,11 @@ class Plan:
     seed: int
     log_offset: int = 0
 
+    @property
+    def resumable(self) -> bool:
+        """Whether the phase has saved state to go on from."""
+        return (self.folder / self.phase / "latest.json").is_file()
+
 
 Batches = Callable[[int], Sequence[Callable[[], Mapping[str, Any]]]]
 """step -> this rank's micro-batches, each made when it is needed."""
@@ -227,7 +232,7 @@ class Fit:
         What was logged of later steps, by a process that was killed without saving, is taken back.
         """
         folder = self.plan.folder / self.plan.phase
-        if not (folder / "latest.json").is_file():
+        if not self.plan.resumable:
             self.tracker.rewind(self.plan.log_offset)
             return False
         latest = json.loads((folder / "latest.json").read_text(encoding="utf-8"))

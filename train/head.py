@@ -16,7 +16,7 @@ from mmspec.types import Features, InputError, Objective, Prompt, Target
 from train.corpus import Order, deal, locate
 from train.fit import Fit, Plan, Trainee
 from train.measure import held_out, measure
-from train.regenerate import encode, length_limit
+from train.regenerate import answer_counts, encode, length_limit
 from train.session import Session
 from train.stopping import Stopped
 
@@ -36,9 +36,12 @@ def train_head(session: Session) -> nn.Module:
     config = recipe.head.config.resolve(target.shape)
     torch.manual_seed(recipe.run.seed)
     head = checkpoint.build_head(recipe.head.kind, config, recipe.loss)
+    plan = _plan(session)
     if recipe.head.init_from is not None:
         _copy_weights(head, recipe.head.init_from, target)
-    fit = Fit(Trainee(head, _objective(target)), _plan(session), session.world, session.stopper, session.tracker)
+    elif not (recipe.run.resume and plan.resumable):
+        head.prepare(target, lambda: answer_counts(session.corpus, session.prepared, target, session.world))
+    fit = Fit(Trainee(head, _objective(target)), plan, session.world, session.stopper, session.tracker)
     if recipe.run.resume and fit.restore():
         session.tracker.say(f"resumed at head step {fit.step} of {recipe.run.max_steps}")
     session.world.lead(lambda: str(locate(Source(recipe.run.eval_data, limit=recipe.run.eval_prompts))))
@@ -71,7 +74,7 @@ def train_head(session: Session) -> nn.Module:
             checkpoint.save_tree(session.folder, checkpoint.DraftTree(policy.depth, policy.width, policy.budget))
         session.world.barrier()
 
-    with _Loader(session) as loader:
+    with _Loader(session, head.taps) as loader:
         try:
             fit.run(loader.micro_batches, METRICS, evaluate, lambda metrics: _shown(metrics, session))
             fit.save()
@@ -91,10 +94,14 @@ def load_head(session: Session) -> nn.Module:
 
 
 class _Loader:
-    """Encodes this rank's conversations one step ahead, in a thread."""
+    """Encodes this rank's conversations one step ahead, in a thread.
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    Args:
+        taps: hidden states of the target that the head wants.
+    """
+
+    def __init__(self, session: Session, taps: Sequence[int]) -> None:
+        self.session, self.taps = session, taps
         self.usable = sorted(session.prepared.dialogues)
         if not self.usable:
             raise InputError("no record is left to train on after quarantine")
@@ -137,7 +144,8 @@ class _Loader:
         return encode(session.corpus.samples[index], session.prepared.dialogues[index], session.target, self.limit)
 
     def _features(self, micro: Sequence[tuple[Prompt, Tensor]]) -> dict[str, Any]:
-        features = self.session.target.teacher([prompt for prompt, _ in micro], [answer for _, answer in micro])
+        prompts, answers = [prompt for prompt, _ in micro], [answer for _, answer in micro]
+        features = self.session.target.teacher(prompts, answers, self.taps)
         return {item.name: getattr(features, item.name) for item in fields(features)}
 
 

@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmspec.drafters.null import NullDrafter
@@ -24,7 +25,7 @@ from mmspec.recipe import Data, Recipe
 from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import Output, Prompt, Request, Target
-from train.corpus import Corpus, Sample
+from train.corpus import IMAGE_MARK, Corpus, Sample
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
 from train.world import World
@@ -87,6 +88,20 @@ def encode(sample: Sample, dialogue: Dialogue, target: Target, limit: int) -> tu
         prompt = Prompt(prompt.input_ids[:limit], prompt.visual[:limit], prompt.pixels)
         answer = answer[:limit]
     return prompt, answer
+
+
+def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: World) -> Tensor:
+    """How often each token occurs in the replies, [V] float64, weighted as the sources are; the same on every rank.
+
+    Every rank must call. Pictures are left out: they change no token of a reply.
+    """
+    counts = torch.zeros(target.shape.vocab_size, dtype=torch.float64)
+    for index in sorted(prepared.dialogues)[world.rank :: world.size]:
+        sample = replace(corpus.samples[index], image=None)
+        sample = replace(sample, turns=tuple(turn.replace(IMAGE_MARK, "") for turn in sample.turns))
+        prompt, answer = encode(sample, prepared.dialogues[index], target, target.max_length)
+        counts += corpus.weights[index] * prompt.input_ids[answer > 0].bincount(minlength=len(counts))
+    return world.sum(counts)
 
 
 def answers_folder(recipe: Recipe, corpus: Corpus, target: Target) -> Path:

@@ -22,7 +22,7 @@ from mmspec.heads.base import DraftHead
 from mmspec.nn import DecoderBlock, RotaryTable, attend
 from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
 from mmspec.tree import best_of_pool, from_parents, root_only
-from mmspec.types import Forward, Plan, Proposals, Request, Round, Sampler, Target, Tree, Unembed
+from mmspec.types import Features, Forward, Plan, Proposals, Request, Round, Sampler, Target, Tree, Unembed
 
 _FLUSH = 64
 """Pairs that may wait while a row is skipped; beyond that one cheap key/value projection takes them in."""
@@ -36,10 +36,12 @@ class PairHead(DraftHead):
 
     block: DecoderBlock
     rotary: RotaryTable
-    taps: tuple[int, ...] = ()
-    """Target layers that `read` wants."""
-    draft_ids: Tensor | None = None
-    """[V'] int64, target ids of a vocabulary of its own, ascending; None: the target's."""
+    draft_ids: Tensor | None
+    """[V'] int64, target ids of a vocabulary of its own, ascending, saved with the weights; None: the target's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("draft_ids", None)
 
     @property
     def feature_size(self) -> int:
@@ -47,8 +49,8 @@ class PairHead(DraftHead):
         return int(self.config.hidden_size)
 
     @abstractmethod
-    def read(self, forward: Forward) -> Tensor:
-        """Target features of a pass, [B, N, W]."""
+    def read(self, outputs: Forward | Features) -> Tensor:
+        """Target features of a pass, [B, N, W]; the same when drafting and in training."""
 
     def enter(self, features: Tensor) -> Tensor:
         """Features [..., W] as the states [..., D] that pairs are made of."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmspec.types import Drafter, Features, Objective, Sampler, Target, Unembed
 
@@ -15,6 +15,17 @@ class DraftHead(nn.Module, ABC):
     """A trained drafter: its forward contains the objective, so one module is what the training engine wraps."""
 
     config: Any
+    taps: tuple[int, ...] = ()
+    """Indices into the target's hidden_states that the head reads, in training and when drafting."""
+
+    def prepare(self, target: Target, answer_counts: Callable[[], Tensor]) -> None:
+        """Take what training starts from; called once before it, unless it is resumed or starts from another head.
+
+        Args:
+            target: frozen.
+            answer_counts: [V] float64, how often each token occurs in the answers of the training data; the same on
+                every rank. To ask is a pass over the data by all ranks together, so all must ask or none.
+        """
 
     @abstractmethod
     def forward(self, features: Features, unembed: Unembed) -> Objective:

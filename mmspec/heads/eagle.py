@@ -5,8 +5,8 @@ positions the projected image feature), and predicts f_{i+1}, whose frozen unemb
 the head its own prediction in place of f.
 
 Source: EAGLE (arXiv 2401.15077), EAGLE-2 (arXiv 2406.16858). Deviations, on purpose: trained with the unrolled
-attention of EAGLE-3's training-time test instead of noise on f; the first reply pair (last prompt state, first reply
-token), which is the very first draft input, is in the loss; positions are 1-D pair indices whatever the target uses.
+attention of EAGLE-3's training-time test instead of noise on f; positions are 1-D pair indices whatever the target
+uses; and those of the training objective (`_unrolled.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mmspec.heads._drafter import PairHead
-from mmspec.losses import LossConfig, vocabulary_losses
-from mmspec.nn import DecoderBlock, RotaryTable, UnrolledAttention
-from mmspec.types import Features, Forward, Objective, TargetShape, Unembed
+from mmspec.heads._unrolled import UnrolledHead
+from mmspec.losses import LossConfig
+from mmspec.nn import DecoderBlock, RotaryTable
+from mmspec.types import Features, Forward, TargetShape
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Config:
         )
 
 
-class Head(PairHead):
+class Head(UnrolledHead):
     """The EAGLE head.
 
     Args:
@@ -77,11 +77,9 @@ class Head(PairHead):
     """
 
     def __init__(self, config: Config, loss: LossConfig | None = None) -> None:
-        super().__init__()
+        super().__init__(config, loss)
         if not config.hidden_size:
             raise ValueError("eagle.Config has hidden_size 0; call config.resolve(target.shape) first")
-        self.config = config
-        self.loss = loss or LossConfig()
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.block = DecoderBlock(
             config.hidden_size,
@@ -94,70 +92,9 @@ class Head(PairHead):
         )
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
 
-    def read(self, forward: Forward) -> Tensor:
-        return forward.last_hidden
+    def read(self, outputs: Forward | Features) -> Tensor:
+        return outputs.last_hidden
 
     def pair(self, embeds: Tensor, states: Tensor) -> Tensor:
         """Block input u = W_fc [e; f] + b; both [..., D]."""
         return self.fc(torch.cat([embeds, states], -1))
-
-    def unroll(self, features: Features, steps: int) -> list[Tensor]:
-        """Block outputs of each simulated draft step.
-
-        Args:
-            features: a teacher-forced batch.
-            steps: S.
-
-        Returns:
-            S tensors [B, T - 2, D]; entry s at index t estimates f_{t+1+s}, having seen s of its own predictions.
-            Indices whose inputs lie beyond the sequence hold repeats of the last one; the mask leaves them out.
-        """
-        T = features.last_hidden.shape[1]
-        index = torch.arange(T - 2, device=features.last_hidden.device)
-        states, attention, outputs = features.last_hidden[:, : T - 2], UnrolledAttention(), []
-        for step in range(steps):
-            embeds = features.embeds[:, (index + 1 + step).clamp_max(T - 1)]
-            rope = self.rotary.at((index + step).unsqueeze(0), T + steps, states.dtype)
-            states = self.block(self.pair(embeds, states), rope, attention)
-            outputs.append(states)
-        return outputs
-
-    def forward(self, features: Features, unembed: Unembed) -> Objective:
-        """Objective over answer tokens.
-
-        The shift contract: at step s the input token x_{t+1+s} and the predicted token x_{t+2+s}, and all drafted ones
-        between, belong to the same reply, so t runs from the last prompt token of the turn on.
-        """
-        answer, T = features.answer, features.input_ids.shape[1]
-        # The parameters' dtype, not the target's: the two may differ (bf16 target, fp32 master weights).
-        dtype = self.fc.weight.dtype
-        features = _cast(features, dtype)
-        index = torch.arange(T - 2, device=answer.device)
-        reply = answer[:, 1 : T - 1]
-        valid = joint = reply > 0
-        total = features.last_hidden.new_zeros((), dtype=torch.float32)
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, Tensor] = {}
-        n_valid = tau = total
-        for step, states in enumerate(self.unroll(features, self.loss.steps)):
-            ahead = (index + 2 + step).clamp_max(T - 1)
-            valid = valid & (answer[:, ahead] == reply) & (index + 2 + step < T)
-            if step == 0:
-                n_valid = valid.sum()
-                joint, tau = valid, n_valid.float()
-            truth = features.last_hidden[:, (index + 1 + step).clamp_max(T - 1)]
-            loss, hit = vocabulary_losses(states[valid], truth[valid], unembed, self.loss)
-            total = total + self.loss.step_decay**step * loss
-            hits = torch.zeros_like(valid)
-            hits[valid] = hit
-            offered = joint & valid
-            joint = offered & hits
-            sums[f"pos_{step + 1}"], counts[f"pos_{step + 1}"] = joint.sum().float(), offered.sum().float()
-            tau = tau + joint.sum()
-        sums |= {"tau_sim": tau, "top1": sums["pos_1"], "loss": total.detach()}
-        counts |= {name: n_valid.float() for name in ("tau_sim", "top1", "loss")}
-        return Objective(total, n_valid, sums, counts)
-
-
-def _cast(features: Features, dtype: torch.dtype) -> Features:
-    return replace(features, last_hidden=features.last_hidden.to(dtype), embeds=features.embeds.to(dtype))

@@ -10,14 +10,13 @@ import torch
 
 from mmspec.drafters.null import NullDrafter
 from mmspec.heads._drafter import PairDrafter
-from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler, KeyedSampler, make_sampler
 from mmspec.tree import chain, from_parents
 from mmspec.types import Plan, Proposals, Request
 from mmspec.verify import RejectionVerifier
-from tests.drafters import drafters, known_answers
+from tests.drafters import DRAFT_VOCAB, HEADS, drafters, known_answers, make_head
 from tests.families import requests
 from tests.tiny import VOCAB, llava, prompt
 
@@ -41,17 +40,20 @@ def test_penalised_text_is_plain_decodings_under_every_drafter(sampler):
             assert [o.tokens for o in got] == [o.tokens for o in plain], (name, batch)
 
 
-def head(target):
-    torch.manual_seed(1)
-    return Head(Config().resolve(target.shape)).double()
+def head(target, kind="eagle"):
+    return make_head(kind, target)
 
 
-def test_candidates_that_share_the_noise_or_are_drawn_change_no_token():
+every_head = pytest.mark.parametrize("kind", HEADS)
+
+
+@every_head
+def test_candidates_that_share_the_noise_or_are_drawn_change_no_token(kind):
     """Under MatchVerifier any candidates will do: chosen with the noise that decides, or drawn without it."""
     target, draw = llava(), make_sampler(0.8, top_p=0.9, seed=3, **PENALTIES)
     wanted = requests(target, 6, 24)
     plain = generate(target, wanted, NullDrafter(), SkipPolicy(), draw)
-    untrained = head(target)
+    untrained = head(target, kind)
     drafting = {
         "shared": untrained.drafter(target, 3, draw),
         "shared_wholly": PairDrafter(untrained, target, 2, draw, noise_share=1.0),
@@ -106,22 +108,24 @@ def test_a_perfect_drafter_needs_the_requests_key_to_be_accepted_whole():
     assert sum(accepted for _, _, accepted, _ in guesses.rounds) < 9
 
 
-def test_shared_noise_finds_the_position_it_is_for():
+@every_head
+def test_shared_noise_finds_the_position_it_is_for(kind):
     """A head whose draft equals the target's distribution is agreed with at every depth, by the noise alone.
 
-    The head's block is cut out, so that its logits do not depend on the path, and the target's scores are built from
-    those very logits at the positions the loop uses.
+    The head's logits do not depend on the path, and the target's scores are built from those very logits at the
+    positions the loop uses. Over a draft vocabulary each token keeps the noise of its id in the target's.
     """
     target, draw = llava(), KeyedSampler(1.0, seed=8)
-    drafter = PairDrafter(head(target), target, 1, draw, noise_share=1.0)
+    drafter = PairDrafter(head(target, kind), target, 1, draw, noise_share=1.0)
     request = Request("r", prompt(target, 4), 8, key=5)
     with torch.inference_mode():
-        forward = target.prefill(target.open(1, 64), 0, request.prompt, ())
+        forward = target.prefill(target.open(1, 64), 0, request.prompt, drafter.taps)
         root = forward.logits[0, -1].argmax()
         drafter.open(1, 64)
         drafter.admit(0, request, forward, root)
-        logits = torch.randn(1, 1, VOCAB, dtype=torch.float64)
-        drafter.target = type("Flat", (), {"embed": target.embed, "unembed": lambda self, x: logits})()
+        flat = torch.randn(1, 1, VOCAB if drafter.head.draft_ids is None else DRAFT_VOCAB, dtype=torch.float64)
+        drafter.head.logits = lambda states, unembed: flat
+        logits = drafter._full(flat)
         tree = drafter.propose(root[None], Plan(4, (4,)))
     positions = len(request.prompt) + torch.arange(1, 5)[None]
     chosen = draw.scores(logits.expand(1, 4, VOCAB), torch.tensor([5]), positions).argmax(-1)
@@ -129,14 +133,15 @@ def test_shared_noise_finds_the_position_it_is_for():
 
 
 @pytest.mark.parametrize("widths", [(1,), (2,), (3, 2)])
-def test_drawn_candidates_follow_their_proposals(widths):
+@pytest.mark.parametrize("kind", ["eagle", "eagle3_small"])
+def test_drawn_candidates_follow_their_proposals(kind, widths):
     """2,000 rows of one prompt: first siblings against q, and the pairs against drawing without replacement."""
     target, rows, top = llava(), 2000, 5
     draw = KeyedSampler(0.7, top_k=top, seed=2)
-    drafter = head(target).drafter(target, 1, draw, widths=widths)
+    drafter = head(target, kind).drafter(target, 1, draw, widths=widths)
     asked = prompt(target, 4, 3, images=0)
     with torch.inference_mode():
-        forward = target.prefill(target.open(1, 32), 0, asked, ())
+        forward = target.prefill(target.open(1, 32), 0, asked, drafter.taps)
         root = forward.logits[0, -1].argmax()
         drafter.open(rows, 16)
         for b in range(rows):
@@ -146,6 +151,9 @@ def test_drawn_candidates_follow_their_proposals(widths):
     assert tree.parents[0, : n + 1].tolist() == [-1, *[0] * n]
     assert (tree.parents == tree.parents[0]).all()
     q = tree.proposals.probabilities[0, 0]
+    if drafter.head.draft_ids is not None:
+        outside = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, drafter.head.draft_ids, False)
+        assert not q[outside].any()
     assert torch.equal(q.expand(rows, VOCAB), tree.proposals.probabilities[:, 0])
     first, second = tree.tokens[:, 1], tree.tokens[:, min(n, 2)]
     expected, observed = q * rows, torch.bincount(first, minlength=VOCAB)
@@ -178,14 +186,14 @@ class Misinformed(RejectionVerifier):
         return super().accept(trees, scores, choices)
 
 
-@pytest.mark.parametrize("widths", [(1,), (2, 2)])
-def test_rejection_in_the_loop_follows_the_target(widths):
+@pytest.mark.parametrize(("kind", "widths"), [("eagle", (1,)), ("eagle", (2, 2)), ("eagle3_small", (2, 2))])
+def test_rejection_in_the_loop_follows_the_target(kind, widths):
     """Second and third tokens of 1,500 requests against the target's own probabilities after their first ones."""
     target, n = llava(), 1500
     draw = KeyedSampler(0.5, seed=6)
     asked = prompt(target, 6, 2, images=0)
     wanted = [Request(str(i), asked, 5, key=i) for i in range(n)]
-    drafter = head(target).drafter(target, 1, draw, widths=widths)
+    drafter = head(target, kind).drafter(target, 1, draw, widths=widths)
     with torch.inference_mode():
         state = target.open(1, 128)
         target.prefill(state, 0, asked, ())

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from mmspec.drafters.null import NullDrafter
-from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.types import Plan, Prompt, Request
-from tests.tiny import llava, prompt
+from tests.drafters import HEADS, make_head
+from tests.tiny import image, llava, prompt
+
+every_head = pytest.mark.parametrize("kind", HEADS)
 
 
-def head(target, **config):
-    torch.manual_seed(2)
-    return Head(replace(Config(), **config).resolve(target.shape), LossConfig(steps=4)).double()
+def taught(target, trained, rows):
+    """Teacher-forced features of (prompt, answer marks)."""
+    return target.teacher([p for p, _ in rows], [a for _, a in rows], trained.taps)
 
 
 def dialogue(target, n_turns=2, images=1):
@@ -31,22 +33,21 @@ def dialogue(target, n_turns=2, images=1):
         messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": text}]})
         reply = " ".join(f"w{(3 * turn + 2 * i) % 50}" for i in range(6))
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-    from tests.tiny import image
-
     return target.encode_dialogue(messages, [image(i) for i in range(images)])
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_training_states_equal_drafting_states(images, batch):
+@every_head
+def test_training_states_equal_drafting_states(kind, images, batch):
     """Teacher-forced unrolled states equal step-by-step drafting along the same tokens (fp64, 1e-9).
 
     The unroll feeds the true next tokens, so the drafter is walked along them: a chain whose tokens are forced.
     """
     target, steps = llava(), 4
-    trained = head(target)
+    trained = make_head(kind, target)
     rows = [dialogue(target, n_turns=1 + b % 2, images=images) for b in range(batch)]
-    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
+    features = taught(target, trained, rows)
     with torch.no_grad():
         outputs = trained.unroll(features, steps)
     drafter = trained.drafter(target, 1)
@@ -56,7 +57,7 @@ def test_training_states_equal_drafting_states(images, batch):
         cut = [len(p) - steps - 2 - b for b, (p, _) in enumerate(rows)]  # ragged prefixes
         for b, (p, _) in enumerate(rows):
             prefix = Prompt(p.input_ids[: cut[b]], p.visual[: cut[b]], p.pixels)
-            forward = target.prefill(state, b, prefix)
+            forward = target.prefill(state, b, prefix, trained.taps)
             drafter.admit(b, Request("r", prefix, 1), forward, p.input_ids[cut[b]])
         drafter._take_in(keep_last=False)
         states = drafter._root_state()
@@ -74,14 +75,15 @@ def test_training_states_equal_drafting_states(images, batch):
             states = drafter._draft_pass(tokens[:, None], states, drafter._rope(step, 1), mask)
 
 
-def test_tree_drafting_equals_chain_drafting_along_each_path():
+@every_head
+def test_tree_drafting_equals_chain_drafting_along_each_path(kind):
     """A node's score in the dynamic tree is the score a chain forced through its ancestors gets."""
     target = llava()
-    trained = head(target).eval().requires_grad_(False)
+    trained = make_head(kind, target, seed=2).eval().requires_grad_(False)
     request = prompt(target, 4)
     with torch.inference_mode():
         state = target.open(1, 64)
-        forward = target.prefill(state, 0, request)
+        forward = target.prefill(state, 0, request, trained.taps)
         root = forward.logits[0, -1].argmax()
         wide = trained.drafter(target, 3)
         wide.open(1, 64)
@@ -101,56 +103,99 @@ def test_tree_drafting_equals_chain_drafting_along_each_path():
             states, total = narrow._root_state(), 0.0
             narrow.kv.begin_tree(3)
             for level, index in enumerate(path):
-                log_q = target.unembed(states).log_softmax(-1)
+                log_q = narrow._full(trained.logits(states, target.unembed)).log_softmax(-1)
                 total += float(log_q[0, 0, tokens[0, index]])
                 mask = torch.zeros(1, 1, 1, narrow.kv.offset + 1, dtype=torch.float64)
                 states = narrow._draft_pass(tokens[:, index : index + 1], states, narrow._rope(level, 1), mask)
             assert total == pytest.approx(float(scores[0, node]), abs=1e-9)
 
 
-def test_the_loss_covers_the_first_reply_pair_and_ends_at_the_stop_token():
+@every_head
+def test_the_loss_covers_the_first_reply_pair_and_ends_at_the_stop_token(kind):
     """Shift contract: with reply tokens at 5..8 (stop at 8), step 0 predicts tokens 6, 7, 8 and never 5 or 9."""
     target = llava()
-    trained = head(target)
+    trained = make_head(kind, target)
     rows = [dialogue(target, n_turns=2)]
-    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
+    features = taught(target, trained, rows)
     answer = torch.zeros_like(features.answer)
     answer[0, 5:9] = 1
     objective = trained(replace(features, answer=answer), target.unembed)
-    assert int(objective.count) == 3
     assert float(objective.counts["pos_1"]) == 3
     two = answer.clone()
     two[0, 9:12] = 2  # another reply right behind: no pair spans both
-    assert int(trained(replace(features, answer=two), target.unembed).count) == 3 + 2
+    assert float(trained(replace(features, answer=two), target.unembed).counts["pos_1"]) == 3 + 2
+    if trained.draft_ids is None:  # else positions without a loss are not counted
+        assert int(objective.count) == 3
 
 
-def test_padding_changes_nothing():
+@every_head
+def test_padding_changes_nothing(kind):
     target = llava()
-    trained = head(target)
+    trained = make_head(kind, target)
     short, long = dialogue(target, 1), dialogue(target, 2)
-    alone = trained(target.teacher([short[0]], [short[1]]), target.unembed)
-    both = trained(target.teacher([short[0], long[0]], [short[1], long[1]]), target.unembed)
-    other = trained(target.teacher([long[0]], [long[1]]), target.unembed)
+    alone, both, other = (
+        trained(taught(target, trained, rows), target.unembed) for rows in ([short], [short, long], [long])
+    )
     assert both.loss.item() == pytest.approx((alone.loss + other.loss).item(), rel=1e-6)
     assert int(both.count) == int(alone.count + other.count)
 
 
-def test_chunked_loss_has_the_value_and_gradient_of_the_whole():
+def plain_objective(trained, features, target):
+    """The loss written out: one step and position at a time, all logits, gradients by autograd alone."""
+    config, total = trained.loss, 0.0
+    for step, states in enumerate(trained.unroll(features, config.steps)):
+        for b, t in ((b, t) for b in range(len(states)) for t in range(states.shape[1])):
+            reply = features.answer[b, t + 1 : t + 3 + step]
+            if len(reply) < 2 + step or reply[0] == 0 or (reply != reply[0]).any():
+                continue
+            truth = features.last_hidden[b, t + 1 + step]
+            z, zq = target.unembed(truth), trained.logits(states[b, t], target.unembed)
+            ids = torch.arange(len(z)) if trained.draft_ids is None else trained.draft_ids
+            if z.argmax() not in ids:
+                continue
+            p, log_q = z[ids].softmax(-1), zq.log_softmax(-1)
+            loss = -(p * log_q).sum() + config.total_variation * (log_q.exp() - p).abs().sum()
+            total = total + config.step_decay**step * loss
+            if config.regression:
+                close = torch.nn.functional.smooth_l1_loss(states[b, t], truth)
+                total = total + config.step_decay**step * config.regression * close
+    return total
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@every_head
+def test_chunked_loss_has_the_value_and_gradient_of_the_written_out_one(kind, chunk):
     target = llava()
-    rows = [dialogue(target, 2)]
-    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
-    grads = []
-    for chunk in (2, 1000):
-        torch.manual_seed(0)
-        trained = Head(Config().resolve(target.shape), LossConfig(chunk=chunk, total_variation=0.5, regression=0.1))
-        objective = trained.double()(features, target.unembed)
-        objective.loss.backward()
-        grads.append((objective.loss.item(), trained.fc.weight.grad))
-    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
-    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-6)
+    trained = make_head(kind, target)
+    regression = 0.1 if kind == "eagle" else 0.0
+    trained.loss = LossConfig(chunk=chunk, total_variation=0.5, regression=regression, steps=3, step_decay=0.7)
+    features = taught(target, trained, [dialogue(target, 2), dialogue(target, 1)])
+    found = []
+    for loss in (trained(features, target.unembed).loss, plain_objective(trained, features, target)):
+        trained.zero_grad()
+        (loss * 3.0).backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in trained.named_parameters()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], atol=1e-10, rtol=1e-9), name
+    with torch.no_grad():
+        assert trained(features, target.unembed).loss.item() == pytest.approx(found[0][0], rel=1e-12)
 
 
-def test_a_head_overfits_one_batch_and_then_drafts_its_answers():
+@every_head
+def test_a_batch_without_answers_has_a_loss_of_zero_that_reaches_every_weight(kind):
+    """Ranks must not skip alone: one without a position to train on takes part in the backward pass."""
+    target = llava()
+    trained = make_head(kind, target)
+    features = taught(target, trained, [dialogue(target, 1)])
+    objective = trained(replace(features, answer=torch.zeros_like(features.answer)), target.unembed)
+    objective.loss.backward()
+    assert objective.loss.item() == objective.count.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in trained.parameters())
+
+
+@every_head
+def test_a_head_overfits_one_batch_and_then_drafts_its_answers(kind):
     target = llava(dtype="float32")
     wanted = [Request(f"r{i}", prompt(target, i, 5, 1), 20, i) for i in range(3)]
     plain = generate(target, wanted, NullDrafter(), SkipPolicy(), GreedySampler())
@@ -161,9 +206,12 @@ def test_a_head_overfits_one_batch_and_then_drafts_its_answers():
         answer = torch.cat([torch.zeros(len(request.prompt), dtype=torch.long), extra.long() + 1])
         visual = torch.cat([request.prompt.visual, extra])
         rows.append((Prompt(ids, visual, request.prompt.pixels), answer))
-    features = target.teacher([p for p, _ in rows], [a for _, a in rows])
     torch.manual_seed(0)
-    trained = Head(Config().resolve(target.shape), LossConfig(steps=4))
+    trained = HEADS[kind](target, LossConfig(steps=4))
+    if trained.draft_ids is not None:  # one that has every token of the answers
+        counts = torch.cat([p.input_ids[a > 0] for p, a in rows]).bincount(minlength=target.shape.vocab_size)
+        trained.prepare(target, lambda: counts)
+    features = taught(target, trained, rows)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(400):
         objective = trained(features, target.unembed)
@@ -178,9 +226,10 @@ def test_a_head_overfits_one_batch_and_then_drafts_its_answers():
     assert sum(r[2] for r in rounds) / len(rounds) > 3.0  # of 4 offered
 
 
-def test_a_skipped_round_runs_no_head():
+@every_head
+def test_a_skipped_round_runs_no_head(kind):
     target = llava()
-    drafter = head(target).drafter(target, 2)
+    drafter = make_head(kind, target).drafter(target, 2)
     calls = []
     drafter.head.block.register_forward_pre_hook(lambda *_: calls.append(1))
     generate(target, [Request("r", prompt(target, 1), 15)], drafter, SkipPolicy(), GreedySampler())
@@ -189,9 +238,10 @@ def test_a_skipped_round_runs_no_head():
     assert not calls
 
 
-def test_a_head_in_training_is_copied_not_frozen():
+@every_head
+def test_a_head_in_training_is_copied_not_frozen(kind):
     target = llava()
-    trained = head(target)
+    trained = make_head(kind, target)
     trained.drafter(target, 2)
     assert trained.training
     assert all(p.requires_grad for p in trained.parameters())
