@@ -224,6 +224,7 @@ def make_methods(
     widths: Sequence[int] = (),
     named: Sequence[str] = (),
     given: Settings | None = None,
+    budget: str = "adaptive",
 ) -> tuple[list[Method], dict[str, Any]]:
     """Plain decoding, training-free methods, the head with its fixed tree, and the head steered by its controller.
 
@@ -237,6 +238,7 @@ def make_methods(
         widths: of the trees of a head that draws, else empty.
         named: training-free methods, and the hybrid where there is a checkpoint.
         given: their settings.
+        budget: their policy, of `mmspec.api.METHOD_POLICIES`.
 
     Returns:
         The methods, plain first, and their settings in plain words for the summary.
@@ -246,8 +248,8 @@ def make_methods(
     settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
     for name in named:
         mine = (given or {}).get(name)
-        methods.append(Method(name, *method_and_policy(name, target, mine, checkpoint, head)))
-        settings[name] = {"drafter": name, "policy": "fixed", **_placeless(resolved(name, mine))}
+        methods.append(Method(name, *method_and_policy(name, target, mine, checkpoint, head, budget, batch_size)))
+        settings[name] = {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}
     if checkpoint:
         kind = checkpoint.kind
         for policy, label, described in (("fixed", kind, "fixed"), ("viskip", "viskip", "learned")):

@@ -28,7 +28,7 @@ from eval.summary import DEFINITIONS, Contention, clean, hardware, number, summa
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
-from mmspec.api import find_device
+from mmspec.api import METHOD_POLICIES, find_device
 from mmspec.assets import EMBEDDED
 from mmspec.methods import HYBRID, method_names, read_settings
 from mmspec.records import Quarantine
@@ -59,7 +59,8 @@ examples
 
 what is compared
   plain     the target alone, one token a step, in the same loop
-  <method>  each training-free method of --method: {methods}
+  <method>  each training-free method of --method: {methods}; by default with the node budget that has
+            paid best so far on this machine (--method-budget fixed: all nodes, as in the papers)
   hybrid    a method that copies where its match is long, else the head with its fixed tree
   <head>    the checkpoint's head with its fixed draft tree (skipped with --policies viskip)
   viskip    the same head, steered by the checkpoint's controller, when it has one
@@ -100,6 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME",
         help=f"{', '.join(method_names())}, hybrid, or all (hybrid only with --ckpt)",
+    )
+    add(
+        "--method-budget",
+        choices=METHOD_POLICIES,
+        default="adaptive",
+        help="nodes a method drafts: what pays on this machine by measured costs, or always all it has (default: "
+        "%(default)s)",
     )
     add(
         "--method-settings",
@@ -318,6 +326,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         (args.draft_widths or [1]) if rejects else (),
         named,
         given,
+        args.method_budget,
     )
     primary = methods[-1].name
     tie_gap = 0.0 if args.dtype == "float64" else metrics.TIE_GAP

@@ -22,19 +22,20 @@ from PIL import Image
 from mmspec import checkpoint as checkpoints
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
-from mmspec.costs import load_or_measure
+from mmspec.costs import load_or_measure, measure
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import error_line
 from mmspec.loop import generate as decode
 from mmspec.methods import HYBRID, make_hybrid, make_method, resolved
 from mmspec.metrics import mat
-from mmspec.policy import FixedPolicy, LearnedPolicy, SkipPolicy
+from mmspec.policy import AdaptivePolicy, FixedPolicy, LearnedPolicy, SkipPolicy
 from mmspec.records import RecordError, open_image
 from mmspec.sampling import make_sampler
 from mmspec.targets import load_target
 from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request, Sampler, Target
 
 POLICIES = ("auto", "viskip", "fixed", "plain")
+METHOD_POLICIES = ("adaptive", "fixed")
 
 Messages = Sequence[Mapping[str, Any]]
 Picture = Image.Image | str | Path
@@ -239,6 +240,8 @@ def method_and_policy(
     settings: Mapping[str, Any] | None = None,
     checkpoint: Checkpoint | None = None,
     head: Drafter | None = None,
+    policy: str = "adaptive",
+    max_batch: int = 1,
 ) -> tuple[Drafter, Policy]:
     """What a training-free method or the hybrid decodes with.
 
@@ -246,14 +249,24 @@ def method_and_policy(
         name, target, settings: see `mmspec.methods.make_method`.
         checkpoint: of the hybrid's head, else not needed.
         head: the head's drafter, where it was made already.
+        policy: "adaptive" (the budget that pays on this machine, measured now) or "fixed" (the method's whole budget).
+        max_batch: the largest batch to measure costs for.
 
     Raises:
-        InputError: see `mmspec.methods`.
+        InputError: see `mmspec.methods`; an unknown policy.
     """
+    if policy not in METHOD_POLICIES:
+        raise InputError(f"unknown policy {policy!r} of a method; use one of {', '.join(METHOD_POLICIES)}")
     if name != HYBRID or checkpoint is None:
-        return make_method(name, target, settings)
-    tree = checkpoint.tree
-    return make_hybrid(target, head or make_drafter(checkpoint, target), tree.depth, tree.budget, settings)
+        drafter, fixed = make_method(name, target, settings)
+    else:
+        tree = checkpoint.tree
+        head = head or make_drafter(checkpoint, target)
+        drafter, fixed = make_hybrid(target, head, tree.depth, tree.budget, settings)
+    if policy == "fixed":
+        return drafter, fixed
+    costs = measure(target, drafter, max_batch, fixed.max_depth, fixed.max_budget)
+    return drafter, AdaptivePolicy(costs, fixed.max_depth, fixed.max_budget)
 
 
 def find_device(name: str) -> str:

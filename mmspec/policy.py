@@ -128,6 +128,75 @@ class SkipPolicy(FixedPolicy):
         super().__init__(0, 0)
 
 
+class AdaptivePolicy(FixedPolicy):
+    """The node budget that has paid best of late, plain decoding among the candidates.
+
+    For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms: what their rounds emitted, and
+    what these cost by the table, are kept as fading sums, and the arm with the most tokens per second is pulled.
+    Another one gets a round whenever all such rounds together have lost less than a hundredth of the time. Measured
+    times stay out of it, so that one table always gives one sequence of plans.
+
+    Args:
+        costs: measured seconds.
+        depth, budget: the largest plan.
+    """
+
+    _MEMORY = 0.96
+    """Weight that a round keeps with each further round of its arm."""
+    _LOSS = 0.01
+    """Share of the time that looking at other arms may lose."""
+    _PRIOR = 0.4
+    """Chance that a draft token goes on being right, of an arm that was never pulled."""
+
+    def __init__(self, costs: Costs, depth: int, budget: int) -> None:
+        super().__init__(depth, budget)
+        self.costs = costs
+        self.arms = sorted({0, *(2**i for i in range(budget.bit_length())), budget})
+        self.rounds = [2.0] * len(self.arms)
+        self.tokens = [2 * sum(self._PRIOR**k for k in range(1 + min(n, depth))) for n in self.arms]
+        self.seconds = [2 * self._cost(1, 1 + n, depth) for n in self.arms]
+        self.pulled_at = [0] * len(self.arms)
+        self.turn, self.arm, self.spent, self.lost = 0, 0, 0.0, 0.0
+
+    def _cost(self, batch: int, nodes: int, depth: int) -> float:
+        """Seconds of a round by the table."""
+        return self.costs.verify(batch, nodes) + (self.costs.draft(batch, max(depth, 1)) if nodes > 1 else 0.0)
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        full = super().plan(sensed, remaining)
+        self.arm = self._choose() if full.depth > 0 else 0
+        if not self.arms[self.arm]:
+            return Plan(0, (0,) * len(remaining))
+        return Plan(full.depth, tuple(min(n, self.arms[self.arm]) for n in full.budget))
+
+    def _best(self) -> tuple[int, float]:
+        """The arm with the most tokens per second, and how many these are."""
+        rates = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best, rates[best]
+
+    def _choose(self) -> int:
+        best, rate = self._best()
+        losses = [(s - t / rate) / n for s, t, n in zip(self.seconds, self.tokens, self.rounds)]
+        others = [arm for arm in range(len(self.arms)) if arm != best]
+        # Dear arms are looked at less often than cheap ones, in proportion.
+        due = max(others, key=lambda arm: (self.turn + 1 - self.pulled_at[arm]) / max(losses[arm], 1e-12), default=best)
+        return due if losses[due] <= self._LOSS * self.spent - self.lost else best
+
+    def observe(self, trace: StepTrace) -> None:
+        arm, n_active = self.arm, sum(trace.active)
+        tokens = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active)
+        seconds = self._cost(n_active, trace.n_nodes, trace.plan.depth)
+        best, rate = self._best()
+        self.turn += 1
+        self.pulled_at[arm] = self.turn
+        self.spent += seconds
+        if arm != best:
+            self.lost += seconds - tokens / rate
+        for sums, new in ((self.rounds, 1.0), (self.tokens, tokens), (self.seconds, seconds)):
+            sums[arm] = self._MEMORY * sums[arm] + new
+
+
 class RecordingPolicy(FixedPolicy):
     """A fixed policy that keeps what a controller would have seen, and what came of the draft.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from mmspec.costs import CostTable, hardware, load_or_measure
 from mmspec.heads import viskip
 from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
-from mmspec.policy import SCALARS, FixedPolicy, History, LearnedPolicy, RecordingPolicy, SkipPolicy
+from mmspec.policy import SCALARS, AdaptivePolicy, FixedPolicy, History, LearnedPolicy, RecordingPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
-from mmspec.types import Evidence, Request
+from mmspec.types import Evidence, Request, StepTrace
 from tests.tiny import llava, prompt
 
 
@@ -206,3 +208,41 @@ def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path):
 
 def test_skip_policy_never_drafts():
     assert SkipPolicy().plan([[]], [50]).budget == (0,)
+
+
+def rate_of(policy, costs, chance, rounds=2000):
+    """Tokens per unit of cost under a drafter whose chain goes on being right with a chance, and the budgets chosen."""
+    rng, tokens, spent, chosen = random.Random(0), 0, 0.0, []
+    for _ in range(rounds):
+        plan = policy.plan([[]], [100])
+        n = min(plan.budget[0], plan.depth)
+        accepted = next((i for i in range(n) if rng.random() >= chance), n)
+        policy.observe(StepTrace(plan, (True,), (accepted,), (accepted + 1,), 1 + n))
+        tokens += accepted + 1
+        spent += costs.verify(1, 1 + n) + (costs.draft(1, plan.depth) if n else 0)
+        chosen.append(n)
+    return tokens / spent, chosen
+
+
+@pytest.mark.parametrize(("chance", "node"), [(0.0, 0.06), (0.1, 0.2), (0.8, 0.06), (0.9, 0.0), (0.5, 0.3)])
+def test_the_adaptive_budget_is_close_to_the_best_fixed_one(chance, node):
+    costs = Flat(node=node, level=0.0)
+    best = max(rate_of(FixedPolicy(16, budget), costs, chance)[0] for budget in (0, 1, 2, 4, 8, 16))
+    reached, _ = rate_of(AdaptivePolicy(costs, 16, 16), costs, chance)
+    assert reached > 0.95 * best
+
+
+def test_the_adaptive_budget_follows_a_text_that_changes():
+    costs = Flat(node=0.06, level=0.0)
+    policy = AdaptivePolicy(costs, 8, 8)
+    rate_of(policy, costs, 0.95)
+    _, chosen = rate_of(policy, costs, 0.0)
+    assert chosen.count(0) > 0.6 * len(chosen)
+    _, chosen = rate_of(policy, costs, 0.95)
+    assert chosen.count(8) > 0.5 * len(chosen)
+
+
+def test_the_adaptive_budget_depends_on_the_table_alone():
+    """Times of a run are no evidence: two runs with one table make the same plans."""
+    costs = Flat(node=0.1, level=0.0)
+    assert rate_of(AdaptivePolicy(costs, 6, 6), costs, 0.5) == rate_of(AdaptivePolicy(costs, 6, 6), costs, 0.5)
