@@ -169,6 +169,8 @@ class LadeDrafter:
             unused |= self.nodes > torch.tensor(plan.budget, device=roots.device).unsqueeze(1)
         parents = twins[:, self.parents].masked_fill(unused, -1)
         n = min(max(plan.budget) + 1, n_nodes)
+        if roots.device.type == "cpu":  # where looking costs nothing and every node does: no places for absent n-grams
+            n = min(n, int(((parents >= 0).any(0) * self.nodes).max()) + 1)
         deep = plan.depth >= config.window_depth
         moves = [deep and budget >= config.window_nodes for budget in plan.budget]
         if any(moves):  # windows where there is no row may move too: then mostly all of them do, without a mask
