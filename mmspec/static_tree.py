@@ -131,7 +131,7 @@ class StaticTree:
         return self if budget >= self.budget and depth >= self.depth else _cut(self, budget, depth)
 
     def trees(self, tokens: Tensor, budget: Sequence[int]) -> Tree:
-        """Draft trees of this shape.
+        """Draft trees of this shape. Padding keeps its row of the shape's ancestors, which nobody asks for.
 
         Args:
             tokens: [B, N] int64, a token for each node; a negative one makes a node padding, and so it must all nodes

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.mmspec import EMBEDDED
+from eval.mmspec import EMBEDDED, output_folder
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
@@ -139,9 +139,9 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     counts = Counts(args.depth)
     if checkpoint is None:
-        default = recycling.Config()
-        drafter: Drafter = CountingRecycler(target, counts)
-        for _ in answers(target, dialogues, drafter, (default.depth, default.budget), args.batch_size):
+        # With as many nodes as it shall have: the fewer are verified, the less the matrix knows.
+        shape = args.usual.depth, args.budget
+        for _ in answers(target, dialogues, CountingRecycler(target, counts), shape, args.batch_size):
             pass
         return target, counts
     checkpoint.check_target(target)
@@ -201,6 +201,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not (args.out or args.ckpt):
         raise InputError("--out FILE says where the tree of a method without weights goes")
+    if args.out:
+        output_folder(args.out.parent)
     args.out = args.out or Path(args.ckpt) / "static_tree.json"
     args.device = find_device(args.device)
     return args
@@ -223,7 +225,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"fit_tree: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     fitted_to = {
         "method": args.method or "head",
         "target": Path(target.name).name,

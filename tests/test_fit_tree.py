@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,11 +10,10 @@ import pytest
 import torch
 
 from mmspec import checkpoint
-from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.recycling import Config
 from mmspec.heads import eagle
 from mmspec.loop import generate
-from mmspec.policy import FixedPolicy, SkipPolicy
+from mmspec.policy import FixedPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.static_tree import StaticTree
 from mmspec.types import Plan, Request
@@ -65,35 +65,29 @@ def test_a_tree_for_a_head_leaves_its_run_folder_as_it_was(place):
 
 
 def test_ranks_of_a_head_are_those_its_drafter_gives():
-    """At the first place after the prompt, where the drafter can be asked: its best child of every node on the path."""
-    target = tiny.llava()
+    """An answer that follows a path of the drafter's tree is counted with the ranks of that path."""
+    target, width = tiny.llava(), 4
     torch.manual_seed(1)
     head = eagle.Head(eagle.Config().resolve(target.shape)).double().eval()
-    request = Request("r", tiny.prompt(target, 3, 5), 5)
-    [plain] = generate(target, [request], NullDrafter(), SkipPolicy(), GreedySampler())
-    counts = fit_tree.Counts(3)
-    fit_tree.count_head(head, target, request, plain.tokens[:3], counts)
-    assert counts.trials.tolist() == [2, 1, 0]
-
-    drafter = head.drafter(target, tiny.VOCAB)
+    request, root = Request("r", tiny.prompt(target, 3, 5), 5), 9
+    drafter = head.drafter(target, width)
     drafter.open(1, 64)
     with torch.inference_mode():
-        forward = target.prefill(target.open(1, 64), 0, request.prompt)
-        drafter.admit(0, request, forward, torch.tensor(plain.tokens[0]))
-        tree = drafter.propose(torch.tensor(plain.tokens[:1]), Plan(2, (10**6,)))
-    # All children of the root and all their children are in the pool; creation order within a parent is by score.
-    rank = {0: [], 1: []}
-    node = 0
-    for depth in (0, 1):
-        children = (tree.parents[0] == node).nonzero().flatten()
-        tokens = tree.tokens[0, children].tolist()
-        rank[depth] = tokens.index(plain.tokens[depth + 1])
-        node = int(children[rank[depth]])
-    hit = counts.hits[1].nonzero().flatten().tolist()
-    assert hit == ([rank[1]] if rank[1] < fit_tree.RANKS else [])
-    second = fit_tree.Counts(1)
-    fit_tree.count_head(head, target, request, plain.tokens[:2], second)
-    assert second.hits[0].nonzero().flatten().tolist() == ([rank[0]] if rank[0] < fit_tree.RANKS else [])
+        drafter.admit(0, request, target.prefill(target.open(1, 64), 0, request.prompt), torch.tensor(root))
+        tree = drafter.propose(torch.tensor([root]), Plan(2, (width + width**2,)))
+    # The tree has every candidate, and children of one parent in the order they were created in: best first.
+    below = [(tree.parents[0] == node).nonzero().flatten().tolist() for node in range(width + 1)]
+    for first, second in itertools.product(range(width), repeat=2):
+        child = below[0][first]
+        answer = tree.tokens[0, [0, child, below[child][second]]].tolist()
+        counts = fit_tree.Counts(3)
+        fit_tree.count_head(head, target, request, answer, counts)
+        # The second token, too, has once been the first behind a root: there the child was.
+        assert counts.trials.tolist() == [2, 1, 0]
+        assert counts.hits[1].nonzero().flatten().tolist() == [second]
+        counts = fit_tree.Counts(1)
+        fit_tree.count_head(head, target, request, answer[:2], counts)
+        assert counts.hits[0].nonzero().flatten().tolist() == [first]
 
 
 def test_counts_of_recycling_agree_with_what_the_loop_accepted():
@@ -120,6 +114,7 @@ def test_counts_of_recycling_agree_with_what_the_loop_accepted():
         (("--method", "recycling"), "--out FILE"),
         (("--method", "eagle", "--out", "x.json"), "invalid choice"),
         (("--method", "recycling", "--out", "x.json", "--budget", "0"), "--budget must be at least 1, got 0"),
+        (("--method", "recycling", "--out", "/proc/none/x.json"), "/proc/none cannot be written"),
         (("--ckpt", "/nowhere/at/all"), "checkpoint /nowhere/at/all does not exist"),
         (("--method", "recycling", "--out", "x.json", "--data", "synth:none"), "unknown data 'synth:none'"),
     ],

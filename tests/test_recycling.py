@@ -88,7 +88,6 @@ def test_matrix_and_trees_are_those_of_a_slow_reference(taught, budget, depth, r
         for node in range(trees.tokens.shape[1]):
             line = [i for i in range(trees.tokens.shape[1]) if trees.ancestors[row, node, i]]
             if node == 0 or trees.parents[row, node] >= 0:
-                assert line == [*sorted({*line})]
                 assert len(line) == int(trees.depths[row, node]) + 1
 
 
@@ -145,7 +144,7 @@ def test_each_request_starts_empty_unless_the_matrix_persists():
     target = llava()
     request = Request("r", prompt(target, 1, 5), 4)
     for persist in (False, True):
-        drafter, _ = taught(Config(persist=persist), rows=2)
+        drafter, _ = taught(Config(persist=persist, seed_prompt=False), rows=2)
         known = drafter.matrix[-1].clone()
         drafter.admit(0, request, None, torch.tensor(5))
         assert bool((drafter.matrix[0] == -1).all()) == (not persist)
@@ -164,7 +163,7 @@ def test_a_shared_matrix_takes_nothing_from_idle_rows():
     assert (drafter.matrix[0, :, 0] >= 0).nonzero().flatten().tolist() == [6]
 
 
-def test_the_prompt_can_fill_the_matrix():
+def test_the_prompt_fills_the_matrix():
     """What its text would be followed by, of each token the last occurrence; placeholders leave no trace."""
     target = llava()
     one = prompt(target, 2, 150, images=2)  # more than a chunk
@@ -172,7 +171,7 @@ def test_the_prompt_can_fill_the_matrix():
     with torch.inference_mode():
         forward = target.prefill(state, 0, one)
         logits = target.unembed(forward.last_hidden)[0]
-    drafter = RecyclingDrafter(Config(seed_prompt=True), target)
+    drafter = RecyclingDrafter(Config(), target)
     drafter.open(1, 256)
     drafter.admit(0, Request("r", one, 4), forward, torch.tensor(5))
     last = {int(t): i for i, (t, image) in enumerate(zip(one.input_ids, one.visual)) if not image}
@@ -183,7 +182,7 @@ def test_the_prompt_can_fill_the_matrix():
 
 
 SAMPLERS = {"greedy": GreedySampler(), "sampled": KeyedSampler(0.8, top_p=0.9, seed=3)}
-SETTINGS = {"reset": Config(), "persist": Config(persist=True), "seeded": Config(seed_prompt=True)}
+SETTINGS = {"reset": Config(), "persist": Config(persist=True), "unseeded": Config(seed_prompt=False)}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)

@@ -4,7 +4,8 @@ A matrix A [V, k] holds for each token the k best successors in the logits of th
 or not. A static tree is filled from it, top down: the child of rank r below token t is A[t, r]. Nothing leaves the
 device. At k = 8 and a vocabulary of 152,064 the matrix takes 4.9 MB a row of the batch (int32).
 
-Deviation from the paper: each request starts with an empty matrix, unless told to persist.
+Deviations from the paper: each request starts with an empty matrix, unless told to persist, and fills it from its own
+prompt before it drafts.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class Config:
         tree: JSON file of a static tree fitted to the target (scripts/fit_tree.py); "" is the paper's of 80 nodes.
         persist: all requests of a drafter share one matrix, which is kept between them. They draft more, but how much
             depends on which came before; their text does not.
-        seed_prompt: fill the matrix from the prompt's text too, for one unembedding of it.
+        seed_prompt: fill the matrix from the prompt's text too: for one unembedding of it, drafts start at once.
     """
 
     k: int = 8
     tree: str = ""
     persist: bool = False
-    seed_prompt: bool = False
+    seed_prompt: bool = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
