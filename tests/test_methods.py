@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_settings_reach_the_drafter():
 
 
 def test_resolved_settings_are_complete():
-    assert resolved("pld", {"num_pred": 4}) == {"max_ngram": 3, "min_ngram": 1, "num_pred": 4, "prefer": "recent"}
+    assert resolved("pld", {"num_pred": 4}) == dataclasses.asdict(configure("pld")) | {"num_pred": 4}
     mixed = resolved(HYBRID, {"retrieval": "pld", "settings": {"max_ngram": 8}})
     assert mixed == {"retrieval": "pld", "min_match": 5, "settings": resolved("pld", {"max_ngram": 8})}
 

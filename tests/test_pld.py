@@ -77,6 +77,35 @@ def test_a_prompt_that_repeats_itself_is_drafted_from():
     assert all(accepted <= nodes for _, nodes, accepted, _ in output.rounds)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_answers_are_left_to_later_requests_only_when_told_to(share):
+    """Prompts are not: they may be confidential, and an answer is what repeats."""
+    drafter = PromptLookupDrafter(Config(2, 1, 3, share=share))
+    drafter.open(1, 64)
+    for prompt_tokens, answer in (([1, 2, 3], [7, 8, 9]), ([4, 5], [7])):
+        drafter.rows[0] = drafter.start()
+        drafter.rows[0].begin(prompt_tokens)
+        drafter.rows[0].extend(answer)
+        drafted = drafter.rows[0].draft(3, 3)[0]
+        drafter.evict(0)
+    assert drafted == ([8, 9] if share else [])
+    drafter.rows[0] = drafter.start()
+    drafter.rows[0].begin([6])
+    drafter.rows[0].extend([2])
+    assert drafter.rows[0].draft(3, 3)[0] == [], "2 stood in a prompt"
+
+
+def test_the_own_text_comes_first_where_both_know_as_much():
+    drafter = PromptLookupDrafter(Config(2, 1, 2, share=True))
+    drafter.shared.extend([1, 2, 3, -1])
+    stream = drafter.start()
+    stream.begin([2, 9])
+    stream.extend([2])
+    assert stream.draft(2, 2)[0] == [9, 2]
+    stream.extend([1, 2])
+    assert stream.draft(2, 2)[0] == [3], "a longer n-gram is better known, wherever it is"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -23,12 +23,15 @@ class Config:
         max_ngram, min_ngram: lengths of the context to look up, longest first.
         num_pred: tokens to draft.
         prefer: "recent" or "first", which earlier occurrence to copy from.
+        share: copy from the answers of earlier requests too, where the own text has no n-gram as long. Then how much is
+            drafted depends on which requests came before; the text does not.
     """
 
     max_ngram: int = 3
     min_ngram: int = 1
     num_pred: int = 10
     prefer: str = "recent"
+    share: bool = False
 
     @property
     def depth(self) -> int:
@@ -54,11 +57,24 @@ class NGramIndex(Stream):
     """Where each n-gram of a growing stream was followed by something.
 
     `after[gram]` is the index of the token behind the first or the latest occurrence of the gram that has one.
+    `shared` holds the answers of requests that have ended, with gaps between them.
     """
 
     config: Config
+    shared: NGramIndex | None = None
+    n_prompt: int = 0
     stream: list[int] = field(default_factory=list)
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Append the prompt."""
+        self.extend(prompt)
+        self.n_prompt = len(self.stream)
+
+    def close(self) -> None:
+        """Leave the answer to later requests."""
+        if self.shared is not None:
+            self.shared.extend([*self.stream[self.n_prompt :], -1])
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens; negative ones stand for what can be neither matched nor drafted."""
@@ -75,25 +91,27 @@ class NGramIndex(Stream):
 
     def match(self) -> int:
         """Length of the longest known n-gram that the stream ends with; 0 when nothing can be copied from behind it."""
-        n, start = self._find()
-        return n if n and self.stream[start] >= 0 else 0
+        n, source, start = self._find()
+        return n if n and source[start] >= 0 else 0
 
     def draft(self, depth: int, budget: int) -> Draft:
         """What followed the longest known context; nothing without a match."""
-        n, start = self._find()
+        n, source, start = self._find()
         if not n:
             return NOTHING
-        copied = self.stream[start : start + min(depth, budget, self.config.num_pred)]
-        copied = copied[: next((i for i, token in enumerate(copied) if token < 0), len(copied))]
+        copied = source[start : start + min(depth, budget, self.config.num_pred)]
+        copied = list(copied[: next((i for i, token in enumerate(copied) if token < 0), len(copied))])
         return copied, list(range(len(copied)))
 
-    def _find(self) -> tuple[int, int]:
-        """Length of the longest known n-gram at the end of the stream, and the index of what followed it; or (0, 0)."""
+    def _find(self) -> tuple[int, Sequence[int], int]:
+        """Length of the longest known n-gram at the end of the stream, the text that has it, and the index of what
+        followed it there; (0, .., 0) without one."""
         for n in range(min(self.config.max_ngram, len(self.stream)), self.config.min_ngram - 1, -1):
-            start = self.after.get(tuple(self.stream[-n:]))
-            if start is not None:
-                return n, start
-        return 0, 0
+            gram = tuple(self.stream[-n:])
+            for index in (self, self.shared):
+                if index is not None and (start := index.after.get(gram)) is not None:
+                    return n, index.stream, start
+        return 0, (), 0
 
 
 class PromptLookupDrafter(HostDrafter):
@@ -105,7 +123,8 @@ class PromptLookupDrafter(HostDrafter):
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
-        super().__init__(lambda: NGramIndex(self.config))
+        self.shared = NGramIndex(self.config) if self.config.share else None
+        super().__init__(lambda: NGramIndex(self.config, self.shared))
 
 
 def make(config: Config, target: Target) -> PromptLookupDrafter:
