@@ -202,7 +202,7 @@ def test_all_methods_are_scored_beside_a_head(
     for method in summary["methods"].values():
         assert method["overall"]["exact_match"] == 1.0
     how = summary["settings"]["methods"]
-    assert how["pld"] == {"drafter": "pld", "policy": "fixed", **resolved("pld", {"max_ngram": 2})}
+    assert how["pld"] == {"drafter": "pld", "policy": "adaptive", **resolved("pld", {"max_ngram": 2})}
     assert how["hybrid"]["settings"] == resolved("pld", {"num_pred": 4})
     assert {row["method"] for row in rows_of(out)} == set(summary["methods"])
     assert all(f">{name}</" in (out / "report.html").read_text() for name in summary["methods"])
