@@ -97,7 +97,6 @@ def test_a_retrieval_without_matches_is_refused(monkeypatch):
         make_hybrid(llava(), NullDrafter(), 3, 6, {"retrieval": "pld"})
 
 
-@pytest.mark.xfail("sam" not in method_names(), reason="names methods that are written in parallel", strict=True)
 def test_the_shipped_settings_are_the_defaults_of_every_method():
     shipped = read_settings(SHIPPED)
     assert set(shipped) == {*method_names(), HYBRID}
