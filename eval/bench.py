@@ -6,6 +6,7 @@ reversed from group to group (ABBA), so that a drift of the machine's speed fall
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -117,11 +118,16 @@ class Bench:
     n_groups: int = field(default=0, init=False)
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
-        """Decode a few requests with every method, untimed: allocator, kernels and threads settle before the clock."""
+        """Decode a few requests with every method, untimed: allocator, kernels and threads settle before the clock.
+
+        What was made while loading is kept from the garbage collector: a full pass over it takes longer than an answer.
+        """
         requests = [replace(task.request, max_new_tokens=min(32, task.request.max_new_tokens)) for task in tasks]
         for method in self.methods:
             if requests:
                 self._decode(method, requests)
+        gc.collect()
+        gc.freeze()
 
     def run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -57,12 +58,19 @@ def interleaved(
     seconds: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
+    settle()
     for repeat in range(repeats):
         order = range(len(works)) if repeat % 2 == 0 else reversed(range(len(works)))
         for i in order:
             seconds[i].append(works[i]())
         after()
     return seconds
+
+
+def settle() -> None:
+    """Keep the garbage collector from what was made while loading: a full pass over it takes longer than an answer."""
+    gc.collect()
+    gc.freeze()
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

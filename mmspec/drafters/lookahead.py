@@ -36,7 +36,7 @@ class Config:
         max_output_nodes: the same bound for shared counts between two requests.
     """
 
-    decoding_length: int = 32
+    decoding_length: int = 16
     branch_length: int = 12
     max_query: int = 2
     output_weight: float = 1e-4

@@ -7,10 +7,11 @@ layers write into ragged buffers (`mmspec.cache`), and an attention function of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,7 +190,7 @@ class HFTarget:
         state = HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device))
         if not self.static:
             return state
-        state.passes = StaticPasses(kv, state.rope_delta, lambda taps: self._verifier(cache, taps))
+        state.passes = StaticPasses(kv, state.rope_delta, lambda taps: functools.partial(self._verify, cache, taps))
         return self._lend(state)
 
     def _lend(self, state: HFState) -> HFState:
@@ -218,17 +219,16 @@ class HFTarget:
         kv = state.kv
         kv.begin_tree(trees.tokens.shape[1])
         positions = (kv.lengths_device + state.rope_delta).unsqueeze(1) + trees.depths
-        return self._verifier(state.cache, taps)(trees.tokens, positions, self._mask(kv, trees))
+        return self._verify(state.cache, taps, trees.tokens, positions, self._mask(kv, trees))
 
-    def _verifier(self, cache: Cache, taps: Sequence[int]) -> Callable[[Tensor, Tensor, Tensor | None], Forward]:
-        """The tree pass from tokens [B, N], positions [B, N] and mask to outputs, over a cache."""
-
-        def verify(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Forward:
-            with self._tapped(taps) as hidden:
-                last = self._text(self.embed(tokens), self.position_ids(positions), mask, cache)
-            return Forward(self.unembed(last), last, hidden)
-
-        return verify
+    def _verify(
+        self, cache: Cache, taps: Sequence[int], tokens: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Forward:
+        """The tree pass over a cache: tokens and positions [B, N], mask [B, 1, N, S] or None."""
+        tapped = self._tapped(taps) if taps else contextlib.nullcontext(dict[int, Tensor]())
+        with tapped as hidden:
+            last = self._text(self.embed(tokens), self.position_ids(positions), mask, cache)
+        return Forward(self.unembed(last), last, hidden)
 
     def keep(self, state: HFState, accepted: Accepted, paths: Sequence[Sequence[int]]) -> None:
         """Commit each row's path and drop the other nodes."""
