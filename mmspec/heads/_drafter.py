@@ -36,8 +36,6 @@ class PairHead(DraftHead):
 
     block: DecoderBlock
     rotary: RotaryTable
-    taps: tuple[int, ...] = ()
-    """Target layers that `read` wants."""
     draft_ids: Tensor | None = None
     """[V'] int64, target ids of a vocabulary of its own, ascending; None: the target's."""
 

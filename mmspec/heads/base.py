@@ -15,6 +15,8 @@ class DraftHead(nn.Module, ABC):
     """A trained drafter: its forward contains the objective, so one module is what the training engine wraps."""
 
     config: Any
+    taps: tuple[int, ...] = ()
+    """Indices into the target's hidden_states that the head reads, in training and when drafting."""
 
     @abstractmethod
     def forward(self, features: Features, unembed: Unembed) -> Objective:
