@@ -281,7 +281,7 @@ def test_a_shard_that_vanishes_under_training_is_one_line(tmp_path: Path):
     [
         ({"fingerprint": "other"}, r"target \S+ \(\w{16}\), but the recipe has target \S+ \(other\)"),
         ({"vocabulary": "other"}, r"tokenizer \w+, but the recipe has tokenizer other"),
-        ({"data": "other"}, r"data \w+, but the recipe has data other"),
+        ({"data": "other"}, r"data and answer settings \w+, but the recipe has data and answer settings other"),
         ({"dtype": "bfloat16"}, r"target dtype float32, but the recipe has target dtype bfloat16"),
     ],
 )
@@ -469,7 +469,10 @@ def test_the_command_writes_what_training_reads(base: Path):
     refused = distill(0, base / "r.yaml", "run.name=x", f"data.features={base / 'one'}", "data.max_new_tokens=7")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "were made with data" in refused.stderr
+    assert "were made with data and answer settings" in refused.stderr
+    nowhere = distill(0, base / "r.yaml", "run.name=x", "data.features=nowhere")
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.startswith("distill: error: features nowhere hold no manifest.json")
 
 
 def parts(manifest: Manifest) -> list[tuple[str, int]]:
@@ -508,16 +511,28 @@ def test_killed_while_writing_with_two_processes_and_finished_with_one(base: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2])
 def test_stored_and_online_features_give_one_curve_on_two_processes(base: Path, zero: int):
-    """fp32 and bf16 within the issue's 1e-3; fp8, whose states are good to 6%, within a twentieth of the loss."""
+    """As fp32 and as bf16 within the issue's 1e-3 (a thousand times more than fp32 needs). fp8 rounds each value by up
+    to 6%, which averages out: 0.006 of a loss of 7 were seen, and 0.03 are allowed."""
     online = trained(base, 2, f"online{zero}", f"deepspeed.zero_stage={zero}")
-    for stored_as, tolerance in (("float32", 1e-3), ("bfloat16", 1e-2), ("float8", 0.05 * online[1])):
-        out = f"{stored_as}_{zero}"
-        done = extracted(base, 2, out, "--dtype", stored_as)
-        assert done.returncode == 0, done.stderr[-3000:]
-        curve = trained(base, 2, out, f"deepspeed.zero_stage={zero}", f"data.features={base / out}")
-        gaps = [abs(curve[step] - online[step]) for step in online]
-        print(f"{stored_as}, ZeRO {zero}: largest difference of the loss {max(gaps):.2e} of {online[1]:.3f}")
-        assert max(gaps) < tolerance, stored_as
+    for stored_as, tolerance in (("float32", 1e-3), ("bfloat16", 1e-3), ("float8", 0.03)):
+        if not (base / stored_as).is_dir():
+            done = extracted(base, 2, stored_as, "--dtype", stored_as)
+            assert done.returncode == 0, done.stderr[-3000:]
+        name = f"{stored_as}_{zero}"
+        curve = trained(base, 2, name, f"deepspeed.zero_stage={zero}", f"data.features={base / stored_as}")
+        assert curve == pytest.approx(online, abs=tolerance), stored_as
+
+
+@pytest.mark.slow
+def test_a_shard_that_only_one_rank_verifies_is_refused_by_all_in_one_line(base: Path):
+    assert extracted(base, 0, "bad").returncode == 0
+    damage(base / "bad" / "shard-00001.safetensors")
+    done = distill(2, base / "r.yaml", "run.name=bad", f"data.features={base / 'bad'}")
+    assert done.returncode == 2
+    said = done.stdout + done.stderr
+    assert said.count("distill: error: ") == 1
+    assert "bad/shard-00001.safetensors: checksum" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

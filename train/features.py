@@ -133,7 +133,12 @@ def check_origin(folder: Path, found: Origin, wanted: Origin) -> None:
     Raises:
         InputError: they differ; both values are named.
     """
-    words = {"fingerprint": "target", "dtype": "target dtype", "vocabulary": "tokenizer", "data": "data"}
+    words = {
+        "fingerprint": "target",
+        "dtype": "target dtype",
+        "vocabulary": "tokenizer",
+        "data": "data and answer settings",
+    }
     for name, what in words.items():
         mine, its = getattr(found, name), getattr(wanted, name)
         if mine != its:
@@ -235,7 +240,9 @@ def write_shard(
         "image_start": _starts([len(stored) for stored, _ in images.values()]),
     }
     parts = {name: [row.states[name] for row in rows] for name in rows[0].states}
-    for name, packed in (*parts.items(), *([(_IMAGES, list(images.values()))] if images else [])):
+    if images:
+        parts[_IMAGES] = list(images.values())
+    for name, packed in parts.items():
         tensors[name] = torch.cat([stored for stored, _ in packed])
         if packed[0][1] is not None:
             tensors[f"{name}.scale"] = torch.cat([scale for _, scale in packed if scale is not None])
@@ -276,7 +283,7 @@ def _starts(lengths: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Rows `start:stop` of a shard's tensors."""
+    """Rows `start:stop` of a shard's tensors; of a record also the number of its image, 0: none."""
 
     shard: int
     start: int
@@ -318,15 +325,6 @@ class FeatureStore:
 
     def __contains__(self, record: int) -> bool:
         return record in self._places
-
-    def length(self, record: int) -> int:
-        """Tokens of a record."""
-        place = self._places[record]
-        return place.stop - place.start
-
-    def answer(self, record: int) -> Tensor:
-        """[L] int64, reply numbers."""
-        return self._slice("answer", self._places[record]).long()
 
     def read(self, record: int) -> StoredRow:
         """One conversation.

@@ -127,6 +127,7 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     store = None
     if recipe.data.features:
         wanted, taps = origin(recipe, corpus, target), head_taps(recipe, target)
+        tracker.say(f"verifying {recipe.data.features}")
         store = open_store(Path(recipe.data.features), wanted, taps, world)
     return Session(recipe, world, stopper, tracker, state, target, corpus, regenerate.Prepared(), quarantine, store)
 
