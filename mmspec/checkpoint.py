@@ -189,13 +189,13 @@ def save_provenance(folder: Path, recipe: Recipe, target: Target, data_hash: str
         folder / "provenance.json",
         {
             "schema": SCHEMA,
-            "command": [_discreet(word) for word in argv],
+            "command": [discreet(word) for word in argv],
             "commit": git_commit(),
             "python": sys.version.split()[0],
             "libraries": {name: _version(name) for name in LIBRARIES},
             "seed": recipe.run.seed,
             "data_hash": data_hash,
-            "target": {"name": _discreet(target.name), "fingerprint": target.fingerprint, "dtype": recipe.target.dtype},
+            "target": {"name": discreet(target.name), "fingerprint": target.fingerprint, "dtype": recipe.target.dtype},
         },
     )
 
@@ -238,7 +238,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _discreet(word: str) -> str:
+def discreet(word: str) -> str:
     """A command-line word with every absolute path made relative to the project, or cut to its last part."""
     key, equals, value = word.partition("=")
     if not equals:
@@ -264,7 +264,7 @@ def _save_module(folder: Path, stem: str, state: Mapping[str, Tensor], config: A
             "kind": type(config).__module__.rsplit(".", 1)[-1],
             "config": dataclasses.asdict(config),
             "target": {
-                "name": _discreet(target.name),
+                "name": discreet(target.name),
                 "fingerprint": target.fingerprint,
                 "shape": dataclasses.asdict(target.shape),
             },

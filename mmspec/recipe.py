@@ -77,6 +77,9 @@ class Data:
     """Rows decoded together while answers are regenerated."""
     answers_dir: str | None = None
     """Where regenerated answers are kept; default `<run folder>/answers`. Share it between runs on the same data."""
+    features: str = ""
+    """A folder of scripts/extract_features.py with the target's states, which brings its answers along; empty: the
+    target computes its states anew at every step."""
     max_length: int | None = None
     """Longer conversations are quarantined; default: the target's context."""
     max_bad_share: float = 0.05

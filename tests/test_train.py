@@ -17,20 +17,18 @@ from mmspec.heads import eagle
 from mmspec.recipe import Optim, Source, load
 from mmspec.records import Quarantine
 from mmspec.types import InputError, Output
-from tests import tiny
-from tests.training import record, save_data, save_recipe
+from tests.training import ALONE, prepare, record, save_data, save_recipe, session
 from train import controller, distill, regenerate
 from train.corpus import Order, check_sources, deal, read
 from train.estimate import target_facts
 from train.fit import engine_settings, learning_rate
 from train.measure import marked
-from train.session import Session, State, begin
+from train.session import begin
 from train.stopping import Stopped, Stopper
-from train.tracking import Tracker, wandb_mode
+from train.tracking import wandb_mode
 from train.world import World
 
 ROOT = Path(__file__).parent.parent
-ALONE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -181,24 +179,6 @@ def test_a_global_batch_is_dealt_out_exactly_once(size: int, accumulate: int):
 
 
 # ---- answers ----
-
-
-def session(tmp_path: Path, records: list[Any], **changes: str) -> Session:
-    """A session on the random target, up to the answers."""
-    data = save_data(tmp_path, records)
-    path = save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs")
-    recipe = load(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    quarantine = Quarantine(recipe.folder / "quarantine.jsonl", fresh=True)
-    corpus = read(recipe.data.sources, quarantine)
-    tracker = Tracker(recipe.folder, "t", {}, active=False, record=False, resume_id=None)
-    state = State("head", 1, None, None, {})
-    target = tiny.llava(dtype="float32")
-    return Session(recipe, ALONE, Stopper(), tracker, state, target, corpus, regenerate.Prepared(), quarantine)
-
-
-def prepare(s: Session) -> regenerate.Prepared:
-    return regenerate.prepare(s.recipe, s.corpus, s.target, s.world, s.stopper, s.tracker, s.quarantine)
 
 
 def test_answers_are_the_targets_own_turn_by_turn(tmp_path: Path):

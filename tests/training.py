@@ -11,12 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from mmspec.recipe import load
+from mmspec.records import Quarantine
 from tests import tiny
+from train import regenerate
+from train.corpus import read
+from train.session import Session, State
+from train.stopping import Stopper
+from train.tracking import Tracker
+from train.world import World, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
+ALONE = World(0, 1, torch.device("cpu"), None)
 TIMEOUT_S = 600
 """Half a minute is enough on an idle machine; it may be shared."""
 
@@ -74,6 +84,25 @@ def save_recipe(path: Path, target: Path | str, data: Path | str, out: Path, **r
     return path
 
 
+def session(tmp_path: Path, records: list[Any], **changes: str) -> Session:
+    """A session of one process on the random target, up to the answers."""
+    data = save_data(tmp_path, records)
+    path = save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs")
+    recipe = load(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    quarantine = Quarantine(recipe.folder / "quarantine.jsonl", fresh=True)
+    corpus = read(recipe.data.sources, quarantine)
+    tracker = Tracker(recipe.folder, "t", {}, active=False, record=False, resume_id=None)
+    state = State("head", 1, None, None, {})
+    target = tiny.llava(dtype="float32")
+    return Session(recipe, ALONE, Stopper(), tracker, state, target, corpus, regenerate.Prepared(), quarantine)
+
+
+def prepare(s: Session) -> regenerate.Prepared:
+    """The answers of a session, made now."""
+    return regenerate.prepare(s.recipe, s.corpus, s.target, s.world, s.stopper, s.tracker, s.quarantine)
+
+
 def environment() -> dict[str, str]:
     """For subprocesses: no network, no W&B service, one thread per process."""
     return {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -81,14 +110,16 @@ def environment() -> dict[str, str]:
 
 def command(procs: int, *words: str | Path) -> list[str]:
     """distill.py as one plain process (procs 0) or through the real launcher."""
-    script = str(ROOT / "train" / "distill.py")
+    return launched(procs, ROOT / "train" / "distill.py", *words)
+
+
+def launched(procs: int, script: Path, *words: str | Path) -> list[str]:
+    """A script as one plain process (procs 0) or through the real launcher."""
     if not procs:
-        return [PYTHON, script, *map(str, words)]
+        return [PYTHON, str(script), *map(str, words)]
     launcher = str(Path(PYTHON).parent / "deepspeed")
     # Test runs at the same time must not share the launcher's default port.
-    from train.world import free_port
-
-    return [launcher, "--num_gpus", str(procs), "--master_port", str(free_port()), script, *map(str, words)]
+    return [launcher, "--num_gpus", str(procs), "--master_port", str(free_port()), str(script), *map(str, words)]
 
 
 def distill(procs: int, *words: str | Path) -> subprocess.CompletedProcess[str]:

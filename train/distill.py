@@ -14,8 +14,9 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
     # The launcher puts train/ itself first on the path, where a file could shadow a library; the root belongs there.
@@ -28,6 +29,9 @@ if __name__ == "__main__":
 from mmspec.recipe import Recipe, Source, load
 from mmspec.types import InputError
 
+if TYPE_CHECKING:
+    from train.session import Session
+
 USAGE_ERROR = 2
 PATIENCE_S = 20.0
 """How long a rank above 0 waits for rank 0 to report the error they share."""
@@ -35,6 +39,7 @@ PATIENCE_S = 20.0
 EPILOG = """\
 overrides: any recipe key, later ones win
   data.train=PATH            train on this LLaVA-style JSON (short for one entry of data.sources)
+  data.features=DIR          the target's states from scripts/extract_features.py instead of computing them
   run.name=NAME              write to runs/NAME
   run.max_steps=N            optimizer steps of the head
   run.resume=true            go on where runs/NAME stopped
@@ -61,27 +66,30 @@ def main(argv: list[str] | None = None) -> int:
         return refuse("distill", str(error), rank)
 
 
-def train(recipe: Recipe, phases: tuple[str, ...] = ("answers", "head", "rollout", "controller")) -> int:
-    """Runs the phases; returns the exit code.
+def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> int:
+    """Answers the training questions and trains on them; returns the exit code.
 
     Args:
         recipe: checked settings.
-        phases: `("answers",)` stops after the answers, which `scripts/regenerate.py` does.
+        instead: what to do with the answered questions instead of training.
 
     Raises:
         InputError: the input is wrong.
     """
     from train.corpus import check_sources
+    from train.features import read_manifest
     from train.stopping import Stopped, Stopper, default_signals
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
+    if recipe.data.features:
+        read_manifest(Path(recipe.data.features))
     default_signals()
     stopper = Stopper()
 
     from train.run import run
 
     try:
-        return run(recipe, stopper, phases)
+        return run(recipe, stopper, instead)
     except Stopped as stop:
         return stop.exit_code
 
@@ -131,8 +139,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """Ends the process of a command."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code > 128 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -141,3 +149,7 @@ if __name__ == "__main__":
         # the interpreter now and then. Everything is written and closed by now.
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -21,12 +21,16 @@ from torch import Tensor, nn
 
 from mmspec.recipe import DeepSpeedNode, Optim
 from mmspec.types import InputError, Objective
+from train.clock import StepClock
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
 from train.world import World
 
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 OWNED_OBJECTS = ("optimizer", "scheduler")
+
+RATES = {"tokens": "perf/tokens_per_s", "answer_tokens": "perf/answer_tokens_per_s"}
+"""Sums of an objective that are logged per second of a step, not per position."""
 
 
 class Trainee(nn.Module):
@@ -108,6 +112,7 @@ class Fit:
             config=settings,
             dist_init_required=False,
         )
+        self.clock = StepClock(world.device)
         self.step = 0
 
     def run(
@@ -154,11 +159,15 @@ class Fit:
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         engine.train()
+        phase = self.plan.phase
+        self.clock.enter(phase)
         total_count = self._count_ahead(micro) if len(micro) > 1 else None
         facts = torch.zeros(0, dtype=torch.float64)
         for index, make in enumerate(micro):
             self._seed(index)
-            loss, local = engine(**make())
+            batch = make()
+            self.clock.enter(phase)
+            loss, local = engine(**batch)
             if total_count is None:
                 facts = self.world.sum(local)
                 total_count = float(facts[1])
@@ -166,10 +175,12 @@ class Fit:
                 facts = local.cpu() if index == 0 else facts + local.cpu()
             # The engine averages over ranks; undone here. It is told not to average over micro-batches.
             engine.backward(loss * (self.world.size / max(total_count, 1.0)), scale_wrt_gas=False)
+            self.clock.enter("optimizer")
             engine.step()
+            self.clock.enter(phase)
         if len(micro) > 1:
             facts = self.world.sum(facts)
-        return self._metrics(facts, trainee.sum_names, names, rate)
+        return self._metrics(facts, trainee.sum_names, names, rate, self.clock.stop())
 
     def _count_ahead(self, micro: Sequence[Callable[[], Mapping[str, Any]]]) -> float:
         """Global number of valid positions of a step. It must be known before the first backward pass, so accumulated
@@ -182,17 +193,23 @@ class Fit:
         """Whatever an objective draws depends on step, micro-batch and rank only, so a resumed run draws the same."""
         torch.manual_seed(hash((self.plan.seed, self.step, micro, self.world.rank)) % 2**31)
 
-    def _metrics(self, facts: Tensor, sums: Sequence[str], names: Mapping[str, str], rate: float) -> dict[str, float]:
-        n = len(sums)
+    def _metrics(
+        self, facts: Tensor, sums: Sequence[str], names: Mapping[str, str], rate: float, seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        n, step_s = len(sums), sum(seconds.values())
         loss, count = float(facts[0]), max(float(facts[1]), 1.0)
         metrics = {f"{_PREFIX[self.plan.phase]}/loss": loss / count, f"{_PREFIX[self.plan.phase]}/lr": rate}
         for index, name in enumerate(sums):
+            if name in RATES:
+                metrics[RATES[name]] = float(facts[2 + index]) / step_s
+                continue
             many = float(facts[2 + n + index])
             key = names.get(name) or (
                 f"accept/{name}" if name.startswith("pos_") else f"{_PREFIX[self.plan.phase]}/{name}"
             )
             if many > 0 and key not in metrics:
                 metrics[key] = float(facts[2 + index]) / many
+        metrics |= {f"time/{phase}_s": round(spent, 6) for phase, spent in seconds.items()}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             metrics[f"{_PREFIX[self.plan.phase]}/grad_norm"] = float(norm)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmspec import checkpoint
 from mmspec.recipe import Source
-from mmspec.types import Features, InputError, Objective, Prompt, Target
-from train.corpus import Order, deal, locate
+from mmspec.types import Features, InputError, Objective, Target
+from train.corpus import locate
 from train.fit import Fit, Plan, Trainee
 from train.measure import held_out, measure
-from train.regenerate import answer_counts, encode, length_limit
+from train.regenerate import answer_counts
 from train.session import Session
+from train.sources import Loader, open_source
 from train.stopping import Stopped
 
 METRICS = {"tau_sim": "accept/tau_sim", "top1": "accept/top1"}
 """Names that the objective's sums are logged under; `pos_<k>` become `accept/pos_<k>`."""
-
-Encoded = list[list[tuple[Prompt, Tensor]]]
 
 
 def train_head(session: Session) -> nn.Module:
@@ -74,7 +72,7 @@ def train_head(session: Session) -> nn.Module:
             checkpoint.save_tree(session.folder, checkpoint.DraftTree(policy.depth, policy.width, policy.budget))
         session.world.barrier()
 
-    with _Loader(session, head.taps) as loader:
+    with Loader(session, open_source(session, head.taps), fit.clock) as loader:  # type: ignore[arg-type]
         try:
             fit.run(loader.micro_batches, METRICS, evaluate, lambda metrics: _shown(metrics, session))
             fit.save()
@@ -93,66 +91,13 @@ def load_head(session: Session) -> nn.Module:
     return head.to(target.device).eval().requires_grad_(False)
 
 
-class _Loader:
-    """Encodes this rank's conversations one step ahead, in a thread.
-
-    Args:
-        taps: hidden states of the target that the head wants.
-    """
-
-    def __init__(self, session: Session, taps: Sequence[int]) -> None:
-        self.session, self.taps = session, taps
-        self.usable = sorted(session.prepared.dialogues)
-        if not self.usable:
-            raise InputError("no record is left to train on after quarantine")
-        corpus = session.corpus
-        self.order = Order([corpus.weights[index] for index in self.usable], session.recipe.run.seed)
-        self.lengths = [session.prepared.dialogues[index].length for index in self.usable]
-        self.limit = length_limit(session.recipe.data, session.target)
-        self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future[Encoded]] | None = None
-
-    def __enter__(self) -> _Loader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def micro_batches(self, step: int) -> Sequence[Callable[[], Mapping[str, Any]]]:
-        """This rank's micro-batches of a step; the target's states are computed when one is asked for."""
-        if self._next is not None and self._next[0] == step:
-            encoded = self._next[1].result()
-        else:
-            encoded = self._encode(step)
-        if step + 1 < self.session.recipe.run.max_steps:
-            self._next = (step + 1, self._pool.submit(self._encode, step + 1))
-        return [lambda micro=micro: self._features(micro) for micro in encoded]  # type: ignore[misc]
-
-    def settle(self) -> None:
-        """Waits for the thread."""
-        if self._next is not None:
-            self._next[1].result()
-
-    def _encode(self, step: int) -> Encoded:
-        world, optim = self.session.world, self.session.recipe.optim
-        batch = self.order.batch(step, world.size * optim.micro_batch * optim.accumulate)
-        mine = deal(batch, self.lengths, world.rank, world.size, optim.accumulate)
-        return [[self._one(self.usable[position]) for position in micro] for micro in mine]
-
-    def _one(self, index: int) -> tuple[Prompt, Tensor]:
-        session = self.session
-        return encode(session.corpus.samples[index], session.prepared.dialogues[index], session.target, self.limit)
-
-    def _features(self, micro: Sequence[tuple[Prompt, Tensor]]) -> dict[str, Any]:
-        prompts, answers = [prompt for prompt, _ in micro], [answer for _, answer in micro]
-        features = self.session.target.teacher(prompts, answers, self.taps)
-        return {item.name: getattr(features, item.name) for item in fields(features)}
-
-
 def _objective(target: Target) -> Callable[[nn.Module, Mapping[str, Any]], Objective]:
     def objective(head: nn.Module, batch: Mapping[str, Any]) -> Objective:
-        out: Objective = head.forward(Features(**batch), target.unembed)
-        return out
+        features = Features(**batch)
+        out: Objective = head.forward(features, target.unembed)
+        # What a step has gone through, for its rates.
+        tokens = {"tokens": features.valid.sum().float(), "answer_tokens": (features.answer > 0).sum().float()}
+        return replace(out, sums={**out.sums, **tokens}, counts={**out.counts, **tokens})
 
     return objective
 

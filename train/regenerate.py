@@ -104,12 +104,24 @@ def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: Wor
     return world.sum(counts)
 
 
-def answers_folder(recipe: Recipe, corpus: Corpus, target: Target) -> Path:
-    """Where the shards for exactly this data, target and these settings are."""
+def answers_key(recipe: Recipe, corpus: Corpus, target: Target) -> str:
+    """Names exactly this data, target and these settings."""
     data = recipe.data
     settings = [VERSION, corpus.digest, target.fingerprint, recipe.target.dtype, data.answers, data.max_new_tokens]
-    key = hashlib.sha256(json.dumps([*settings, length_limit(data, target)]).encode()).hexdigest()[:12]
-    return (Path(data.answers_dir) if data.answers_dir else recipe.folder / "answers") / key
+    return hashlib.sha256(json.dumps([*settings, length_limit(data, target)]).encode()).hexdigest()[:12]
+
+
+def answers_folder(recipe: Recipe, corpus: Corpus, target: Target) -> Path:
+    """Where the shards of answers are; stored features bring theirs along."""
+    data = recipe.data
+    parent = Path(data.answers_dir) if data.answers_dir else recipe.folder / "answers"
+    return (Path(data.features) / "answers" if data.features else parent) / answers_key(recipe, corpus, target)
+
+
+def answers_digest(prepared: Prepared) -> str:
+    """Hash of all conversations' answers and lengths."""
+    entries = [(k, d.answers, d.finished, d.length) for k, d in sorted(prepared.dialogues.items())]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
 
 def prepare(

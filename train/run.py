@@ -7,7 +7,8 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
@@ -20,6 +21,8 @@ from mmspec.types import InputError
 from train import regenerate
 from train.controller import rollout, train_controller
 from train.corpus import Corpus, read
+from train.extract import head_taps, origin
+from train.features import open_store
 from train.head import load_head, train_head
 from train.session import Session, State, begin, finished
 from train.stopping import Stopped, Stopper
@@ -27,8 +30,11 @@ from train.tracking import Tracker
 from train.world import World, environment, join
 
 
-def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
+def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | None = None) -> int:
     """Runs the phases on this rank; returns the exit code.
+
+    Args:
+        instead: what to do once every question has its answer, instead of training; it needs no run folder of its own.
 
     Raises:
         InputError: the input is wrong.
@@ -37,7 +43,8 @@ def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed's ZeRO calls collectives by the names that torch is about to rename; nobody here can change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if finished(recipe) and "head" in phases:
+    training = instead is None
+    if training and finished(recipe):
         if environment()[0] == 0:
             print(f"{recipe.folder} is finished; to train on, start a new run with head.init_from={recipe.folder}")
         return 0
@@ -45,12 +52,16 @@ def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
     stopper.listen(world)
     tracker: Tracker | None = None
     try:
-        session = _open(recipe, world, stopper, training="head" in phases)
+        session = _open(recipe, world, stopper, training)
         tracker = session.tracker
         # Until here there was nothing to save, and a signal ended the process at once.
         stopper.install()
         try:
-            _phases(session, phases)
+            _answer(session)
+            if instead is None:
+                _train(session)
+            else:
+                instead(session)
         except RuntimeError as error:
             # A peer that ended on the same request breaks a collective of those who had not got to their next check.
             if stopper.asked():
@@ -58,10 +69,8 @@ def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
             raise
     except Stopped as stop:
         if world.first:
-            print(
-                f"stopped by {stop}; {recipe.folder} is saved: the same command with run.resume=true goes on",
-                flush=True,
-            )
+            how = " with run.resume=true" if training else ""
+            print(f"stopped by {stop}; {recipe.folder} is saved: the same command{how} goes on", flush=True)
         raise
     finally:
         if tracker is not None:
@@ -70,14 +79,16 @@ def run(recipe: Recipe, stopper: Stopper, phases: Sequence[str]) -> int:
     return 0
 
 
-def _phases(session: Session, phases: Sequence[str]) -> None:
-    recipe, tracker = session.recipe, session.tracker
+def _answer(session: Session) -> None:
+    tracker = session.tracker
     session.prepared = regenerate.prepare(
-        recipe, session.corpus, session.target, session.world, session.stopper, tracker, session.quarantine
+        session.recipe, session.corpus, session.target, session.world, session.stopper, tracker, session.quarantine
     )
     tracker.say(_data_summary(session))
-    if "head" not in phases:
-        return
+
+
+def _train(session: Session) -> None:
+    recipe, tracker = session.recipe, session.tracker
     head = train_head(session) if session.state.phase == "head" else load_head(session)
     if recipe.policy.kind == "learned":
         if session.state.phase == "head":
@@ -112,7 +123,13 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     if active and training:
         state.save(recipe.folder)
         checkpoint.save_provenance(recipe.folder, recipe, target, corpus.digest, sys.argv)
-    return Session(recipe, world, stopper, tracker, state, target, corpus, regenerate.Prepared(), quarantine)
+    # Before any question is answered: those of a store made from something else would be answered for nothing.
+    store = None
+    if recipe.data.features:
+        wanted, taps = origin(recipe, corpus, target), head_taps(recipe, target)
+        tracker.say(f"verifying {recipe.data.features}")
+        store = open_store(Path(recipe.data.features), wanted, taps, world)
+    return Session(recipe, world, stopper, tracker, state, target, corpus, regenerate.Prepared(), quarantine, store)
 
 
 def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:

@@ -18,6 +18,7 @@ from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
 from mmspec.types import InputError, Target
 from train.corpus import Corpus
+from train.features import FeatureStore
 from train.regenerate import Prepared
 from train.stopping import Stopper
 from train.tracking import Tracker
@@ -72,6 +73,8 @@ class Session:
     corpus: Corpus
     prepared: Prepared
     quarantine: Quarantine
+    features: FeatureStore | None = None
+    """The target's states, where the recipe says that they are stored."""
 
     @property
     def folder(self) -> Path:

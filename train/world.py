@@ -64,6 +64,14 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object, by rank, on every rank. Every rank must call."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def lead(self, work: Callable[[], T]) -> T:
         """Rank 0 does the work and every rank gets its result. Every rank must call.
 

@@ -276,17 +276,19 @@ class HFTarget:
         self, ids: Tensor, visual: Tensor, pixels: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Tensor, dict[str, Any]]:
         """Input embeddings [B, T, D] with image features at the placeholders, and the family's `deep_inputs`."""
-        # The placeholder's own id may lie beyond a smaller embedding table; what stands there is overwritten anyway.
-        embeds = self.embed(ids.masked_fill(visual, 0))
         features = [self.image_features(p) for p in pixels if p]
         if not features:
-            return embeds, {}
-        stacked = torch.cat(features).to(embeds.dtype)
+            return self.place(ids, visual), {}
+        stacked, D = torch.cat(features), self.shape.hidden_size
         if stacked.shape[0] != int(visual.sum()):
             raise ValueError(f"{int(visual.sum())} image placeholders but {stacked.shape[0]} image features")
-        D = embeds.shape[-1]
-        merged = embeds.masked_scatter(visual.unsqueeze(-1), stacked[:, :D])
-        return merged, self.deep_inputs(visual, stacked[:, D:])
+        return self.place(ids, visual, stacked[:, :D]), self.deep_inputs(visual, stacked[:, D:].to(self.dtype))
+
+    def place(self, ids: Tensor, visual: Tensor, features: Tensor | None = None) -> Tensor:
+        """Input embeddings [B, T, D], with image features [n_visual, D] at the placeholders."""
+        # The placeholder's own id may lie beyond a smaller embedding table; what stands there is overwritten anyway.
+        embeds = self.embed(ids.masked_fill(visual, 0))
+        return embeds if features is None else embeds.masked_scatter(visual.unsqueeze(-1), features.to(embeds.dtype))
 
     # ---- training ----
 

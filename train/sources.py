@@ -1,0 +1,258 @@
+"""Where a head's training data come from: the target itself, or a folder with its states. Both give the same Features.
+
+Invariant: what a thread can do ahead is done ahead. `FeatureSource.batch` (reading, decoding images, tokenizing) and
+`FeatureBatch.load` (states from disk, on their way to the device) run in the loader's one thread; only
+`FeatureBatch.features`, which needs the device's own work, runs in the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mmspec.records import RecordError
+from mmspec.types import Features, InputError, Prompt, Target
+from train.clock import StepClock
+from train.corpus import Order, deal
+from train.features import FeatureStore, StoredRow, state_names, unpack
+from train.regenerate import answers_digest, encode, length_limit
+from train.session import Session
+
+
+class FeatureBatch(Protocol):
+    """One micro-batch of a source."""
+
+    def load(self) -> None:
+        """Fetches what is large."""
+
+    def features(self) -> Features:
+        """The batch on the target's device; what was loaded is given up."""
+
+
+class FeatureSource(Protocol):
+    """Gives Features for records."""
+
+    def batch(self, records: Sequence[int]) -> FeatureBatch:
+        """A micro-batch of these samples of the corpus, rows in their order.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+
+
+def open_source(session: Session, taps: Sequence[int]) -> FeatureSource:
+    """The source that a session's recipe names.
+
+    Args:
+        taps: hidden states of the target that the head reads, beside the last.
+    """
+    return Live(session, taps) if session.features is None else Stored(session, session.features)
+
+
+# ---- online ----
+
+
+class Live:
+    """The frozen target computes its states when they are needed."""
+
+    def __init__(self, session: Session, taps: Sequence[int]) -> None:
+        self.session, self.taps = session, tuple(taps)
+        self._limit = length_limit(session.recipe.data, session.target)
+
+    def batch(self, records: Sequence[int]) -> LiveBatch:
+        return LiveBatch(self.session.target, self.taps, [self._encode(record) for record in records])
+
+    def _encode(self, record: int) -> tuple[Prompt, Tensor]:
+        session = self.session
+        sample = session.corpus.samples[record]
+        try:
+            return encode(sample, session.prepared.dialogues[record], session.target, self._limit)
+        except (RecordError, ValueError) as error:
+            raise InputError(
+                f"record {sample.id} ({sample.file}:{sample.line}) could be read when it was answered: {error}"
+            ) from error
+
+
+class LiveBatch:
+    """Encoded conversations."""
+
+    def __init__(self, target: Target, taps: Sequence[int], rows: Sequence[tuple[Prompt, Tensor]]) -> None:
+        self._target, self._taps, self._rows = target, taps, rows
+
+    def load(self) -> None:
+        """Nothing: the target's states are computed on its device, where training keeps it busy."""
+
+    def features(self) -> Features:
+        prompts, answers = [prompt for prompt, _ in self._rows], [answer for _, answer in self._rows]
+        return self._target.teacher(prompts, answers, self._taps)
+
+
+# ---- stored ----
+
+
+class Stored:
+    """States from a FeatureStore; of the target only the embedding (here) and unembedding (in the loss) are used.
+
+    Raises:
+        InputError: the store's conversations are not the session's.
+    """
+
+    def __init__(self, session: Session, store: FeatureStore) -> None:
+        self.target, self.store = session.target, store
+        dialogues = session.prepared.dialogues
+        found, wanted = store.manifest.answers, answers_digest(session.prepared)
+        if found != wanted or any(record not in store for record in dialogues):
+            raise InputError(f"features {store.folder} were made of the answers {found}, but the recipe's are {wanted}")
+        # Copies run beside the training step, not behind it.
+        self._stream = torch.cuda.Stream(self.target.device) if self.target.device.type == "cuda" else None
+
+    def batch(self, records: Sequence[int]) -> StoredBatch:
+        return StoredBatch(self.target, self.store, records, self._stream)
+
+
+class StoredBatch:
+    """Rows of a store; padding is zero."""
+
+    def __init__(self, target: Target, store: FeatureStore, records: Sequence[int], stream: Any) -> None:
+        self._target, self._store, self._records, self._stream = target, store, records, stream
+        self._tensors: dict[str, Tensor] = {}
+
+    def load(self) -> None:
+        """Reads and pads, and starts the copies to the device."""
+        tensors = _collate([self._store.read(record) for record in self._records])
+        if self._stream is None:
+            self._tensors = tensors
+            return
+        with torch.cuda.stream(self._stream):
+            pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            self._tensors = {name: t.to(self._target.device, non_blocking=True) for name, t in pinned.items()}
+
+    @torch.no_grad()
+    def features(self) -> Features:
+        if not self._tensors:
+            self.load()
+        tensors, self._tensors = self._tensors, {}
+        if self._stream is not None:
+            now = torch.cuda.current_stream(self._target.device)
+            now.wait_stream(self._stream)
+            for tensor in tensors.values():
+                tensor.record_stream(now)
+        ids, answer, valid, visual = (tensors[name] for name in ("ids", "answer", "valid", "visual"))
+        images = self._states(tensors, "images") if "images" in tensors else None
+        embeds = self._target.place(ids, visual, images)
+        last, *tapped = (self._states(tensors, name) for name in state_names(self._store.taps))
+        return Features(ids, valid, answer, visual, last, embeds, dict(zip(self._store.taps, tapped)))
+
+    def _states(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+        return unpack(tensors[name], tensors.get(f"{name}.scale"), self._target.dtype)
+
+
+def _collate(rows: Sequence[StoredRow]) -> dict[str, Tensor]:
+    """Rows of a batch, right-padded with zeros: [B, T] and [B, T, D], image features one after the other [n, D]."""
+    tensors = {
+        "ids": pad_sequence([row.ids for row in rows], batch_first=True),
+        "answer": pad_sequence([row.answer for row in rows], batch_first=True),
+        "visual": pad_sequence([row.visual for row in rows], batch_first=True),
+        "valid": pad_sequence([torch.ones_like(row.visual) for row in rows], batch_first=True),
+    }
+    for name in rows[0].states:
+        _fill(tensors, name, [row.states[name] for row in rows], partial(pad_sequence, batch_first=True))
+    if images := [row.image for row in rows if row.image is not None]:
+        _fill(tensors, "images", images, torch.cat)
+    return tensors
+
+
+def _fill(
+    tensors: dict[str, Tensor],
+    name: str,
+    packed: Sequence[tuple[Tensor, Tensor | None]],
+    join: Callable[[list[Tensor]], Tensor],
+) -> None:
+    stored = [states for states, _ in packed]
+    kind = stored[0].dtype
+    # Bytes are padded as bytes: not every operation knows the 8-bit float.
+    bits = torch.uint8 if kind == torch.float8_e4m3fn else kind
+    tensors[name] = join([states.view(bits) for states in stored]).view(kind)
+    if packed[0][1] is not None:
+        tensors[f"{name}.scale"] = join([scale for _, scale in packed if scale is not None])
+
+
+# ---- the order of training ----
+
+
+class Loader:
+    """This rank's micro-batches of every step, prepared in a thread: records a step ahead, states a micro-batch ahead.
+
+    Args:
+        session: with its answers.
+        source: of their features.
+        clock: told when training waits for data and when the target works.
+    """
+
+    def __init__(self, session: Session, source: FeatureSource, clock: StepClock) -> None:
+        self.session, self.source, self.clock = session, source, clock
+        self.usable = sorted(session.prepared.dialogues)
+        if not self.usable:
+            raise InputError("no record is left to train on after quarantine")
+        corpus = session.corpus
+        self.order = Order([corpus.weights[index] for index in self.usable], session.recipe.run.seed)
+        self.lengths = [session.prepared.dialogues[index].length for index in self.usable]
+        self._pool = ThreadPoolExecutor(1)
+        self._steps: dict[int, Future[list[FeatureBatch]]] = {}
+        self._loads: dict[tuple[int, int], Future[None]] = {}
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def micro_batches(self, step: int) -> Sequence[Callable[[], Mapping[str, Any]]]:
+        """This rank's micro-batches of a step; features are made when one is asked for."""
+        self.clock.enter("data")
+        batches = self._ahead(step).result()
+        self._steps = {number: future for number, future in self._steps.items() if number == step}
+        if step + 1 < self.session.recipe.run.max_steps:
+            self._ahead(step + 1)
+        return [partial(self._make, step, number, batch) for number, batch in enumerate(batches)]
+
+    def settle(self) -> None:
+        """Waits for the thread."""
+        self._pool.submit(int).result()
+
+    def _ahead(self, step: int) -> Future[list[FeatureBatch]]:
+        if step not in self._steps:
+            self._steps[step] = self._pool.submit(self._batches, step)
+        return self._steps[step]
+
+    def _batches(self, step: int) -> list[FeatureBatch]:
+        world, optim = self.session.world, self.session.recipe.optim
+        batch = self.order.batch(step, world.size * optim.micro_batch * optim.accumulate)
+        mine = deal(batch, self.lengths, world.rank, world.size, optim.accumulate)
+        return [self.source.batch([self.usable[position] for position in micro]) for micro in mine]
+
+    def _make(self, step: int, number: int, batch: FeatureBatch) -> dict[str, Any]:
+        self.clock.enter("data")
+        self._load(step, number).result()
+        del self._loads[step, number]
+        if number + 1 < self.session.recipe.optim.accumulate:
+            self._load(step, number + 1)
+        elif step + 1 in self._steps:
+            self._load(step + 1, 0)
+        self.clock.enter("target")
+        features = batch.features()
+        return {item.name: getattr(features, item.name) for item in fields(features)}
+
+    def _load(self, step: int, number: int) -> Future[None]:
+        """Lets the thread load a micro-batch; its records come first, in the same thread."""
+        if (step, number) not in self._loads:
+            batches = self._ahead(step)
+            self._loads[step, number] = self._pool.submit(lambda: batches.result()[number].load())
+        return self._loads[step, number]
