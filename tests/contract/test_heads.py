@@ -13,6 +13,7 @@ from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.types import Plan, Prompt, Request
+from tests.dense import dense_unroll
 from tests.drafters import HEADS, make_head
 from tests.tiny import image, llava, prompt
 
@@ -48,8 +49,11 @@ def test_training_states_equal_drafting_states(kind, images, batch):
     trained = make_head(kind, target)
     rows = [dialogue(target, n_turns=1 + b % 2, images=images) for b in range(batch)]
     features = taught(target, trained, rows)
+    everywhere = replace(features, answer=features.valid.long())
     with torch.no_grad():
-        outputs = trained.unroll(features, steps)
+        packed, outputs = trained.unroll(everywhere, steps)
+    places = packed.tokens[packed.drafts].tolist()
+    outputs = [dict(zip(places, states)) for states in outputs]
     drafter = trained.drafter(target, 1)
     with torch.inference_mode():
         drafter.open(batch, 64)
@@ -65,7 +69,7 @@ def test_training_states_equal_drafting_states(kind, images, batch):
         drafter.kv.begin_tree(steps - 1)
         for step in range(steps):
             for b in range(batch):
-                expected = outputs[step][b, cut[b] - 1]
+                expected = outputs[step][b * features.valid.shape[1] + cut[b] - 1]
                 assert torch.allclose(states[b, 0], expected, atol=1e-9, rtol=0), (step, b)
             if step == steps - 1:
                 break
@@ -141,9 +145,9 @@ def test_padding_changes_nothing(kind):
 
 
 def plain_objective(trained, features, target):
-    """The loss written out: one step and position at a time, all logits, gradients by autograd alone."""
+    """The loss written out: all positions attend densely, one prediction at a time, gradients by autograd alone."""
     config, total = trained.loss, 0.0
-    for step, states in enumerate(trained.unroll(features, config.steps)):
+    for step, states in enumerate(dense_unroll(trained, features, config.steps)):
         for b, t in ((b, t) for b in range(len(states)) for t in range(states.shape[1])):
             reply = features.answer[b, t + 1 : t + 3 + step]
             if len(reply) < 2 + step or reply[0] == 0 or (reply != reply[0]).any():
