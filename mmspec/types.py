@@ -398,6 +398,7 @@ class Target(Protocol):
         answers: Sequence[Tensor],
         taps: Sequence[int] = (),
         mass_layers: Sequence[int] = (),
+        pack: int = 0,
     ) -> Features: ...
 
 

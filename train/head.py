@@ -145,7 +145,7 @@ class _Loader:
 
     def _features(self, micro: Sequence[tuple[Prompt, Tensor]]) -> dict[str, Any]:
         prompts, answers = [prompt for prompt, _ in micro], [answer for _, answer in micro]
-        features = self.session.target.teacher(prompts, answers, self.taps)
+        features = self.session.target.teacher(prompts, answers, self.taps, pack=self.session.recipe.data.pack)
         return {item.name: getattr(features, item.name) for item in fields(features)}
 
 

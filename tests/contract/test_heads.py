@@ -144,6 +144,45 @@ def test_padding_changes_nothing(kind):
     assert int(both.count) == int(alone.count + other.count)
 
 
+@pytest.mark.parametrize("width", [1, 60, 1000])
+@every_head
+def test_packing_changes_nothing(kind, width):
+    """Loss, its gradient and every count: rows shared by the target's pass and the head (fp64, 1e-9)."""
+    target = llava()
+    trained = make_head(kind, target)
+    rows = [dialogue(target, 1 + b % 3, images=b % 2) for b in range(5)]
+    prompts, answers = [p for p, _ in rows], [a for _, a in rows]
+    found = []
+    for pack in (0, width):
+        features = target.teacher(prompts, answers, trained.taps, pack=pack)
+        trained.zero_grad()
+        objective = trained(features, target.unembed)
+        objective.loss.backward()
+        found.append((objective, [p.grad.clone() for p in trained.parameters()], len(features.input_ids)))
+    (plain, expected, _), (packed, got, n_rows) = found
+    assert n_rows in {1: (5,), 60: (2, 3, 4), 1000: (1,)}[width]
+    assert packed.loss.item() == pytest.approx(plain.loss.item(), rel=1e-9)
+    assert all(torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(got, expected))
+    for name in plain.sums:
+        assert packed.sums[name].item() == pytest.approx(plain.sums[name].item(), rel=1e-9), name
+        assert packed.counts[name].item() == plain.counts[name].item(), name
+
+
+@every_head
+def test_conversations_that_share_a_row_do_not_meet_even_where_answers_touch(kind):
+    """The end of one conversation and the beginning of the next bear the same reply number."""
+    target = llava()
+    trained = make_head(kind, target)
+    features = taught(target, trained, [dialogue(target, 2)])
+    T = features.input_ids.shape[1]
+    answer = torch.ones_like(features.answer)
+    segment = torch.ones_like(answer)
+    segment[:, T // 2 :] = 2
+    shared = trained(replace(features, answer=answer, segment=segment), target.unembed)
+    assert int(shared.counts["pos_1"]) == T - 4
+    assert int(trained(replace(features, answer=answer), target.unembed).counts["pos_1"]) == T - 2
+
+
 def plain_objective(trained, features, target):
     """The loss written out: all positions attend densely, one prediction at a time, gradients by autograd alone."""
     config, total = trained.loss, 0.0
