@@ -111,6 +111,7 @@ def vocabulary_losses(
     grows = torch.is_grad_enabled()
     leaves = [predicted] if weight is None else [predicted, weight]
     gradients = [torch.zeros_like(leaf) for leaf in leaves] if grows else []
+    own = None if weight is None else weight.detach()
     total = torch.zeros((), dtype=_work(predicted[:0]).dtype, device=predicted.device)
     hits, covers = [], []
     size, P = max(config.chunk // config.steps, 1), len(aims.truth)
@@ -121,16 +122,18 @@ def vocabulary_losses(
             p, best, covered = _restricted(_work(unembed(truth)), draft_ids)
         scale = aims.weight[low:high].to(p.dtype) * covered[of]
         g = predicted[low:high].detach().requires_grad_(grows)
-        logits = unembed(g) if weight is None else F.linear(g.detach(), weight.detach())
+        with torch.set_grad_enabled(grows and own is None):
+            logits = unembed(g) if own is None else F.linear(g, own)
         found = _LogitLosses(logits.detach(), p, of, scale, config, grows)
         total = total + found.loss
         covers.append(covered[of])
         hits.append(covers[-1] & (found.best == best[of]))
-        if grows and weight is None:
+        if grows and own is None:
             gradients[0][low:high] = torch.autograd.grad(logits, g, found.gradient)[0]
-        elif grows:
-            torch.mm(found.gradient, weight.detach(), out=gradients[0][low:high])
+        elif grows and own is not None:
+            torch.mm(found.gradient, own, out=gradients[0][low:high])
             gradients[1].addmm_(found.gradient.T, g.detach())
+        del logits, found  # or the next chunk's would stand beside them
         if config.regression:
             close = config.regression * (smooth_l1(_work(g), _work(truth)[of]) * scale).sum()
             total = total + close.detach()

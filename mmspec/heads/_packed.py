@@ -83,8 +83,8 @@ def pack(features: Features) -> Packed:
     device, none = features.answer.device, torch.zeros(0, dtype=torch.long)
     drafts = [none, *(torch.arange(run.first, run.first + run.length) for run in runs)]
     left = [none, *(torch.arange(run.length, 0, -1) for run in runs)]
-    found = (torch.cat(parts).to(device) for parts in (tokens, positions, drafts, left))
-    return Packed(*found, tuple(runs))
+    found = [torch.cat(parts).to(device) for parts in (tokens, positions, drafts, left)]
+    return Packed(found[0], found[1], found[2], found[3], tuple(runs))
 
 
 class UnrolledAttention:

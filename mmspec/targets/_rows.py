@@ -32,7 +32,7 @@ def lay_out(lengths: Sequence[int], width: int) -> list[Place]:
         lengths: in tokens.
         width: tokens of a row, 0: one conversation a row. One that is longer has a row of its own.
     """
-    places, filled = [Place(row, 0, n) for row, n in enumerate(lengths)], []
+    places, filled = [Place(row, 0, n) for row, n in enumerate(lengths)], list[int]()
     if not width:
         return places
     # The longest first, each where it still fits: within a few percent of the best at these sizes.
