@@ -93,7 +93,9 @@ def vocabulary_losses(
     """Summed loss of predictions, in chunks: no [M, V] tensor outlives its chunk.
 
     The gradients are formed chunk by chunk along with the sum, as the logits of a chunk are there anyway: the backward
-    pass computes none a second time. The target's distribution is computed once for all predictions that aim at it.
+    pass computes none a second time. They are written out (`_LogitLosses`) rather than recorded: what autograd keeps of
+    a softmax would be several times the logits. The target's distribution is computed once for all predictions that
+    aim at it.
 
     Args:
         predicted: [M, D] draft states; gradient flows here.
@@ -109,7 +111,7 @@ def vocabulary_losses(
     grows = torch.is_grad_enabled()
     leaves = [predicted] if weight is None else [predicted, weight]
     gradients = [torch.zeros_like(leaf) for leaf in leaves] if grows else []
-    own = None if weight is None else weight.detach().requires_grad_(grows)
+    own = None if weight is None else weight.detach()
     total = torch.zeros((), dtype=_work(predicted[:0]).dtype, device=predicted.device)
     hits, covers = [], []
     size, P = max(config.chunk // config.steps, 1), len(aims.truth)
@@ -118,26 +120,64 @@ def vocabulary_losses(
         truth, of = aims.truth[index * size : (index + 1) * size], aims.of[low:high] - index * size
         with torch.no_grad():
             p, best, covered = _restricted(_work(unembed(truth)), draft_ids)
+        scale = aims.weight[low:high].to(p.dtype) * covered[of]
         g = predicted[low:high].detach().requires_grad_(grows)
-        logits = _work(unembed(g) if own is None else F.linear(g, own))
-        losses = config.soft_ce * soft_cross_entropy(logits, p[of]) if config.soft_ce else logits.new_zeros(len(of))
-        if config.total_variation:
-            losses = losses + config.total_variation * total_variation(logits, p[of])
-        if config.regression:
-            losses = losses + config.regression * smooth_l1(_work(g), _work(truth)[of])
-        loss = (losses * aims.weight[low:high].to(losses.dtype) * covered[of]).sum()
-        if grows:
-            parts = torch.autograd.grad(loss, [g] if own is None else [g, own])
-            gradients[0][low:high] = parts[0]
-            if own is not None:
-                gradients[1] += parts[1]
-        total = total + loss.detach()
+        with torch.set_grad_enabled(grows and own is None):
+            logits = unembed(g) if own is None else F.linear(g, own)
+        found = _LogitLosses(logits.detach(), p, of, scale, config, grows)
+        total = total + found.loss
         covers.append(covered[of])
-        hits.append(covers[-1] & (logits.argmax(-1) == best[of]))
+        hits.append(covers[-1] & (found.best == best[of]))
+        if grows and own is None:
+            gradients[0][low:high] = torch.autograd.grad(logits, g, found.gradient)[0]
+        elif grows and own is not None:
+            torch.mm(found.gradient, own, out=gradients[0][low:high])
+            gradients[1].addmm_(found.gradient.T, g.detach())
+        del logits, found  # or the next chunk's would stand beside them
+        if config.regression:
+            close = config.regression * (smooth_l1(_work(g), _work(truth)[of]) * scale).sum()
+            total = total + close.detach()
+            if grows:
+                gradients[0][low:high] += torch.autograd.grad(close, g)[0]
     none = aims.of.new_zeros(0, dtype=torch.bool)
     if grows:
         total = _Known.apply(total, gradients, *leaves)
     return total, torch.cat([none, *hits]), torch.cat([none, *covers])
+
+
+class _LogitLosses:
+    """Weighted `soft_cross_entropy` and `total_variation` of one chunk, and their gradient for the logits.
+
+    With q the draft's distribution: soft_cross_entropy has q - p, total_variation has q (s - <q, s>), s = sign(q - p).
+
+    Args:
+        logits: [C, V].
+        p: [P, V] the target's distributions; of: [C], the row that each prediction aims at; scale: [C].
+        grows: whether the gradient is wanted.
+
+    Attributes:
+        loss: the weighted sum; best: [C], argmax; gradient: [C, V] in the dtype of the logits.
+    """
+
+    def __init__(self, logits: Tensor, p: Tensor, of: Tensor, scale: Tensor, config: LossConfig, grows: bool) -> None:
+        dtype, self.best = logits.dtype, logits.argmax(-1)
+        log_q, p = _work(logits).log_softmax(-1), p[of]
+        # One contraction, without the [C, V] product in between.
+        self.loss = -config.soft_ce * torch.einsum("cv,cv,c->", p, log_q, scale)
+        q = log_q.exp_()
+        if config.total_variation:
+            apart = q - p
+            self.loss = self.loss + config.total_variation * (apart.abs().sum(-1) * scale).sum()
+        if not grows:
+            return
+        if config.total_variation:
+            side = apart.sign_()
+            side -= torch.einsum("cv,cv->c", q, side).unsqueeze(1)
+            side *= config.total_variation * q
+        self.gradient = q.sub_(p).mul_(config.soft_ce)
+        if config.total_variation:
+            self.gradient += side
+        self.gradient = self.gradient.mul_(scale.unsqueeze(1)).to(dtype)
 
 
 def _work(x: Tensor) -> Tensor:

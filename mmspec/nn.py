@@ -199,47 +199,11 @@ class DecoderBlock(nn.Module):
         q, k = rotate(self._heads(q), rope), rotate(self._heads(k), rope)
         return self._finish(residual, attention(q, k, self._heads(v)))
 
-    def reread(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """The same for x whose keys and values are stored among `keys` and `values` [B, Hkv, L, Dh] already."""
+    def reread(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same for x whose keys and values are known already; `attention` gets rotated queries alone."""
         read, residual = self._read(x)
-        q = rotate(self._heads(self.q_proj(read)), rope)
-        return self._finish(residual, attend(q, keys, values, mask))
+        return self._finish(residual, attention(rotate(self._heads(self.q_proj(read)), rope)))
 
     def _finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         x = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
         return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
-
-
-class UnrolledAttention:
-    """Training-time test: attention of the simulated draft step s (EAGLE-3, arXiv 2503.01840).
-
-    The query of index t at step s sees the true prefix (step-0 keys at indices <= t) and, of each simulated step
-    1..s, the key at its own index alone: just what drafting from the prefix t would see. Call it once a step, in order.
-
-    Scores are [T, T + s] a head; the memory-lean form belongs to the training-at-scale work.
-    """
-
-    def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        self.keys.append(k)
-        self.values.append(v)
-        if len(self.keys) == 1:
-            return attend(q, k, v, causal=True)
-        T = q.shape[2]
-        q = q * q.shape[-1] ** -0.5
-        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        prefix = (q @ self.keys[0].transpose(-1, -2)).masked_fill(hidden, float("-inf"))
-        own = torch.stack([(q * key).sum(-1) for key in self.keys[1:]], -1)
-        weights = torch.cat([prefix, own], -1).softmax(-1)
-        out = weights[..., :T] @ self.values[0]
-        for step, value in enumerate(self.values[1:]):
-            out = out + weights[..., T + step, None] * value
-        return out

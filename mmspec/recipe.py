@@ -82,6 +82,9 @@ class Data:
     target computes its states anew at every step."""
     max_length: int | None = None
     """Longer conversations are quarantined; default: the target's context."""
+    pack: int = 0
+    """Tokens of a row of the target's pass that the conversations of a micro-batch share, each as if it were alone; 0:
+    a row each, padded to the longest. What is learned is the same."""
     max_bad_share: float = 0.05
     """The run stops when more than this share of the records is quarantined."""
 
@@ -283,6 +286,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("data.answer_batch", recipe.data.answer_batch, 1),
         ("data.max_new_tokens", recipe.data.max_new_tokens, 1),
         ("data.max_length", recipe.data.max_length, 4),
+        ("data.pack", recipe.data.pack, 0),
         ("data.max_bad_share", recipe.data.max_bad_share, 0),
         ("run.max_steps", recipe.run.max_steps, 1),
         ("run.eval_every", recipe.run.eval_every, 0),

@@ -299,7 +299,7 @@ class Features:
     `input_ids[:, i + 1]`. The pair i is (f_i, embeds_{i+1}); its output predicts token i + 2.
 
     Args:
-        input_ids: [B, T] int64, right-padded.
+        input_ids: [B, T] int64, right-padded; a row holds one conversation, or several one behind the other.
         valid: [B, T] bool, False at padding.
         answer: [B, T] int64, 0 outside answers, else the 1-based number of the reply the token belongs to (its stop
             token included): two tokens are of the same reply when the numbers are equal.
@@ -308,6 +308,8 @@ class Features:
         embeds: [B, T, D] input embeddings, image features merged in.
         hidden: tapped layers {index: [B, T, D]}.
         visual_mass: [B, T, S] fp32, attention mass on image positions of the layers asked for (head mean), or None.
+        segment: [B, T] int64, where conversations share rows: the 1-based number in its row of the conversation that
+            a token belongs to, 0 at padding; None where each row is one.
     """
 
     input_ids: Tensor
@@ -318,6 +320,7 @@ class Features:
     embeds: Tensor
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     visual_mass: Tensor | None = None
+    segment: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -396,6 +399,7 @@ class Target(Protocol):
         answers: Sequence[Tensor],
         taps: Sequence[int] = (),
         mass_layers: Sequence[int] = (),
+        pack: int = 0,
     ) -> Features: ...
 
 

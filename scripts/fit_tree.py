@@ -93,13 +93,12 @@ def count_head(head: eagle.Head, target: Target, request: Request, tokens: Seque
     ids = torch.cat([prompt.input_ids, answer])
     visual = torch.cat([prompt.visual, torch.zeros(len(answer), dtype=torch.bool)])
     features = target.teacher([Prompt(ids, visual, prompt.pixels)], [(torch.arange(len(ids)) >= len(prompt)).long()])
-    # The first pair whose token is of the answer; its output predicts the token two further on.
-    first, T = len(prompt) - 1, len(ids)
-    for step, states in enumerate(head.unroll(features, len(counts.trials))):
-        truth = ids[first + 2 + step :].to(target.device)
+    # The first pair is the one whose token begins the answer; its output predicts the token two further on.
+    for step, states in enumerate(head.unroll(features, len(counts.trials))[1]):
+        truth = ids[len(prompt) + 1 + step :].to(target.device)
         if not len(truth):
             break
-        logits = target.unembed(states[0, first : T - 2 - step])
+        logits = target.unembed(states[: len(truth)])
         counts.add(step, (logits > logits.gather(1, truth.unsqueeze(1))).sum(1))
 
 

@@ -67,7 +67,8 @@ class Live:
         self._limit = length_limit(session.recipe.data, session.target)
 
     def batch(self, records: Sequence[int]) -> LiveBatch:
-        return LiveBatch(self.session.target, self.taps, [self._encode(record) for record in records])
+        rows = [self._encode(record) for record in records]
+        return LiveBatch(self.session.target, self.taps, rows, self.session.recipe.data.pack)
 
     def _encode(self, record: int) -> tuple[Prompt, Tensor]:
         session = self.session
@@ -81,17 +82,25 @@ class Live:
 
 
 class LiveBatch:
-    """Encoded conversations."""
+    """Encoded conversations.
 
-    def __init__(self, target: Target, taps: Sequence[int], rows: Sequence[tuple[Prompt, Tensor]]) -> None:
-        self._target, self._taps, self._rows = target, taps, rows
+    Args:
+        target, taps: see `Live`.
+        rows: prompt and answer marks of each.
+        pack: tokens of a row that several share in the target's pass; 0: none do.
+    """
+
+    def __init__(
+        self, target: Target, taps: Sequence[int], rows: Sequence[tuple[Prompt, Tensor]], pack: int = 0
+    ) -> None:
+        self._target, self._taps, self._rows, self._pack = target, taps, rows, pack
 
     def load(self) -> None:
         """Nothing: the target's states are computed on its device, where training keeps it busy."""
 
     def features(self) -> Features:
         prompts, answers = [prompt for prompt, _ in self._rows], [answer for _, answer in self._rows]
-        return self._target.teacher(prompts, answers, self._taps)
+        return self._target.teacher(prompts, answers, self._taps, pack=self._pack)
 
 
 # ---- stored ----

@@ -397,4 +397,4 @@ class PairDrafter:
             mask = torch.zeros((len(self.newest), 1, 1, width), dtype=self.newest.dtype, device=self.newest.device)
             mask.masked_fill_(~self.kv.visible(width)[:, None, None], float("-inf"))
         keys, values = self.kv.data[0, 0, :, :, :width], self.kv.data[0, 1, :, :, :width]
-        return self.head.block.reread(self.newest, self._rope(-1, 1), keys, values, mask)
+        return self.head.block.reread(self.newest, self._rope(-1, 1), lambda q: attend(q, keys, values, mask))

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mmspec.heads._drafter import PairHead
+from mmspec.heads._packed import Packed, UnrolledAttention, pack
 from mmspec.losses import Aims, LossConfig, vocabulary_losses
-from mmspec.nn import UnrolledAttention
 from mmspec.types import Features, Objective, Unembed
 
 
@@ -38,7 +38,7 @@ class UnrolledHead(PairHead):
         """See `vocabulary_losses`, for block outputs [M, D]."""
         return vocabulary_losses(states, aims, unembed, self.loss)
 
-    def unroll(self, features: Features, steps: int) -> list[Tensor]:
+    def unroll(self, features: Features, steps: int) -> tuple[Packed, list[Tensor]]:
         """Block outputs of each simulated draft step.
 
         Args:
@@ -46,45 +46,45 @@ class UnrolledHead(PairHead):
             steps: S.
 
         Returns:
-            S tensors [B, T - 2, D]; entry s at index t predicts token t + 2 + s, having seen s of its own predictions.
-            Indices whose inputs lie beyond the sequence hold repeats of the last one; the mask leaves them out.
+            The batch's draft positions, and S tensors [M, D]; entry s at the position t predicts token t + 2 + s,
+            having seen s of its own predictions. What lies beyond the reply (`Packed.left`) means nothing.
         """
+        packed = pack(features)
         # The parameters' dtype, not the target's: the two may differ (bf16 target, fp32 master weights).
         dtype = next(self.parameters()).dtype
-        T = features.input_ids.shape[1]
-        index = torch.arange(T - 2, device=features.input_ids.device)
-        embeds = features.embeds.to(dtype)
-        states = self.enter(self.read(features)[:, : T - 2].to(dtype))
-        attention, outputs = UnrolledAttention(), []
-        for step in range(steps):
-            rope = self.rotary.at((index + step).unsqueeze(0), T + steps, dtype)
-            shifted = embeds[:, (index + 1 + step).clamp_max(T - 1)]
-            states = self.block(self.pair(shifted, states), rope, attention)
-            outputs.append(states)
-        return outputs
+        embeds, drafts = features.embeds.flatten(0, 1), packed.drafts
+        bound = features.input_ids.shape[1] + steps
+        states = self.enter(self.read(features).flatten(0, 1)[packed.tokens].to(dtype).unsqueeze(0))
+        pairs = self.pair(embeds[packed.tokens + 1].to(dtype).unsqueeze(0), states)
+        rope = self.rotary.at(packed.positions.unsqueeze(0), bound, dtype)
+        attention = UnrolledAttention(*self.block.keys_values(pairs, rope), packed.runs)
+        at, positions = packed.tokens[drafts], packed.positions[drafts].unsqueeze(0)
+        states = self.block.reread(pairs[:, drafts], self.rotary.at(positions, bound, dtype), attention)
+        outputs = [states[0]]
+        for step in range(1, steps):
+            ahead = embeds[(at + 1 + step).clamp_max(len(embeds) - 1)].to(dtype).unsqueeze(0)
+            states = self.block(self.pair(ahead, states), self.rotary.at(positions + step, bound, dtype), attention)
+            outputs.append(states[0])
+        return packed, outputs
 
     def forward(self, features: Features, unembed: Unembed) -> Objective:
         """Objective over answer tokens.
 
-        The shift contract: at step s the input token x_{t+1+s} and the predicted token x_{t+2+s}, and all drafted ones
-        between, belong to the same reply, so t runs from the last prompt token of the turn on.
-
         Sums: `pos_k` drafts of k tokens that are right to the last one, of those right up to the one before; `tau_sim`
         mean tokens a round of chains as long as the unroll; `covered` where the head has a vocabulary of its own.
         """
-        outputs = self.unroll(features, self.loss.steps)
-        valid = _valid(features.answer, len(outputs))
-        steps, rows, columns = valid.nonzero(as_tuple=True)
-        T = features.input_ids.shape[1]
-        at = rows * T + columns + steps + 1  # of the state that a prediction estimates
+        packed, outputs = self.unroll(features, self.loss.steps)
+        valid = packed.left > torch.arange(len(outputs), device=packed.left.device).unsqueeze(1)  # [S, M]
+        steps, drafts = valid.nonzero(as_tuple=True)
+        at = packed.tokens[packed.drafts[drafts]] + steps + 1  # of the state that a prediction estimates
         order = at.argsort(stable=True)  # predictions that aim at one position together: its distribution is shared
         places, of = at[order].unique_consecutive(return_inverse=True)
-        truth = features.last_hidden.to(outputs[0].dtype).flatten(0, 1)[places]
+        truth = features.last_hidden.flatten(0, 1)[places].to(outputs[0].dtype)
         predicted = torch.cat([states[here] for states, here in zip(outputs, valid)])[order]
         weight = torch.tensor(self.loss.step_decay, dtype=torch.float64, device=at.device) ** steps[order]
         loss, hits, covers = self.score(predicted, Aims(truth, of, weight), unembed)
         hit, covered = torch.zeros_like(valid), torch.zeros_like(valid)
-        where = steps[order], rows[order], columns[order]
+        where = steps[order], drafts[order]
         hit[where], covered[where] = hits, covers
         right = hit.cumprod(0).bool()  # all drafts up to this one
         offered = valid & torch.cat([valid[:1], right[:-1]])
@@ -96,18 +96,3 @@ class UnrolledHead(PairHead):
         if self.draft_ids is not None:
             sums["covered"], counts["covered"] = count, n_valid
         return Objective(loss, count, sums, counts)
-
-
-def _valid(answer: Tensor, steps: int) -> Tensor:
-    """[S, B, T - 2] bool: which predictions count.
-
-    Args:
-        answer: [B, T] reply numbers.
-        steps: S.
-    """
-    T = answer.shape[1]
-    index = torch.arange(T - 2, device=answer.device)
-    reply = answer[:, 1 : T - 1]
-    ahead = index + 2 + torch.arange(steps, device=answer.device).unsqueeze(1)
-    same = (answer[:, ahead.clamp_max(T - 1)].transpose(0, 1) == reply) & (ahead < T).unsqueeze(1)
-    return ((reply > 0) & same).cumprod(0).bool()

@@ -17,6 +17,8 @@ from transformers.modeling_utils import AttentionInterface
 from mmspec.cache import RaggedKV
 
 ATTENTION = "mmspec"
+RECORDER, SEGMENTS = "mmspec_recorder", "mmspec_segments"
+"""What an attention module may carry during a pass: who measures it, and where the conversations of its rows stand."""
 _MASS_CHUNK = 128
 
 
@@ -52,19 +54,30 @@ def _attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature on torch's sdpa; without a mask it is causal from an empty cache."""
-    recorder: MassRecorder | None = module.__dict__.get("mmspec_recorder")
+    """transformers' attention signature on torch's sdpa; without a mask it is causal from an empty cache, within each
+    conversation where several share a row."""
+    recorder: MassRecorder | None = module.__dict__.get(RECORDER)
     if recorder is not None:
         recorder.record(int(module.layer_idx), query, key, scaling or query.shape[-1] ** -0.5)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        is_causal=attention_mask is None and query.shape[2] > 1,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and q.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    segments: Sequence[tuple[int, slice]] | None = module.__dict__.get(SEGMENTS)
+    if segments is None:
+        return attend(query, key, value).transpose(1, 2), None
+    out = torch.zeros_like(query)
+    for row, at in segments:
+        q, k, v = (x[row : row + 1, :, at] for x in (query, key, value))
+        out[row : row + 1, :, at] = attend(q, k, v)
     return out.transpose(1, 2), None
 
 

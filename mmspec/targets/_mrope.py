@@ -7,7 +7,7 @@ delta that the model keeps as an attribute belongs to whoever ran last and is ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,13 +40,6 @@ class MRopeTarget(HFTarget):
 
     def position_ids(self, positions: Tensor) -> Tensor:
         return positions.expand(3, -1, -1)
-
-    def batch_positions(self, prompts: Sequence[Prompt], T: int) -> Tensor:
-        """[3, B, T]; padding stands at 0, where no token before it looks."""
-        positions = torch.zeros((3, len(prompts), T), dtype=torch.long, device=self.device)
-        for row, prompt in enumerate(prompts):
-            positions[:, row, : len(prompt)] = self.prompt_positions(prompt)[0][:, 0]
-        return positions
 
     def _look(self, pixels: Mapping[str, Tensor]) -> Any:
         """The vision tower's output; features per image, those of merged patches."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from transformers import AutoProcessor, GenerationConfig
 from transformers.cache_utils import Cache
 
 from mmspec.cache import RaggedKV
-from mmspec.targets._adapters import MassRecorder, RaggedLayer
+from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, RaggedLayer
+from mmspec.targets._rows import Place, fill, lay_out
 from mmspec.targets._static import StaticPasses, padded_slots
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
 
@@ -299,32 +301,37 @@ class HFTarget:
         answers: Sequence[Tensor],
         taps: Sequence[int] = (),
         mass_layers: Sequence[int] = (),
+        pack: int = 0,
     ) -> Features:
         """Teacher-forced states of finished conversations, right-padded: causal attention needs no padding mask then.
 
         Args:
             prompts, answers: as `encode_dialogue` gives them.
             taps: indices into hidden_states to return as well.
-            mass_layers: decoder layers (0-based) whose visual attention mass is wanted.
+            mass_layers: decoder layers (0-based) whose visual attention mass is wanted; not of packed rows.
+            pack: tokens of a row that several conversations share, each as if it were alone; 0: one a row.
         """
-        T = max(len(p) for p in prompts)
-        ids, answer = (torch.zeros((len(prompts), T), dtype=torch.long) for _ in range(2))
-        valid, visual = (torch.zeros((len(prompts), T), dtype=torch.bool) for _ in range(2))
-        for row, (prompt, marks) in enumerate(zip(prompts, answers)):
-            n = len(prompt)
-            ids[row, :n], answer[row, :n] = prompt.input_ids, marks
-            valid[row, :n], visual[row, :n] = True, prompt.visual
-        ids, answer, valid, visual = (x.to(self.device) for x in (ids, answer, valid, visual))
-        embeds, deep = self.merge(ids, visual, [p.pixels for p in prompts])
-        recorder = MassRecorder(mass_layers, visual) if mass_layers else None
-        with self._tapped(taps) as hidden, self._recording(recorder):
-            last = self._text(embeds, self.batch_positions(prompts, T), None, None, **deep)
+        if pack and mass_layers:
+            raise ValueError(f"visual attention mass is measured in rows of one conversation, not with pack={pack}")
+        places = lay_out([len(prompt) for prompt in prompts], pack)
+        rows = fill(prompts, answers, places, self.device)
+        # Image features are merged row by row.
+        in_rows = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: (places[i].row, places[i].start))]
+        embeds, deep = self.merge(rows.input_ids, rows.visual, [prompt.pixels for prompt in in_rows])
+        recorder = MassRecorder(mass_layers, rows.visual) if mass_layers else None
+        noted = {RECORDER: recorder} if recorder else {SEGMENTS: [place.at for place in places]} if pack else {}
+        with self._tapped(taps) as hidden, self._noted(noted):
+            last = self._text(embeds, self._positions(prompts, places, rows.segment), None, None, **deep)
         mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
-        return Features(ids, valid, answer, visual, last, embeds, hidden, mass)
+        shared = rows.segment if pack else None
+        return Features(rows.input_ids, rows.segment > 0, rows.answer, rows.visual, last, embeds, hidden, mass, shared)
 
-    def batch_positions(self, prompts: Sequence[Prompt], T: int) -> Tensor:
-        """Position ids of a right-padded batch."""
-        return torch.arange(T, device=self.device).expand(len(prompts), T)
+    def _positions(self, prompts: Sequence[Prompt], places: Sequence[Place], segment: Tensor) -> Tensor:
+        """Position ids of a batch; padding stands at 0, where no token before it looks."""
+        positions = self.position_ids(torch.zeros_like(segment)).clone()
+        for prompt, place in zip(prompts, places):
+            positions[(..., *place.at)] = self.prompt_positions(prompt)[0][..., 0, :]
+        return positions
 
     @contextlib.contextmanager
     def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -351,15 +358,16 @@ class HFTarget:
         return self.text_model.norm if tap == len(layers) else layers[tap]
 
     @contextlib.contextmanager
-    def _recording(self, recorder: MassRecorder | None) -> Iterator[None]:
-        modules = [layer.self_attn for layer in self.text_model.layers] if recorder else []
+    def _noted(self, notes: Mapping[str, Any]) -> Iterator[None]:
+        """What our attention is to know during one pass besides its arguments."""
+        modules = [layer.self_attn for layer in self.text_model.layers]
         for module in modules:
-            module.__dict__["mmspec_recorder"] = recorder
+            module.__dict__.update(notes)
         try:
             yield
         finally:
-            for module in modules:
-                del module.__dict__["mmspec_recorder"]
+            for module, name in itertools.product(modules, notes):
+                del module.__dict__[name]
 
     def _fingerprint(self, vocabulary: bytes) -> str:
         """Identifies the weights a head was trained on: shape, vocabulary, and samples of three tensors in bf16.

@@ -241,6 +241,33 @@ def test_teacher_states_are_those_of_single_prefills(family, shape):
 
 
 @every_case
+def test_packed_rows_give_each_conversation_the_states_it_has_alone(family, shape):
+    target = build(family, **SHAPES[shape])
+    prompts, answers = zip(*[dialogue(target, seed, layout) for seed, layout in enumerate(LAYOUTS)])
+    width = len(prompts[0]) + len(prompts[1])
+    plain = target.teacher(prompts, answers, taps=(0, 2))
+    packed = target.teacher(prompts, answers, taps=(0, 2), pack=width)
+    assert len(packed.segment) < len(prompts)
+    assert packed.segment.max() > 1
+    assert not (packed.answer[~packed.valid]).any()
+    found = {}
+    for row, marks in enumerate(packed.segment):
+        for number in range(1, int(marks.max()) + 1):
+            here = marks == number
+            found[tuple(packed.input_ids[row, here].tolist())] = row, here
+    for b, (one, marks) in enumerate(zip(prompts, answers)):
+        n, at = len(one), found[tuple(one.input_ids.tolist())]
+        assert torch.equal(packed.answer[at], marks)
+        assert torch.equal(packed.visual[at], one.visual)
+        assert torch.equal(packed.embeds[at], plain.embeds[b, :n])
+        assert (packed.last_hidden[at] - plain.last_hidden[b, :n]).abs().max() < 1e-9
+        for tap in (0, 2):
+            assert (packed.hidden[tap][at] - plain.hidden[tap][b, :n]).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="pack=8"):
+        target.teacher(prompts, answers, mass_layers=(0,), pack=8)
+
+
+@every_case
 def test_visual_mass_is_that_of_eager_attention(family, shape):
     """Grouped heads and right padding included; eager weights come from the model's own forward."""
     target = build(family, **SHAPES[shape])

@@ -13,6 +13,7 @@ from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.types import Plan, Prompt, Request
+from tests.dense import dense_unroll
 from tests.drafters import HEADS, make_head
 from tests.tiny import image, llava, prompt
 
@@ -48,8 +49,11 @@ def test_training_states_equal_drafting_states(kind, images, batch):
     trained = make_head(kind, target)
     rows = [dialogue(target, n_turns=1 + b % 2, images=images) for b in range(batch)]
     features = taught(target, trained, rows)
+    everywhere = replace(features, answer=features.valid.long())
     with torch.no_grad():
-        outputs = trained.unroll(features, steps)
+        packed, outputs = trained.unroll(everywhere, steps)
+    places = packed.tokens[packed.drafts].tolist()
+    outputs = [dict(zip(places, states)) for states in outputs]
     drafter = trained.drafter(target, 1)
     with torch.inference_mode():
         drafter.open(batch, 64)
@@ -65,7 +69,7 @@ def test_training_states_equal_drafting_states(kind, images, batch):
         drafter.kv.begin_tree(steps - 1)
         for step in range(steps):
             for b in range(batch):
-                expected = outputs[step][b, cut[b] - 1]
+                expected = outputs[step][b * features.valid.shape[1] + cut[b] - 1]
                 assert torch.allclose(states[b, 0], expected, atol=1e-9, rtol=0), (step, b)
             if step == steps - 1:
                 break
@@ -140,10 +144,49 @@ def test_padding_changes_nothing(kind):
     assert int(both.count) == int(alone.count + other.count)
 
 
+@pytest.mark.parametrize("width", [1, 60, 1000])
+@every_head
+def test_packing_changes_nothing(kind, width):
+    """Loss, its gradient and every count: rows shared by the target's pass and the head (fp64, 1e-9)."""
+    target = llava()
+    trained = make_head(kind, target)
+    rows = [dialogue(target, 1 + b % 3, images=b % 2) for b in range(5)]
+    prompts, answers = [p for p, _ in rows], [a for _, a in rows]
+    found = []
+    for pack in (0, width):
+        features = target.teacher(prompts, answers, trained.taps, pack=pack)
+        trained.zero_grad()
+        objective = trained(features, target.unembed)
+        objective.loss.backward()
+        found.append((objective, [p.grad.clone() for p in trained.parameters()], len(features.input_ids)))
+    (plain, expected, _), (packed, got, n_rows) = found
+    assert n_rows in {1: (5,), 60: (2, 3, 4), 1000: (1,)}[width]
+    assert packed.loss.item() == pytest.approx(plain.loss.item(), rel=1e-9)
+    assert all(torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(got, expected))
+    for name in plain.sums:
+        assert packed.sums[name].item() == pytest.approx(plain.sums[name].item(), rel=1e-9), name
+        assert packed.counts[name].item() == plain.counts[name].item(), name
+
+
+@every_head
+def test_conversations_that_share_a_row_do_not_meet_even_where_answers_touch(kind):
+    """The end of one conversation and the beginning of the next bear the same reply number."""
+    target = llava()
+    trained = make_head(kind, target)
+    features = taught(target, trained, [dialogue(target, 2)])
+    T = features.input_ids.shape[1]
+    answer = torch.ones_like(features.answer)
+    segment = torch.ones_like(answer)
+    segment[:, T // 2 :] = 2
+    shared = trained(replace(features, answer=answer, segment=segment), target.unembed)
+    assert int(shared.counts["pos_1"]) == T - 4
+    assert int(trained(replace(features, answer=answer), target.unembed).counts["pos_1"]) == T - 2
+
+
 def plain_objective(trained, features, target):
-    """The loss written out: one step and position at a time, all logits, gradients by autograd alone."""
+    """The loss written out: all positions attend densely, one prediction at a time, gradients by autograd alone."""
     config, total = trained.loss, 0.0
-    for step, states in enumerate(trained.unroll(features, config.steps)):
+    for step, states in enumerate(dense_unroll(trained, features, config.steps)):
         for b, t in ((b, t) for b in range(len(states)) for t in range(states.shape[1])):
             reply = features.answer[b, t + 1 : t + 3 + step]
             if len(reply) < 2 + step or reply[0] == 0 or (reply != reply[0]).any():
