@@ -170,13 +170,13 @@ class _LogitLosses:
             self.loss = self.loss + config.total_variation * (apart.abs().sum(-1) * scale).sum()
         if not grows:
             return
+        self.gradient = q - p if config.total_variation else q.sub_(p)
         if config.total_variation:
             side = apart.sign_()
             side -= torch.einsum("cv,cv->c", q, side).unsqueeze(1)
-            side *= config.total_variation * q
-        self.gradient = q.sub_(p).mul_(config.soft_ce)
-        if config.total_variation:
-            self.gradient += side
+            self.gradient.mul_(config.soft_ce).add_(side.mul_(q), alpha=config.total_variation)
+        else:
+            scale = scale * config.soft_ce
         self.gradient = self.gradient.mul_(scale.unsqueeze(1)).to(dtype)
 
 

@@ -105,6 +105,15 @@ def test_every_split_gives_one_curve(base: Path, reference: Path, procs: int, mi
     assert checkpoint.load(base / "out" / name).head() is not None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("procs", "micro", "pack"), [(0, 4, 1), (0, 4, 90), (2, 2, 1000)])
+def test_packed_rows_give_the_curve_of_unpacked_ones(base: Path, reference: Path, procs: int, micro: int, pack: int):
+    name = f"p{procs}m{micro}pack{pack}"
+    done = distill(procs, *words(base, name, f"optim.micro_batch={micro}", f"data.pack={pack}"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_curve(reference, base / "out" / name)
+
+
 EAGLE3 = ("head.kind=eagle3", "head.draft_vocab_size=40", "loss.steps=4", "loss.chunk=8")
 """A vocabulary of its own, and more than one chunk of logits a step."""
 
