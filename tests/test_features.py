@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmspec.targets import load_target
 from mmspec.types import Features, InputError
 from tests import tiny
 from tests.training import (
@@ -558,4 +559,4 @@ def test_wrong_options_of_the_command_are_one_line(base: Path):
 
 
 def test_the_random_target_is_the_one_of_the_fixtures(base: Path):
-    assert read_manifest(base / "one").origin.fingerprint == tiny.llava(dtype="float32").fingerprint
+    assert load_target(str(base / "target")).fingerprint == tiny.llava(dtype="float32").fingerprint
