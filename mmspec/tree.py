@@ -148,8 +148,9 @@ def by_row(first: Tensor, ours: Tree, theirs: Tree) -> Tree:
 def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequence[int], max_depth: int) -> Tree:
     """The root, and of the other nodes of a pool those with the best cumulative score, `budget[b]` of them in row `b`.
 
-    A child never scores above its parent and is created after it, so a stable sort keeps the choice ancestor-closed
-    even where scores tie (a child with log q = 0).
+    A child never scores above its parent and is created after it, so a stable sort puts it behind its parent even where
+    scores tie (a child with log q = 0): the best n are ancestor-closed and in topological order. The best first also
+    means that an accepted path is often the first nodes in a row, which a commit need not move.
 
     Args:
         tokens: [B, C] int64, candidate nodes in order of creation, the root first.
@@ -160,16 +161,11 @@ def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequen
 
     Source: EAGLE-2 (arXiv 2406.16858), re-ranking.
     """
-    C = tokens.shape[1]
-    n = min(max(budget) + 1, C)
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
-    if min(budget) + 1 >= n:
-        order = order.sort(dim=1).values  # creation order again
-        # `order` is where tree nodes stand in the pool; a parent is found in it by bisection, and -1 stays -1.
-        places = torch.searchsorted(order, parents.gather(1, order), right=True) - 1
-        return from_parents(tokens.gather(1, order), places, max(max_depth, 1))
-    limits = torch.tensor(budget, device=tokens.device).unsqueeze(1)
-    order = order.masked_fill(torch.arange(n, device=tokens.device) > limits, C).sort(dim=1).values  # padding last
-    picked = order.clamp_max(C - 1)
-    places = torch.searchsorted(order, parents.gather(1, picked), right=True) - 1
-    return from_parents(tokens.gather(1, picked), places.masked_fill(order == C, -1), max(max_depth, 1))
+    n = min(max(budget) + 1, tokens.shape[1])
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    kept, places = order[:, :n], order.argsort(dim=1)
+    parents = torch.cat([parents[:, :1], places.gather(1, parents.gather(1, kept[:, 1:]))], 1)
+    if min(budget) + 1 < n:
+        ranks, _ = _nodes(n, tokens.device)
+        parents = parents.masked_fill(ranks > torch.tensor(budget, device=tokens.device).unsqueeze(1), -1)
+    return from_parents(tokens.gather(1, kept), parents, max(max_depth, 1))

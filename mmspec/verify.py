@@ -36,13 +36,14 @@ class MatchVerifier:
         if N == 1:
             zeros = torch.zeros((B, 1), dtype=torch.long, device=chosen.device)
             return Accepted(zeros, zeros[:, 0] + 1, chosen)
-        matches = (trees.tokens == chosen.gather(1, trees.parents.clamp_min(0))) & (trees.parents >= 0)
-        matches[:, 0] = True
-        # A node counts when it and all above it match; siblings differ, so these nodes form one path from the root.
-        accepted = (matches.unsqueeze(1) | ~trees.ancestors).all(-1)
+        parents = trees.parents
+        missed = (trees.tokens != chosen.gather(1, parents.clamp_min(0))) | (parents < 0)
+        # A node counts unless it or one above it missed; siblings differ, so these nodes form one path from the root,
+        # which was chosen before.
+        lost, path = (trees.ancestors & missed.unsqueeze(1))[..., 1:].any(-1).sort(dim=1, stable=True)
         # Nodes are in topological order: the accepted ones, moved to the front, are the path.
-        path = accepted.byte().sort(dim=1, descending=True, stable=True).indices[:, : trees.max_depth + 1]
-        return Accepted(path, accepted.sum(1), chosen.gather(1, path))
+        path = path[:, : trees.max_depth + 1]
+        return Accepted(path, N - lost.sum(1), chosen.gather(1, path))
 
 
 class RejectionVerifier:

@@ -170,7 +170,7 @@ def test_each_row_keeps_its_own_best_candidates(rows):
     )
     assert tree.tokens.shape[1] == min(1 + max(budgets), size)
     for b, (parents, scores, budget) in enumerate(rows):
-        kept = sorted(sorted(range(size), key=lambda i: (-scores[i], i))[: budget + 1])
+        kept = sorted(range(size), key=lambda i: (-scores[i], i))[: budget + 1]
         place = {-1: -1} | {node: i for i, node in enumerate(kept)}
         padding = tree.tokens.shape[1] - len(kept)
         assert tree.tokens[b, : len(kept)].tolist() == kept

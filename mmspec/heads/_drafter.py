@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmspec.cache import RaggedKV
@@ -75,12 +76,14 @@ class PairHead(DraftHead):
 
 
 @functools.lru_cache(maxsize=64)
-def _pool_constants(k: int, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Parents of the root and the first two levels; where each further beam's level starts in the pool."""
+def _pool_constants(B: int, k: int, depth: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Parents [B, 1 + k + k * k] of the root and the first two levels (one: [B, 1 + k]); where each further level's
+    candidates start in the pool, each number k times."""
     nodes = [-1, *[0] * k, *(node for node in range(1, k + 1) for _ in range(k) if depth > 1)]
     starts = [1 + k + k * k * level for level in range(depth - 2) for _ in range(k)]
     with torch.inference_mode(False):
-        return torch.tensor(nodes, device=device), torch.tensor(starts, dtype=torch.long, device=device)
+        first = torch.tensor(nodes, device=device).repeat(B, 1)
+        return first, torch.tensor(starts, dtype=torch.long, device=device)
 
 
 class PairDrafter:
@@ -138,10 +141,13 @@ class PairDrafter:
         self.waiting = [0] * max_batch
         self.keys = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        own = torch.eye(self.width, dtype=torch.bool, device=device)
         # Additive mask of the beams of all levels: each sees itself, and what it inherits is filled in level by level.
-        self.own = torch.zeros((1, 1, self.width, self.width), dtype=self.target.dtype, device=device)
-        self.own = self.own.masked_fill_(~own, float("-inf")).repeat(1, 1, 1, self.max_depth)
+        own = torch.full((self.width, self.width), float("-inf"), dtype=self.target.dtype, device=device)
+        self.own = own.fill_diagonal_(0.0).repeat(1, 1, 1, self.max_depth)
+        # Which beam of the batch, over all rows, each of a row's width^2 candidates hangs from.
+        beams = torch.arange(max_batch * self.width, device=device)
+        self.parent_beams = beams.repeat_interleave(self.width).view(max_batch, -1)
+        self.root_scores = torch.zeros((max_batch, 1), dtype=self.target.dtype, device=device)
 
     def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Note a new row; its prompt is run through the head when it is first drafted for."""
@@ -195,41 +201,50 @@ class PairDrafter:
             return root_only(roots)
         self._take_in(keep_last=False)
         state = self._root_state()
-        stable = max(self.kv.lengths)
-        base = torch.zeros((len(roots), 1, 1, stable), dtype=state.dtype, device=roots.device)
-        if len(set(self.kv.lengths)) > 1:
-            base.masked_fill_(~self.kv.visible(stable)[:, None, None], float("-inf"))
         if self.widths:
-            return self._draw(roots, state, base, plan)
-        return best_of_pool(*self._expand(roots, state, base, plan.depth), plan.budget, plan.depth)
+            return self._draw(roots, state, plan)
+        return best_of_pool(*self._expand(roots, state, plan.depth), plan.budget, plan.depth)
 
-    def _expand(self, roots: Tensor, state: Tensor, base: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _masks(self, tree: Tensor, B: int) -> Tensor:
+        """Additive masks [B, 1, M, n + W] over the n stable slots and those of the tree.
+
+        Args:
+            tree: [1 or B, 1, M, W], the columns of the tree.
+        """
+        lengths = self.kv.lengths
+        stable = max(lengths)
+        masks = F.pad(tree.expand(B, -1, -1, -1), (stable, 0))
+        if min(lengths) < stable:
+            masks[..., :stable].masked_fill_(~self.kv.visible(stable)[:, None, None], float("-inf"))
+        return masks
+
+    def _expand(self, roots: Tensor, state: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """Beam search over draft tokens (EAGLE-2, expansion).
 
         Args:
             state: [B, 1, D], the head's output at the newest stable pair.
-            base: [B, 1, 1, n] additive mask of the stable slots.
             depth: levels to draft.
 
         Returns:
             Pool of candidates, the root first: tokens, parents (pool indices) and cumulative scores (see `_scored`),
             each [B, C].
         """
-        B, k, D = state.shape[0], self.width, state.shape[-1]
+        B, k = state.shape[0], self.width
         best = self._scored(state, 1).squeeze(1).topk(k, dim=-1)
         beam_scores, beam_tokens = best.values, self.head.target_ids(best.indices)
         pool_tokens = [roots.unsqueeze(1), beam_tokens]
-        pool_scores = [torch.zeros_like(beam_scores[:, :1]), beam_scores]
+        pool_scores = [self.root_scores, beam_scores]
         chosen_at: list[Tensor] = []
-        beam_states = state.expand(B, k, D)
-        stable, seen = base.shape[-1], k * (depth - 1)
-        mask = torch.cat([base.expand(B, 1, k, stable), self.own[..., :seen].expand(B, 1, k, seen)], -1)
+        beam_states = state.expand(-1, k, -1)
+        stable, seen = max(self.kv.lengths), k * (depth - 1)
+        masks = self._masks(self.own[..., :seen], B)
+        by_beam = masks.flatten(0, 2)  # a view
         cos, sin = self._rope(0, depth - 1)
         ropes = list(zip(cos.split(1, 2), sin.split(1, 2)))
         self.kv.begin_tree(seen)
         for level in range(1, depth):
             end = stable + k * level
-            outputs = self._draft_pass(beam_tokens, beam_states, ropes[level - 1], mask[..., :end])
+            outputs = self._draft_pass(beam_tokens, beam_states, ropes[level - 1], masks[..., :end])
             best = self._scored(outputs, level + 1).topk(k, dim=-1)
             scores = (beam_scores.unsqueeze(-1) + best.values).flatten(1)
             tokens = self.head.target_ids(best.indices).flatten(1)
@@ -239,12 +254,12 @@ class PairDrafter:
                 break
             beam_scores, chosen = scores.topk(k, dim=-1)
             chosen_at.append(chosen)
-            beam = chosen // k
-            beam_tokens = tokens.gather(1, chosen)
-            beam_states = outputs.gather(1, beam.unsqueeze(-1).expand(-1, -1, D))
-            if k > 1:  # a beam inherits what its parent sees
-                inherited = mask[..., stable:end]
-                inherited[:] = inherited.gather(2, beam[:, None, :, None].expand(-1, 1, -1, end - stable))
+            beam_tokens, beam_states = tokens.gather(1, chosen), outputs
+            if k > 1:  # a beam goes on from its parent's output, and inherits what its parent sees
+                parents = self.parent_beams.gather(1, chosen).flatten()
+                beam_states = outputs.flatten(0, 1).index_select(0, parents).unflatten(0, (B, k))
+                inherited = by_beam[:, stable:end]
+                inherited.copy_(inherited.index_select(0, parents))
         return torch.cat(pool_tokens, 1), self._pool_parents(chosen_at, B, depth), torch.cat(pool_scores, 1)
 
     def _pool_parents(self, chosen_at: list[Tensor], B: int, depth: int) -> Tensor:
@@ -254,11 +269,11 @@ class PairDrafter:
             chosen_at: of each level that was expanded further, which of its k * k candidates became beams, [B, k].
         """
         k = self.width
-        first, offsets = _pool_constants(k, depth, self.own.device)
+        first, starts = _pool_constants(B, k, depth, self.own.device)
         if not chosen_at:
-            return first.expand(B, -1)
-        beams = torch.cat(chosen_at, 1) + offsets
-        return torch.cat([first.expand(B, -1), beams.repeat_interleave(k, 1)], 1)
+            return first
+        beams = (torch.cat(chosen_at, 1) + starts).unsqueeze(-1).expand(-1, -1, k).flatten(1)
+        return torch.cat([first, beams], 1)
 
     def _rope(self, offset: int, n: int) -> tuple[Tensor, Tensor]:
         """Rotation of the n positions from `offset` behind each row's stored pairs, [B or 1, 1, n, Dh]."""
@@ -291,11 +306,11 @@ class PairDrafter:
         noise = noise if ids is None else noise[..., ids]
         return (work / self.sampler.temperature + self.noise_share * noise).log_softmax(-1)
 
-    def _draw(self, roots: Tensor, state: Tensor, base: Tensor, plan: Plan) -> Tree:
+    def _draw(self, roots: Tensor, state: Tensor, plan: Plan) -> Tree:
         """Trees of one shape whose candidates are drawn from the head's distribution, siblings without replacement.
 
         Args:
-            roots, state, base: see `propose` and `_expand`.
+            roots, state: see `propose` and `_expand`.
             plan: the budget keeps the first nodes in level order.
         """
         assert self.sampler is not None
@@ -313,9 +328,8 @@ class PairDrafter:
             if level:
                 eye = state.new_full((counts[level], counts[level]), float("-inf")).fill_diagonal_(0.0)
                 seen = torch.cat([seen.repeat_interleave(widths[level - 1], 2), eye.expand(B, 1, -1, -1)], -1)
-                mask = torch.cat([base.expand(B, 1, counts[level], -1), seen], -1)
                 state = state.repeat_interleave(widths[level - 1], 1)
-                state = self._draft_pass(tokens[-1], state, self._rope(level - 1, 1), mask)
+                state = self._draft_pass(tokens[-1], state, self._rope(level - 1, 1), self._masks(seen, B))
             weights = self.sampler.weights(self._full(self.head.logits(state, self.target.unembed)))
             probabilities.append(weights.softmax(-1))
             positions = (self.kv.lengths_device + level + 1).unsqueeze(1)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoProcessor, GenerationConfig
 from transformers.cache_utils import Cache
@@ -71,6 +72,8 @@ class HFTarget:
         vocabulary = vocabulary_of(processor.tokenizer)
         self.vocabulary = fingerprint(vocabulary)
         self.fingerprint = self._fingerprint(vocabulary)
+        self._mask_values = torch.tensor([0.0, float("-inf")], dtype=self.dtype, device=self.device).unbind()
+        """What an additive mask holds where a node sees another, and where not."""
         self.static = self.device.type == "cuda"
         """Whether verification runs at fixed shapes, as CUDA graphs need it; set it before a state is opened."""
         self._shelf: deque[HFState] = deque(maxlen=1)
@@ -248,11 +251,9 @@ class HFTarget:
         B, N = trees.tokens.shape
         if N == 1 and len(set(kv.lengths)) == 1:
             return None
-        mask = torch.zeros((B, 1, N, kv.offset + N), dtype=self.dtype, device=self.device)
+        mask = F.pad(torch.where(trees.ancestors, *self._mask_values).unsqueeze(1), (kv.offset, 0))
         if len(set(kv.lengths)) > 1:
             mask[..., : kv.offset].masked_fill_(~kv.visible(kv.offset)[:, None, None], float("-inf"))
-        if N > 1:
-            mask[..., kv.offset :].masked_fill_(~trees.ancestors.unsqueeze(1), float("-inf"))
         return mask
 
     def _text(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None, **deep: Any) -> Tensor:
