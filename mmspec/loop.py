@@ -269,9 +269,11 @@ class _Run:
         """The drafter's trees, or the roots alone where nothing is planned or the drafter fails."""
         if plan.depth and any(plan.budget):
             try:
-                return self.drafter.propose(self.roots, plan)
+                trees = self.drafter.propose(self.roots, plan)
             except Exception as error:
                 self._lose_all(error)
+            else:
+                return trees if plan.prune is None else plan.prune(trees)
         return root_only(self.roots)
 
     def teach(self, trees: Tree, forward: Forward, accepted: Accepted, news: _News) -> None:

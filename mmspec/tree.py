@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,28 @@ def without_padding(trees: Tree) -> Tree:
         trees.depths[:, nodes],
         trees.ancestors[:, nodes.unsqueeze(1), nodes],
         trees.max_depth,
+        scores=None if trees.scores is None else trees.scores[:, nodes],
     )
+
+
+def pruned(trees: Tree, kept: Tensor) -> Tree:
+    """The same trees without some nodes, and without all that hangs from them.
+
+    Padding remains where another row has a node; on a CPU, where asking is free, columns of nothing else are dropped.
+
+    Args:
+        trees: of chosen candidates.
+        kept: [B, N] bool, whatever it says of the root.
+
+    Raises:
+        ValueError: drawn candidates.
+    """
+    if trees.proposals is not None:
+        raise ValueError("drawn trees cannot be pruned: p / q would not be what their candidates were drawn with")
+    lost = (trees.ancestors & ~kept.unsqueeze(1))[..., 1:].any(-1)
+    parents, depths = trees.parents.masked_fill(lost, -1), trees.depths.masked_fill(lost, 0)
+    trees = replace(trees, parents=parents, depths=depths)
+    return without_padding(trees) if parents.device.type == "cpu" else trees
 
 
 def padded(trees: Tree, n_nodes: int) -> Tree:
@@ -145,7 +167,9 @@ def by_row(first: Tensor, ours: Tree, theirs: Tree) -> Tree:
     )
 
 
-def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequence[int], max_depth: int) -> Tree:
+def best_of_pool(
+    tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequence[int], max_depth: int, with_scores: bool = False
+) -> Tree:
     """The root, and of the other nodes of a pool those with the best cumulative score, `budget[b]` of them in row `b`.
 
     A child never scores above its parent and is created after it, so a stable sort puts it behind its parent even where
@@ -158,6 +182,7 @@ def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequen
         scores: [B, C], cumulative log-probability, non-increasing along paths from the root's 0.
         budget: draft nodes per row; more than C - 1 takes all, 0 leaves the root alone.
         max_depth: deepest level in the pool.
+        with_scores: whether the tree shall have them.
 
     Source: EAGLE-2 (arXiv 2406.16858), re-ranking.
     """
@@ -168,4 +193,5 @@ def best_of_pool(tokens: Tensor, parents: Tensor, scores: Tensor, budget: Sequen
     if min(budget) + 1 < n:
         ranks, _ = _nodes(n, tokens.device)
         parents = parents.masked_fill(ranks > torch.tensor(budget, device=tokens.device).unsqueeze(1), -1)
-    return from_parents(tokens.gather(1, kept), parents, max(max_depth, 1))
+    trees = from_parents(tokens.gather(1, kept), parents, max(max_depth, 1))
+    return replace(trees, scores=scores.gather(1, kept)) if with_scores else trees

@@ -50,6 +50,8 @@ class Tree:
         ancestors: [B, N, N] bool; `[b, i, j]` when `j` is `i` or an ancestor of `i`.
         max_depth: the largest depth, known on the host (no sync is needed to ask for it).
         proposals: of sampled trees; None where candidates were chosen, not drawn.
+        scores: [B, N], cumulative log-probability of the path to each node by the draft's own account; of drafters that
+            have one, when the plan prunes.
     """
 
     tokens: Tensor
@@ -58,6 +60,7 @@ class Tree:
     ancestors: Tensor
     max_depth: int
     proposals: Proposals | None = None
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, N = self.tokens.shape
@@ -206,15 +209,24 @@ class Round:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draft, decided before anything is drafted; plain host numbers.
+    """What to draft, decided before anything is drafted, and what may still be taken back of it.
+
+    A draft that looks at its own candidates to decide how many there are is lossless where candidates are chosen. Drawn
+    ones (`Proposals`) would follow another distribution than the one they are verified with: such drafters refuse.
 
     Args:
         depth: draft levels, common to the batch (0: nobody drafts).
         budget: [B] draft nodes per row, root excluded; 0 makes the row a root-only tree (a skip).
+        extend: early exit. Asked after each drafted level but the last, with the number of levels and the cumulative
+            log-probabilities [B, k] of those candidates that would be drafted on from; False ends the draft. To look at
+            them is a sync a level on a GPU. Drafters without levels do not ask.
+        prune: asked with the trees before they are verified; may turn nodes into padding (`tree.pruned`).
     """
 
     depth: int
     budget: tuple[int, ...]
+    extend: Callable[[int, Tensor], bool] | None = None
+    prune: Callable[[Tree], Tree] | None = None
 
 
 @dataclass(frozen=True)

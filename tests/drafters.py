@@ -17,7 +17,7 @@ from mmspec.drafters.sam import SamDrafter
 from mmspec.heads import eagle, eagle3
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
-from mmspec.tree import from_parents
+from mmspec.tree import from_parents, pruned
 from mmspec.types import Plan
 
 DRAFT_VOCAB = 40
@@ -140,7 +140,7 @@ def padded(tokens, parents, plan, device):
 
 
 class Erratic(FixedPolicy):
-    """Skips rounds and rows at random: a skip must never change a token."""
+    """Skips rounds and rows, ends drafts early and prunes trees at random: nothing of it must ever change a token."""
 
     def open(self, max_batch, device):
         self.rng = random.Random(0)
@@ -149,7 +149,17 @@ class Erratic(FixedPolicy):
         full = super().plan(sensed, remaining)
         if self.rng.random() < 0.4 or not full.depth:
             return Plan(0, (0,) * len(remaining))
-        return Plan(self.rng.randint(1, full.depth), tuple(self.rng.choice([0, 2, b]) if b else 0 for b in full.budget))
+        budget = tuple(self.rng.choice([0, 2, b]) if b else 0 for b in full.budget)
+        extend, prune = (self.rng.choice([None, answer]) for answer in (self._extend, self._prune))
+        return Plan(self.rng.randint(1, full.depth), budget, extend, prune)
+
+    def _extend(self, level, scores):
+        assert scores.shape[0] > 0
+        return self.rng.random() < 0.7
+
+    def _prune(self, trees):
+        kept = [[self.rng.random() < 0.7 for _ in line] for line in trees.tokens]
+        return pruned(trees, torch.tensor(kept, device=trees.tokens.device))
 
 
 def known_answers(requests, outputs):

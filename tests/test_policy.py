@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mmspec.costs import CostTable, hardware, load_or_measure
+from mmspec.drafters.null import NullDrafter
 from mmspec.heads import viskip
 from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
 from mmspec.policy import SCALARS, AdaptivePolicy, FixedPolicy, History, LearnedPolicy, RecordingPolicy, SkipPolicy
-from mmspec.sampling import GreedySampler
+from mmspec.sampling import GreedySampler, KeyedSampler
+from mmspec.tree import pruned
 from mmspec.types import Evidence, Request, StepTrace
 from tests.tiny import llava, prompt
 
@@ -246,3 +249,50 @@ def test_the_adaptive_budget_depends_on_the_table_alone():
     """Times of a run are no evidence: two runs with one table make the same plans."""
     costs = Flat(node=0.1, level=0.0)
     assert rate_of(AdaptivePolicy(costs, 6, 6), costs, 0.5) == rate_of(AdaptivePolicy(costs, 6, 6), costs, 0.5)
+
+
+class Watching(FixedPolicy):
+    """Ends drafts after `levels` levels and prunes below a log-probability; keeps what it was asked."""
+
+    def __init__(self, depth, budget, levels, floor):
+        super().__init__(depth, budget)
+        self.levels, self.floor, self.asked, self.kept = levels, floor, [], []
+
+    def plan(self, sensed, remaining):
+        return replace(super().plan(sensed, remaining), extend=self.extend, prune=self.prune)
+
+    def extend(self, level, scores):
+        self.asked.append((level, scores.shape))
+        return level < self.levels
+
+    def prune(self, trees):
+        self.kept.append((trees.scores > self.floor, trees.depths, trees.parents))
+        return pruned(trees, trees.scores > self.floor)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_draft_ends_where_the_policy_says_and_pruned_nodes_are_not_verified(width):
+    target = llava()
+    head = Head(Config().resolve(target.shape)).double().drafter(target, width)
+    requests = [Request(str(i), prompt(target, i), 14, i) for i in range(3)]
+    plain = generate(target, requests, NullDrafter(), SkipPolicy(), GreedySampler())
+    watching, traces = Watching(6, 9, levels=2, floor=-8.0), []
+    outputs = generate(target, requests, head, watching, GreedySampler(), max_batch=3, traces=traces)
+    assert [output.tokens for output in outputs] == [output.tokens for output in plain]
+    assert {level for level, _ in watching.asked} == {1, 2}
+    assert {shape for _, shape in watching.asked} == {(3, width)}
+    assert max(int(depths.max()) for _, depths, _ in watching.kept) == 2
+    drafted = [trace for trace in traces if trace.plan.depth]
+    assert len(drafted) == len(watching.kept)
+    widths = [1 + int(kept[:, 1:].any(0).sum()) for kept, _, _ in watching.kept]
+    assert [trace.n_nodes for trace in drafted] == widths  # scores fall along paths: what is above the floor is closed
+    assert min(widths) < max(len(kept[0]) for kept, _, _ in watching.kept)
+
+
+def test_drawn_candidates_may_not_decide_the_shape_of_their_tree():
+    target = llava()
+    sampler = KeyedSampler(1.0)
+    head = Head(Config().resolve(target.shape)).double().drafter(target, 2, sampler, widths=(2, 1))
+    policy = Watching(3, 4, levels=2, floor=-8.0)
+    output = generate(target, [Request("r", prompt(target, 0), 6)], head, policy, sampler)[0]
+    assert "may not decide the shape" in output.error

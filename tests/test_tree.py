@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmspec.tree import ancestors_of, best_of_pool, chain, from_parents, root_only
+from mmspec.tree import ancestors_of, best_of_pool, chain, from_parents, pruned, root_only
 from mmspec.types import Tree
 
 # root ─┬─ 1 ── 3
@@ -59,3 +59,16 @@ def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
     tree = best_of_pool(tokens, parents, torch.zeros(1, 4), (2,), 3)
     assert tree.tokens.tolist() == [[0, 1, 2]]
     assert tree.parents.tolist() == [[-1, 0, 1]]
+
+
+def test_what_hangs_from_a_pruned_node_goes_with_it_and_scores_stay_with_their_nodes():
+    tokens, parents = torch.tensor([[9, 1, 2, 3, 4]]), torch.tensor([[-1, 0, 0, 1, 3]])
+    scores = torch.tensor([[0.0, -0.1, -3.0, -0.2, -0.3]])
+    tree = best_of_pool(tokens, parents, scores, (4,), 3, with_scores=True)
+    assert tree.tokens.tolist() == [[9, 1, 3, 4, 2]]
+    left = pruned(tree, torch.tensor([[False, True, False, True, True]]))
+    assert left.tokens.tolist() == [[9, 1, 2]]
+    assert left.parents.tolist() == [[-1, 0, 0]]
+    assert left.depths.tolist() == [[0, 1, 1]]
+    assert torch.equal(left.scores, torch.tensor([[0.0, -0.1, -3.0]]))
+    assert pruned(tree, torch.zeros(1, 5, dtype=torch.bool)).tokens.tolist() == [[9]]

@@ -6,7 +6,7 @@ head, which is free, for its pairs wait until they are needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,11 +70,11 @@ class HybridDrafter:
         copies = [n > 0 and match >= self.min_match for n, match in zip(plan.budget, self.retrieval.matches())]
         rest = tuple(0 if c else min(n, self.budget) for n, c in zip(plan.budget, copies))
         if not any(copies):
-            return self.head.propose(roots, Plan(min(plan.depth, self.depth), rest))
+            return self.head.propose(roots, replace(plan, depth=min(plan.depth, self.depth), budget=rest))
         copied = self.retrieval.propose(
-            roots, Plan(plan.depth, tuple(n if c else 0 for n, c in zip(plan.budget, copies)))
+            roots, replace(plan, budget=tuple(n if c else 0 for n, c in zip(plan.budget, copies)))
         )
         if not any(rest):
             return copied
-        drafted = self.head.propose(roots, Plan(min(plan.depth, self.depth), rest))
+        drafted = self.head.propose(roots, replace(plan, depth=min(plan.depth, self.depth), budget=rest))
         return by_row(torch.tensor(copies, device=roots.device), copied, drafted)

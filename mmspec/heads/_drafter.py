@@ -196,6 +196,9 @@ class PairDrafter:
 
         Returns:
             Trees of at most `max(plan.budget) + 1` nodes.
+
+        Raises:
+            ValueError: candidates are drawn, and the plan would let them decide how many there are.
         """
         if plan.depth < 1 or max(plan.budget) < 1:
             return root_only(roots)
@@ -203,7 +206,8 @@ class PairDrafter:
         state = self._root_state()
         if self.widths:
             return self._draw(roots, state, plan)
-        return best_of_pool(*self._expand(roots, state, plan.depth), plan.budget, plan.depth)
+        tokens, parents, scores, depth = self._expand(roots, state, plan)
+        return best_of_pool(tokens, parents, scores, plan.budget, depth, plan.prune is not None)
 
     def _masks(self, tree: Tensor, B: int) -> Tensor:
         """Additive masks [B, 1, M, n + W] over the n stable slots and those of the tree.
@@ -218,18 +222,18 @@ class PairDrafter:
             masks[..., :stable].masked_fill_(~self.kv.visible(stable)[:, None, None], float("-inf"))
         return masks
 
-    def _expand(self, roots: Tensor, state: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _expand(self, roots: Tensor, state: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, int]:
         """Beam search over draft tokens (EAGLE-2, expansion).
 
         Args:
             state: [B, 1, D], the head's output at the newest stable pair.
-            depth: levels to draft.
+            plan: levels to draft, and whether to go on after each.
 
         Returns:
             Pool of candidates, the root first: tokens, parents (pool indices) and cumulative scores (see `_scored`),
-            each [B, C].
+            each [B, C]; and its depth.
         """
-        B, k = state.shape[0], self.width
+        B, k, depth = state.shape[0], self.width, plan.depth
         best = self._scored(state, 1).squeeze(1).topk(k, dim=-1)
         beam_scores, beam_tokens = best.values, self.head.target_ids(best.indices)
         pool_tokens = [roots.unsqueeze(1), beam_tokens]
@@ -243,6 +247,9 @@ class PairDrafter:
         ropes = list(zip(cos.split(1, 2), sin.split(1, 2)))
         self.kv.begin_tree(seen)
         for level in range(1, depth):
+            if plan.extend is not None and not plan.extend(level, beam_scores):
+                depth = level
+                break
             end = stable + k * level
             outputs = self._draft_pass(beam_tokens, beam_states, ropes[level - 1], masks[..., :end])
             best = self._scored(outputs, level + 1).topk(k, dim=-1)
@@ -260,7 +267,8 @@ class PairDrafter:
                 beam_states = outputs.flatten(0, 1).index_select(0, parents).unflatten(0, (B, k))
                 inherited = by_beam[:, stable:end]
                 inherited.copy_(inherited.index_select(0, parents))
-        return torch.cat(pool_tokens, 1), self._pool_parents(chosen_at, B, depth), torch.cat(pool_scores, 1)
+        parents_in_pool = self._pool_parents(chosen_at[: max(depth - 2, 0)], B, depth)
+        return torch.cat(pool_tokens, 1), parents_in_pool, torch.cat(pool_scores, 1), depth
 
     def _pool_parents(self, chosen_at: list[Tensor], B: int, depth: int) -> Tensor:
         """Parents [B, C] in the pool: k children of the root, then k children of each beam of each further level.
@@ -313,6 +321,10 @@ class PairDrafter:
             roots, state: see `propose` and `_expand`.
             plan: the budget keeps the first nodes in level order.
         """
+        if plan.extend is not None or plan.prune is not None:
+            raise ValueError(
+                "drawn candidates may not decide the shape of their tree; use a policy that does not prune"
+            )
         assert self.sampler is not None
         B, n_nodes = len(roots), max(plan.budget) + 1
         widths: list[int] = []

@@ -248,8 +248,7 @@ class HFTarget:
 
         None where every node sees everything: one token behind rows of one length.
         """
-        B, N = trees.tokens.shape
-        if N == 1 and len(set(kv.lengths)) == 1:
+        if trees.tokens.shape[1] == 1 and len(set(kv.lengths)) == 1:
             return None
         mask = F.pad(torch.where(trees.ancestors, *self._mask_values).unsqueeze(1), (kv.offset, 0))
         if len(set(kv.lengths)) > 1:

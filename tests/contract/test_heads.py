@@ -93,7 +93,7 @@ def test_tree_drafting_equals_chain_drafting_along_each_path(kind):
         wide.open(1, 64)
         wide.admit(0, Request("r", request, 1), forward, root)
         wide._take_in(keep_last=False)
-        tokens, parents, scores = wide._expand(root.reshape(1), wide._root_state(), 3)
+        tokens, parents, scores, _ = wide._expand(root.reshape(1), wide._root_state(), Plan(3, (9,)))
         for node in range(1, tokens.shape[1]):
             path, walk = [], node
             while walk > 0:
