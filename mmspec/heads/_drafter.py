@@ -145,8 +145,8 @@ class PairDrafter:
         own = torch.full((self.width, self.width), float("-inf"), dtype=self.target.dtype, device=device)
         self.own = own.fill_diagonal_(0.0).repeat(1, 1, 1, self.max_depth)
         # Which beam of the batch, over all rows, each of a row's width^2 candidates hangs from.
-        beams = torch.arange(max_batch * self.width, device=device)
-        self.parent_beams = beams.repeat_interleave(self.width).view(max_batch, -1)
+        parents = torch.arange(max_batch * self.width, device=device).repeat_interleave(self.width)
+        self.parent_beams = parents.view(max_batch, -1)
         self.root_scores = torch.zeros((max_batch, 1), dtype=self.target.dtype, device=device)
 
     def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:

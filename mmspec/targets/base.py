@@ -72,7 +72,7 @@ class HFTarget:
         vocabulary = vocabulary_of(processor.tokenizer)
         self.vocabulary = fingerprint(vocabulary)
         self.fingerprint = self._fingerprint(vocabulary)
-        self._mask_values = torch.tensor([0.0, float("-inf")], dtype=self.dtype, device=self.device).unbind()
+        self._seen, self._hidden = torch.tensor([0.0, float("-inf")], dtype=self.dtype, device=self.device)
         """What an additive mask holds where a node sees another, and where not."""
         self.static = self.device.type == "cuda"
         """Whether verification runs at fixed shapes, as CUDA graphs need it; set it before a state is opened."""
@@ -250,7 +250,7 @@ class HFTarget:
         """
         if trees.tokens.shape[1] == 1 and len(set(kv.lengths)) == 1:
             return None
-        mask = F.pad(torch.where(trees.ancestors, *self._mask_values).unsqueeze(1), (kv.offset, 0))
+        mask = F.pad(torch.where(trees.ancestors, self._seen, self._hidden).unsqueeze(1), (kv.offset, 0))
         if len(set(kv.lengths)) > 1:
             mask[..., : kv.offset].masked_fill_(~kv.visible(kv.offset)[:, None, None], float("-inf"))
         return mask
