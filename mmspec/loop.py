@@ -273,7 +273,7 @@ class _Run:
             except Exception as error:
                 self._lose_all(error)
             else:
-                return trees if plan.prune is None else plan.prune(trees)
+                return trees if plan.prune is None or trees.scores is None else plan.prune(trees)
         return root_only(self.roots)
 
     def teach(self, trees: Tree, forward: Forward, accepted: Accepted, news: _News) -> None:

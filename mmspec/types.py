@@ -220,7 +220,7 @@ class Plan:
         extend: early exit. Asked after each drafted level but the last, with the number of levels and the cumulative
             log-probabilities [B, k] of those candidates that would be drafted on from; False ends the draft. To look at
             them is a sync a level on a GPU. Drafters without levels do not ask.
-        prune: asked with the trees before they are verified; may turn nodes into padding (`tree.pruned`).
+        prune: asked with the trees before they are verified, if they have scores; may take nodes away (`tree.pruned`).
     """
 
     depth: int
