@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.gpu_gb is not None:
             limit = fits.usable(arguments.gpu_gb, arguments.reserve_gb)
             found = fits.search(recipe, sized, arguments.gpus, limit, assumed, arguments.global_batch)
+        recipe = fits.scaled(recipe, arguments.gpus, arguments.global_batch)
         plan = figures(recipe, sized, arguments.gpus, assumed)
     except InputError as error:
         return refuse("plan", str(error), 0)
@@ -68,7 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         plan["recommended"] = [_entry(setting) for setting in best]
         plan["settings"] = [_entry(setting) for setting in fits.shortlist(*found)]
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        try:
+            arguments.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            return refuse("plan", f"--json {arguments.json} cannot be written ({error.strerror})", 0)
     return 1 if found is not None and not best else 0
 
 

@@ -181,6 +181,16 @@ def test_what_saves_memory_saves_it(less: list[str], more: list[str], processes:
     assert counted(*less, processes=processes).peak < counted(*more, processes=processes).peak
 
 
+def test_a_head_of_another_family_is_counted_roughly_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch):
+    recipe = load(RECIPES / "eagle3_llava7b.yaml")
+    like = sizes(recipe).head
+    monkeypatch.setattr(checkpoint, "build_head", lambda *_: torch.nn.Linear(4096, 4096))
+    other = sizes(recipe).head
+    assert not other.exact
+    assert (other.n, other.width, other.inner) == (4096 * 4097, like.width, like.inner)
+    assert "counted as if it were of EAGLE's family" in report(recipe, 1)
+
+
 def test_a_smaller_chunk_holds_fewer_logits():
     few, many = (counted(f"loss.chunk={chunk}").total("vocabulary loss") for chunk in (700, 1400))
     # 100 and 200 positions of the target in fp32, 700 and 1,400 predictions as bf16 logits, log q, p and gradient.
@@ -285,6 +295,14 @@ def test_every_setting_keeps_the_global_batch():
         assert micro * int(setting.changes.get("optim.accumulate", recipe.optim.accumulate)) == batch
 
 
+def test_another_global_batch_is_everyones():
+    recipe = load(RECIPES / "eagle3_llava7b.yaml")
+    mine, settings = fits.search(recipe, sizes(recipe), 2, 80 * GIB, Assumed(), global_batch=12)
+    assert mine.overrides == "optim.accumulate=6"
+    micros = {int(setting.changes.get("optim.micro_batch", 1)) for setting in settings}
+    assert micros == {1, 2, 3, 6}
+
+
 def test_the_fastest_come_first_and_numbers_change_only_when_said():
     _, _, mine, settings = found("eagle3_llava7b", 1, 22.5)
     seconds = [round(setting.seconds, 3) for setting in settings]
@@ -315,6 +333,7 @@ def test_nothing_fits_is_said(capsys: pytest.CaptureFixture[str]):
         (["target.placement=shared"], "did you mean 'sharded'"),
         (["target.quantize=3bit"], "target.quantize='3bit' must be one of"),
         (["target.name=no/such"], "no shape is known"),
+        (["--json", "no/such/folder/plan.json"], "cannot be written"),
     ],
 )
 def test_wrong_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

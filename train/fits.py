@@ -65,11 +65,7 @@ def search(
     Raises:
         InputError: the global batch cannot be divided by the processes.
     """
-    each = recipe.optim.micro_batch * recipe.optim.accumulate
-    if global_batch:
-        if global_batch % processes:
-            raise InputError(f"a global batch of {global_batch} cannot be divided by {processes} processes")
-        each = global_batch // processes
+    optim = scaled(recipe, processes, global_batch).optim
     own = _values(recipe, [*SAME, *NARROWER])
 
     def judged(changes: dict[str, str | int | bool]) -> Setting:
@@ -82,9 +78,25 @@ def search(
         named = {key: str(value).lower() for key, value in changes.items() if value != own[key]}
         return Setting(named, held.peak, processes * sum(held.host.values()), seconds, held.peak <= limit)
 
-    mine = judged({})
+    mine = judged({"optim.micro_batch": optim.micro_batch, "optim.accumulate": optim.accumulate})
+    each = optim.micro_batch * optim.accumulate
     found = [judged(changes) for changes in _candidates(recipe, each, processes)]
     return mine, sorted(found, key=lambda s: (round(s.seconds, 3), not s.same, len(s.changes), s.bytes))
+
+
+def scaled(recipe: Recipe, processes: int, global_batch: int) -> Recipe:
+    """The recipe with another global batch, 0: its own; micro-batches stay as they are where they can.
+
+    Raises:
+        InputError: the global batch cannot be divided by the processes.
+    """
+    if not global_batch:
+        return recipe
+    if global_batch % processes:
+        raise InputError(f"a global batch of {global_batch} cannot be divided by {processes} processes")
+    each, micro = global_batch // processes, recipe.optim.micro_batch
+    micro = micro if each % micro == 0 else 1
+    return _changed(recipe, {"optim.micro_batch": micro, "optim.accumulate": each // micro})
 
 
 def recommended(mine: Setting, found: Sequence[Setting]) -> list[Setting]:
@@ -119,7 +131,7 @@ def shortlist(mine: Setting, found: Sequence[Setting]) -> list[Setting]:
     fitting += [setting for setting in listed if setting.fits and setting not in fitting][:4]
     # Of those that do not fit the ones that come closest.
     others = sorted((setting for setting in listed if not setting.fits), key=lambda setting: setting.bytes)[:3]
-    return sorted([mine, *(s for s in fitting + others if s.changes)], key=lambda setting: setting.seconds)
+    return sorted([mine, *(s for s in fitting + others if s != mine)], key=lambda setting: setting.seconds)
 
 
 def _candidates(recipe: Recipe, each: int, processes: int) -> Iterator[dict[str, str | int | bool]]:

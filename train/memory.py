@@ -8,7 +8,6 @@ workspaces), fragmentation, and tensors of a few bytes a token (ids, marks, orde
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import LossConfig
 from mmspec.recipe import DeepSpeedNode, Recipe
 from mmspec.targets._rows import lay_out
+from train.measure import BATCH as EVALUATED
 from train.shapes import BYTES, TargetFacts
 
 BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce bucket, unless its JSON file says otherwise; on a GPU it is reserved whole."""
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 gathers ahead of use."""
-EVALUATED = 8
-"""Rows that `train.measure` decodes together."""
 PROMPT = 256
 """Tokens of text that are assumed of a held-out prompt."""
 DECODING = ("answers", "evaluation")
@@ -395,8 +393,8 @@ def reduce_bucket(node: DeepSpeedNode) -> int:
     return int(zero.get("reduce_bucket_size", BUCKET))
 
 
-def worst(recipe: Recipe, facts: TargetFacts, lengths: Sequence[int] = ()) -> Batch:
+def worst(recipe: Recipe, facts: TargetFacts) -> Batch:
     """The largest micro-batch: all conversations as long as they may be, and all but the picture an answer."""
     longest = longest_tokens(recipe, facts)
-    found = tuple(lengths) or (longest,) * recipe.optim.micro_batch
-    return Batch(found, tuple(max(n - facts.visual_tokens - 1, 1) for n in found))
+    answer = max(longest - facts.visual_tokens - 1, 1)
+    return Batch((longest,) * recipe.optim.micro_batch, (answer,) * recipe.optim.micro_batch)
