@@ -41,6 +41,10 @@ class TargetNode:
     """float32 or bfloat16."""
     device: str = "auto"
     """auto: this rank's CUDA device where there is one, else the CPU."""
+    placement: str = "replicated"
+    """replicated: whole on every process; sharded: divided among them; offloaded: in the host's memory."""
+    quantize: str = "none"
+    """none, 8bit or 4bit: weights of the text model's layers."""
 
 
 @dataclass
@@ -242,6 +246,8 @@ def check(recipe: Recipe) -> None:
     _check_numbers(recipe)
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("target.dtype", recipe.target.dtype, ("float32", "bfloat16", "float16", "float64")),
+        ("target.placement", recipe.target.placement, ("replicated", "sharded", "offloaded")),
+        ("target.quantize", recipe.target.quantize, ("none", "8bit", "4bit")),
         ("data.answers", recipe.data.answers, ("regenerated", "given")),
         ("optim.schedule", recipe.optim.schedule, ("cosine", "linear", "constant")),
         ("policy.optim.schedule", recipe.policy.optim.schedule, ("cosine", "linear", "constant")),
@@ -264,8 +270,6 @@ def check(recipe: Recipe) -> None:
         raise InputError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage of 1 or more")
     if engine.config is not None and not Path(engine.config).is_file():
         raise InputError(f"deepspeed.config={engine.config}: no such file")
-    if recipe.head.init_from is not None and not Path(recipe.head.init_from).is_dir():
-        raise InputError(f"head.init_from={recipe.head.init_from}: no such run folder")
 
 
 def _check_numbers(recipe: Recipe) -> None:

@@ -85,7 +85,13 @@ def test_dry_run_of_the_real_target_knows_its_size(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"]
+    "name",
+    [
+        "Qwen/Qwen2-VL-2B-Instruct",
+        "Qwen/Qwen2-VL-7B-Instruct",
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "Qwen/Qwen3-VL-4B-Instruct",
+    ],
 )
 def test_estimated_parameters_are_those_of_the_model(name: str):
     """Within half a percent of the real class, built without memory from the table's shapes."""

@@ -49,6 +49,7 @@ examples:
   deepspeed --num_gpus 2 train/distill.py recipes/viskip_tiny.yaml
   python scripts/regenerate.py recipes/viskip_tiny.yaml      # the answers alone, beforehand
   python train/distill.py recipes/viskip_llava7b.yaml --dry-run
+  python scripts/plan.py recipes/viskip_llava7b.yaml --gpus 4 --gpu-gb 40   # which settings fit
 exit codes: 0 done, 2 wrong input, 130 / 143 stopped by Ctrl-C / SIGTERM (resumable)
 """
 
@@ -81,6 +82,8 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
     from train.stopping import Stopped, Stopper, default_signals
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
+    if instead is None and recipe.head.init_from is not None and not Path(recipe.head.init_from).is_dir():
+        raise InputError(f"head.init_from={recipe.head.init_from}: no such run folder")
     if recipe.data.features:
         read_manifest(Path(recipe.data.features))
     default_signals()
@@ -134,7 +137,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="YAML file, as in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, sizes, memory and disk; train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print settings, sizes, memory, disk and hours; train nothing"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 

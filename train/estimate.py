@@ -1,175 +1,303 @@
-"""`--dry-run`: what a recipe will need, worked out from shapes alone.
+"""What a recipe will need, worked out from shapes alone: parameters, bytes on disk, operations and time.
 
-Invariant: no weights are read, nothing is downloaded and nothing is written; modules are built on the meta device.
-Estimates say what they count; they leave out fragmentation and the libraries' own memory.
+Invariant: no weights are read, nothing is downloaded and nothing is written; modules are built on the meta device. What
+is not known before the data are read is an assumption with a name (`Assumed`), and is printed. Memory is counted by
+`train.memory`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mmspec import assets, checkpoint
+from mmspec import checkpoint
 from mmspec.recipe import Recipe
-from mmspec.types import InputError, TargetShape
+from train import memory
+from train.features import token_bytes
+from train.memory import Batch, HeadFacts, head_facts, longest_tokens, worst
+from train.shapes import BYTES, TargetFacts, target_facts
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
-ASSUMED_TOKENS = 1024
-"""Sequence length the estimate assumes where the recipe sets no data.max_length."""
+SLOWER = {"none": 1.0, "8bit": 1.6, "4bit": 1.3}
+"""Time of the target's pass with quantised weights, of what it takes without: every product widens them again."""
 
 
 @dataclass(frozen=True)
-class TargetFacts:
-    """What is known of a target without its weights.
+class Assumed:
+    """What shapes do not say.
 
     Args:
-        shape: of its text model.
-        n_parameters: of text model, vision tower and projector, to within a percent.
-        origin: where that was read.
+        tokens: of a conversation on average, 0: half of the longest; lengths are taken to be uniform around it.
+        answers: share of a conversation's tokens that are answers, on average.
+        tflops: 10^12 operations a second of one device at its best, in the dtype of training.
+        utilisation: share of them that is reached.
+        link_gb_s: 10^9 bytes a second between devices, each way.
+        host_gb_s: between a device and its host's memory.
+        host_adam: parameters a second that AdamW updates on the host.
+        memory_gb_s: 10^9 bytes a second that a device reads its own memory with at best; `utilisation` of them when a
+            target answers questions, token by token.
     """
 
-    shape: TargetShape
-    n_parameters: int
-    origin: str
+    tokens: int = 0
+    answers: float = 0.5
+    tflops: float = 312.0
+    utilisation: float = 0.4
+    link_gb_s: float = 100.0
+    host_gb_s: float = 20.0
+    host_adam: float = 1e9
+    memory_gb_s: float = 2000.0
 
 
-def target_facts(name: str) -> TargetFacts:
-    """Looks a target up: its own config.json where there is one, else the table of public shapes.
+@dataclass(frozen=True)
+class Sizes:
+    """A recipe's modules.
+
+    Args:
+        target: the frozen model.
+        head: the trained one.
+        n_controller: parameters of the ViSkip controller, 0 without one.
+    """
+
+    target: TargetFacts
+    head: HeadFacts
+    n_controller: int
+
+
+def sizes(recipe: Recipe) -> Sizes:
+    """Sizes of what a recipe trains, and of its target.
 
     Raises:
-        InputError: neither knows it.
+        InputError: the target is unknown, or the head does not fit it.
     """
-    folder = Path(assets.resolve(name))
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        text, vision = config.get("text_config", config), config.get("vision_config", {})
-        tied, origin = bool(config.get("tie_word_embeddings", False)), str(folder / "config.json")
-    else:
-        known: dict[str, Any] = json.loads((Path(assets.__file__).parent / "shapes.json").read_text(encoding="utf-8"))
-        if not isinstance(known.get(name), dict):
-            names = ", ".join(key for key, value in known.items() if isinstance(value, dict))
-            raise InputError(
-                f"target.name={name}: no such folder, and no shape is known for it; known: tiny_llava, {names}"
-            )
-        text, vision = known[name]["text"], known[name]["vision"]
-        tied, origin = bool(known[name].get("tie_word_embeddings", False)), "mmspec/assets/shapes.json"
-    shape = _shape(text, origin)
-    return TargetFacts(shape, _text_parameters(shape, tied) + _vision_parameters(vision, shape.hidden_size), origin)
-
-
-def report(recipe: Recipe, world_size: int) -> str:
-    """The resolved recipe with parameter counts, memory per process and disk, as text."""
     facts = target_facts(recipe.target.name)
     config = recipe.head.config.resolve(facts.shape)
+    n_controller = 0
     with torch.device("meta"):
-        head = checkpoint.build_head(recipe.head.kind, config, recipe.loss)
-        n_head = sum(p.numel() for p in head.parameters())
-        n_controller = 0
+        head = head_facts(recipe.head.kind, checkpoint.build_head(recipe.head.kind, config, recipe.loss), facts)
         if recipe.policy.kind == "learned":
             controller = checkpoint.build_controller(recipe.policy.controller.resolve(facts.shape))
             n_controller = sum(p.numel() for p in controller.parameters())
-    batch = world_size * recipe.optim.micro_batch * recipe.optim.accumulate
+    return Sizes(facts, head, n_controller)
+
+
+# ---- operations and time ----
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations (a multiplication and an addition are two) and seconds of one optimizer step on one process.
+
+    Args:
+        target: of the frozen model's passes.
+        head: of the head's forward and backward passes, vocabulary losses included.
+        tokens: of its conversations, without padding.
+        target_s, head_s: at the assumed rate.
+        moved_s: gradients, weights and offloaded state on their ways; nothing is taken to overlap.
+    """
+
+    target: float
+    head: float
+    tokens: float
+    target_s: float
+    head_s: float
+    moved_s: float
+
+    @property
+    def flops(self) -> float:
+        """All operations."""
+        return self.target + self.head
+
+    @property
+    def seconds(self) -> float:
+        """All of the step."""
+        return self.target_s + self.head_s + self.moved_s
+
+
+def answer_seconds(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> float:
+    """Seconds in which the target answers the training questions: every token of a batch reads all weights, which
+    are widened where they are quantised."""
+    if recipe.data.answers != "regenerated" or recipe.data.features:
+        return 0.0
+    facts, rate = sized.target, assumed.utilisation * assumed.tflops * 1e12
+    mean = mean_tokens(recipe, facts, assumed)
+    n = conversations(recipe) or recipe.run.max_steps * recipe.optim.micro_batch * recipe.optim.accumulate * processes
+    tokens = n / processes * min(mean * assumed.answers, recipe.data.max_new_tokens)
+    read = facts.n_parameters * BYTES[recipe.target.dtype] / (assumed.memory_gb_s * 1e9 * assumed.utilisation)
+    moved = moved_target(recipe, facts, processes, assumed)
+    prefill = n / processes * target_flops(facts, mean * (1 - assumed.answers)) / rate
+    return SLOWER[recipe.target.quantize] * (tokens / recipe.data.answer_batch * (read + moved) + prefill)
+
+
+def mean_tokens(recipe: Recipe, facts: TargetFacts, assumed: Assumed) -> int:
+    """Tokens of a conversation on average."""
+    longest = longest_tokens(recipe, facts)
+    return min(assumed.tokens or max(longest // 2, min(longest, facts.visual_tokens + 64)), longest)
+
+
+def work(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> Work:
+    """Operations and time of a step.
+
+    With accumulated micro-batches the target's pass and the head's forward pass run twice: the first time to count
+    the positions of all, by which the loss is divided.
+    """
+    facts, head, optim = sized.target, sized.head, recipe.optim
+    mean, longest = mean_tokens(recipe, facts, assumed), longest_tokens(recipe, facts)
+    lowest = max(2 * mean - longest, 1)
+    padded = float(mean)
+    if optim.micro_batch > 1 and not recipe.data.pack:
+        # Neighbours in length share a micro-batch, which is as wide as its longest.
+        padded = lowest + (longest - lowest) * (optim.accumulate + 1) / (2 * optim.accumulate)
+    each, times = optim.micro_batch * optim.accumulate, 2 if optim.accumulate > 1 else 1
+    one = Batch((mean,), (max(round(mean * assumed.answers), 1),))
+    forward, backward = head_flops(recipe, facts, head, one)
+    target = each * times * (0.0 if recipe.data.features else target_flops(facts, padded))
+    trained = each * (times * forward + backward)
+    rate = assumed.tflops * 1e12 * assumed.utilisation
+    moved = moved_seconds(recipe, sized, processes, times * optim.accumulate, assumed)
+    slower = SLOWER[recipe.target.quantize]
+    return Work(target, trained, each * mean, slower * target / rate, trained / rate, moved)
+
+
+def target_flops(facts: TargetFacts, tokens: float) -> float:
+    """Forward operations of the target over one conversation with one picture; no logits."""
+    s = facts.shape
+    attention = 2 * s.n_layers * s.n_heads * s.head_dim * tokens**2  # causal: half of 4 T^2
+    return 2 * facts.n_layers_parameters * tokens + attention + 2 * facts.n_vision_parameters * facts.patches
+
+
+def head_flops(recipe: Recipe, facts: TargetFacts, head: HeadFacts, batch: Batch) -> tuple[float, float]:
+    """Forward and backward operations of a head over a batch, with the target's unembedding of the truth."""
+    steps, D = recipe.loss.steps, head.width
+    own = head.vocabulary * D
+    M, N, R = sum(batch.drafts), batch.read, batch.predictions(steps)
+    keys = 2 * head.keys * D * (2 if head.paired else 1)
+    entering = head.read * D if head.paired else 2 * D * D
+    per_step = head.n - own - (entering if head.paired else 0)
+    context = 2 * N * (keys + entering)
+    steps_flops = 2 * M * (steps * per_step - keys)
+    attention = 4 * head.attention * M * steps * (N / max(len(batch.lengths), 1))
+    truth = 2 * M * facts.shape.vocab_size * facts.shape.hidden_size
+    logits = 2 * R * (own or facts.shape.vocab_size * facts.shape.hidden_size)
+    # Gradients for inputs and weights: twice the forward pass; a frozen unembedding has none for its weights. The
+    # gradients of the logits are formed on the way forward.
+    forward = context + steps_flops + attention + truth + logits
+    return forward, 2 * (context + steps_flops) + 2.5 * attention + logits * (2 if own else 1)
+
+
+def moved_seconds(recipe: Recipe, sized: Sizes, processes: int, passes: int, assumed: Assumed) -> float:
+    """Seconds that a step spends on moving: all-reduced gradients, gathered weights, what lives on the host."""
+    node, n, half = recipe.deepspeed, sized.head.n, 2 if recipe.deepspeed.bf16 else 4
+    others = (processes - 1) / processes
+    link, host = assumed.link_gb_s * 1e9, assumed.host_gb_s * 1e9
+    micro = recipe.optim.accumulate
+    # Stages 0 and 1 reduce once a step, 2 and 3 with every micro-batch; 3 gathers for each forward and backward pass.
+    seconds = 2 * n * half * others * (micro if node.zero_stage >= 2 else 1) / link
+    if node.zero_stage == 3:
+        seconds += n * half * others * (passes + micro) / link
+    if node.offload_optimizer:
+        part = n / processes
+        seconds += 2 * part * half / host + part / assumed.host_adam
+    if node.offload_param:
+        seconds += n / processes * half * (passes + micro) / host
+    if not recipe.data.features:
+        seconds += passes * moved_target(recipe, sized.target, processes, assumed)
+    return seconds
+
+
+def moved_target(recipe: Recipe, facts: TargetFacts, processes: int, assumed: Assumed) -> float:
+    """Seconds of a pass that the target's layers are on their way, where they are not on the device."""
+    frozen = facts.n_layers_parameters * BYTES[recipe.target.dtype]
+    if recipe.target.placement == "sharded":
+        return frozen * (processes - 1) / processes / (assumed.link_gb_s * 1e9)
+    return frozen / (assumed.host_gb_s * 1e9) if recipe.target.placement == "offloaded" else 0.0
+
+
+# ---- disk ----
+
+
+def run_folder(recipe: Recipe, sized: Sizes) -> list[tuple[str, int]]:
+    """(what, bytes) of the run folder."""
+    half, n = 2 if recipe.deepspeed.bf16 else 4, sized.head.n
+    rows = [("head + controller", n * half + sized.n_controller * 4), ("resumable state", n * (half + 12))]
+    if recipe.policy.kind == "learned":
+        # A round emits about three tokens; per round mainly one state of the target is stored.
+        rounds = recipe.policy.rollouts * recipe.data.max_new_tokens // 3
+        rows.append(("rollout", rounds * sized.target.shape.hidden_size * BYTES[recipe.target.dtype]))
+    return [*rows, ("total", sum(size for _, size in rows))]
+
+
+def store_bytes(recipe: Recipe, sized: Sizes, stored_as: str, assumed: Assumed) -> int:
+    """Bytes of a FeatureStore of 1,000 conversations with a picture each, stored once."""
+    shape = sized.target.shape
+    state = token_bytes(shape, sized.head.n_taps, stored_as)
+    picture = token_bytes(shape, 0, stored_as) - 7
+    return 1000 * (mean_tokens(recipe, sized.target, assumed) * state + sized.target.visual_tokens * picture)
+
+
+def conversations(recipe: Recipe) -> int | None:
+    """Records that the recipe trains on, where it says so for all its sources."""
+    limits = [source.limit for source in recipe.data.sources]
+    return None if None in limits else sum(limit for limit in limits if limit)
+
+
+# ---- the report ----
+
+
+def report(recipe: Recipe, processes: int, assumed: Assumed | None = None) -> str:
+    """The resolved recipe with parameters, memory of a process, disk, operations and time, as text.
+
+    Raises:
+        InputError: see `sizes`.
+    """
+    return f"{_yaml(recipe)}\n{summary(recipe, sizes(recipe), processes, assumed or Assumed())}"
+
+
+def summary(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> str:
+    """`report` without the recipe."""
+    facts, head, optim = sized.target, sized.head, recipe.optim
+    held = memory.count(recipe, facts, head, worst(recipe, facts), processes, decoding=True)
+    step, mean = work(recipe, sized, processes, assumed), mean_tokens(recipe, facts, assumed)
+    batch, steps = processes * optim.micro_batch * optim.accumulate, recipe.run.max_steps
+    n, fulls = conversations(recipe), held.moments[held.fullest]
+    rough = "" if head.exact else "   (counted as if it were of EAGLE's family)"
+    whole = f", all {n:,}" if n else ", data"
+    answering = answer_seconds(recipe, sized, processes, assumed) / 3600
     lines = [
-        _yaml(recipe),
-        f"processes            {world_size}   (global batch {batch} = {world_size} x micro_batch "
-        f"{recipe.optim.micro_batch} x accumulate {recipe.optim.accumulate})",
+        f"processes            {processes}   (global batch {batch} = {processes} x micro_batch {optim.micro_batch} "
+        f"x accumulate {optim.accumulate})",
         f"target               {recipe.target.name}: {_count(facts.n_parameters)} parameters, frozen ({facts.origin})",
-        f"head                 {recipe.head.kind}: {_count(n_head)} parameters, trained ({n_head:,})",
-        f"controller           {_count(n_controller)} parameters ({n_controller:,})",
-        "memory per process   (estimate)",
-        *(f"  {what:<19}{_size(size)}" for what, size in memory(recipe, facts, n_head, world_size)),
-        "disk                 (estimate)",
-        *(f"  {what:<19}{_size(size)}" for what, size in disk(recipe, facts.shape, n_head, n_controller)),
+        f"head                 {recipe.head.kind}: {_count(head.n)} parameters, trained ({head.n:,}){rough}",
+        f"controller           {_count(sized.n_controller)} parameters ({sized.n_controller:,})",
+        f"memory per process   of a training step at its fullest moment, {held.fullest}, with conversations of "
+        f"{longest_tokens(recipe, facts):,} tokens",
+        *(_row(what, size) for what, size in fulls.items()),
+        _row("total", held.total(held.fullest)),
+        *(_row(f"{what} (host)", size) for what, size in held.host.items()),
+        "other moments",
+        *(_row(name, held.total(name)) for name in held.moments if name != held.fullest),
+        "disk, run folder     (estimate)",
+        *(_row(what, size) for what, size in run_folder(recipe, sized)),
+        f"disk, features       if stored: per 1,000 conversations of {mean:,} tokens{whole if n else ''}",
+        *(_features(recipe, sized, kind, assumed, n) for kind in ("bfloat16", "float8")),
+        f"operations           {step.flops:.3g} FLOPs a step and process (target {step.target:.3g}, head "
+        f"{step.head:.3g}), {step.flops * processes * steps:.3g} in all",
+        f"time                 {step.seconds * steps / 3600:.1f} hours for {steps:,} steps of {step.seconds:.2f} s"
+        f" and {answering:.1f} for answers, at {assumed.utilisation:.0%} of {assumed.tflops:g} TFLOP/s and "
+        f"{assumed.memory_gb_s:g} GB/s",
         *(f"data                 {source.path}{_presence(source.path)}" for source in recipe.data.sources),
     ]
     return "\n".join(lines)
 
 
-def memory(recipe: Recipe, facts: TargetFacts, n_head: int, world_size: int) -> list[tuple[str, int]]:
-    """(what, bytes) per process; ZeRO divides optimizer state (1), gradients (2) and weights (3) by the processes."""
-    stage, engine = recipe.deepspeed.zero_stage, recipe.deepspeed
-    half = 2 if engine.bf16 else 4
-    weights = n_head * half // (world_size if stage >= 3 else 1)
-    gradients = n_head * half // (world_size if stage >= 2 else 1)
-    # AdamW's two moments, and with bf16 an fp32 master copy.
-    states = n_head * (12 if engine.bf16 else 8) // (world_size if stage >= 1 else 1)
-    shape, tokens = facts.shape, recipe.data.max_length or ASSUMED_TOKENS
-    sequences = recipe.optim.micro_batch
-    width = BYTES[recipe.target.dtype]
-    target_pass = sequences * tokens * (6 * shape.hidden_size + 2 * shape.intermediate_size) * width
-    logits = 3 * min(recipe.loss.chunk, sequences * tokens) * shape.vocab_size * 4
-    block = sequences * tokens * (16 * shape.hidden_size + 4 * shape.intermediate_size) * half * recipe.loss.steps
-    rows = [
-        ("target", facts.n_parameters * width),
-        ("head weights", 0 if engine.offload_param else weights),
-        ("gradients", gradients),
-        ("optimizer state", 0 if engine.offload_optimizer else states),
-        (f"activations {tokens} tok", target_pass + block + logits),
-    ]
-    host = (weights if engine.offload_param else 0) + (states if engine.offload_optimizer else 0)
-    return [*rows, ("total", sum(size for _, size in rows)), *([("offloaded to host", host)] if host else [])]
+def _features(recipe: Recipe, sized: Sizes, stored_as: str, assumed: Assumed, n: int | None) -> str:
+    size = store_bytes(recipe, sized, stored_as, assumed)
+    return _row(stored_as, size) + (f"{size_text(size * n // 1000)}" if n else "")
 
 
-def disk(recipe: Recipe, shape: TargetShape, n_head: int, n_controller: int) -> list[tuple[str, int]]:
-    """(what, bytes) of the run folder."""
-    half = 2 if recipe.deepspeed.bf16 else 4
-    rows = [("head + controller", n_head * half + n_controller * 4), ("resumable state", n_head * (half + 12))]
-    if recipe.policy.kind == "learned":
-        # A round emits about three tokens; per round mainly one state of the target is stored.
-        rounds = recipe.policy.rollouts * recipe.data.max_new_tokens // 3
-        rows.append(("rollout", rounds * shape.hidden_size * BYTES[recipe.target.dtype]))
-    return [*rows, ("total", sum(size for _, size in rows))]
-
-
-def _shape(text: dict[str, Any], origin: str) -> TargetShape:
-    try:
-        heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
-        rope = text.get("rope_parameters") or {}
-        return TargetShape(
-            hidden_size=hidden,
-            intermediate_size=int(text["intermediate_size"]),
-            n_layers=int(text["num_hidden_layers"]),
-            n_heads=heads,
-            n_kv_heads=int(text.get("num_key_value_heads") or heads),
-            head_dim=int(text.get("head_dim") or hidden // heads),
-            vocab_size=int(text["vocab_size"]),
-            rms_eps=float(text.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(text.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        )
-    except KeyError as error:
-        raise InputError(
-            f"{origin} does not say {error.args[0]!r} of the text model; give a complete config.json"
-        ) from error
-
-
-def _text_parameters(shape: TargetShape, tied: bool) -> int:
-    attention = shape.hidden_size * shape.head_dim * 2 * (shape.n_heads + shape.n_kv_heads)
-    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
-    return shape.n_layers * layer + (1 if tied else 2) * shape.vocab_size * shape.hidden_size + shape.hidden_size
-
-
-def _vision_parameters(vision: dict[str, Any], text_width: int) -> int:
-    """Tower with projector or patch mergers; good to a few percent of themselves, which is little of the whole."""
-    width = int(vision.get("embed_dim") or vision.get("hidden_size") or 0)
-    if not width:
-        return 0
-    layers = int(vision.get("num_hidden_layers") or vision.get("depth") or 0)
-    inner = int(vision.get("intermediate_size") or width * vision.get("mlp_ratio", 4))
-    patch, frames = int(vision.get("patch_size", 14)), int(vision.get("temporal_patch_size", 1))
-    positions = (int(vision.get("image_size", 0)) // max(patch, 1)) ** 2
-    # Towers with windowed attention have gated MLPs.
-    matrices = 3 if "window_size" in vision else 2
-    tower = layers * (4 * width * width + matrices * width * inner + 9 * width + inner)
-    projector = (width + text_width) * text_width
-    if merge := int(vision.get("spatial_merge_size", 0)):
-        merged = width * merge**2
-        projector = merged * (merged + text_width) * (1 + len(vision.get("deepstack_visual_indexes", ())))
-    return tower + (positions + 3 * frames * patch**2) * width + projector
+def _row(what: str, size: int) -> str:
+    return f"  {what:<25}{size_text(size)}"
 
 
 def _yaml(recipe: Recipe) -> str:
@@ -189,5 +317,6 @@ def _count(n: int) -> str:
     return str(n)
 
 
-def _size(n: int) -> str:
+def size_text(n: int) -> str:
+    """Bytes for the eye, 12 columns wide."""
     return f"{n / GIB:8.2f} GiB" if n >= GIB // 10 else f"{n / 2**20:8.1f} MiB"
