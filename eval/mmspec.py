@@ -162,8 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--policies",
         nargs="+",
-        choices=("fixed", "viskip"),
-        help="what steers the head (default: fixed, and viskip if the checkpoint has a controller)",
+        choices=("fixed", "static", "viskip"),
+        help="what steers the head: its tree.json, the tree that scripts/fit_tree.py fitted, its controller (default: "
+        "fixed, and viskip if the checkpoint has a controller)",
     )
     add(
         "--system",

@@ -31,11 +31,14 @@ from mmspec.metrics import mat
 from mmspec.policy import AdaptivePolicy, FixedPolicy, LearnedPolicy, SkipPolicy
 from mmspec.records import RecordError, open_image
 from mmspec.sampling import make_sampler
+from mmspec.static_tree import StaticTree
 from mmspec.targets import load_target
 from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request, Sampler, Target
 
-POLICIES = ("auto", "viskip", "fixed", "plain")
+POLICIES = ("auto", "viskip", "fixed", "static", "plain")
 METHOD_POLICIES = ("adaptive", "fixed")
+STATIC_TREE = "static_tree.json"
+"""In a run folder: a tree that was fitted to its head (scripts/fit_tree.py)."""
 
 Messages = Sequence[Mapping[str, Any]]
 Picture = Image.Image | str | Path
@@ -96,8 +99,8 @@ class Speculator:
         Args:
             ckpt: the run folder.
             target: another name or place of the same target.
-            policy: "viskip" (the trained controller), "fixed" (its tree), "plain" (no drafting), or "auto": the
-                controller where there is one.
+            policy: "viskip" (the trained controller), "fixed" (its tree), "static" (the tree fitted to it), "plain" (no
+                drafting), or "auto": the controller where there is one.
             dtype, device: of target and head; "auto" is cuda where there is one.
             max_batch: the largest batch to measure costs for, which the controller decides by.
 
@@ -221,6 +224,9 @@ def drafter_and_policy(
         raise InputError(f"unknown policy {policy!r}; use one of {', '.join(POLICIES)}")
     if policy == "plain":
         return NullDrafter(), SkipPolicy()
+    if policy == "static":
+        shape = StaticTree.load(checkpoint.folder / STATIC_TREE)
+        return make_drafter(checkpoint, target, shape=shape), FixedPolicy(shape.depth, shape.budget)
     tree = checkpoint.tree
     usual = make_drafter(checkpoint, target)
     drafter = drafter or usual
@@ -289,7 +295,11 @@ def find_device(name: str) -> str:
 
 
 def make_drafter(
-    checkpoint: Checkpoint, target: Target, sampler: Sampler | None = None, widths: Sequence[int] = ()
+    checkpoint: Checkpoint,
+    target: Target,
+    sampler: Sampler | None = None,
+    widths: Sequence[int] = (),
+    shape: StaticTree | None = None,
 ) -> Drafter:
     """The head's drafter, with weights in the target's dtype.
 
@@ -297,7 +307,8 @@ def make_drafter(
         checkpoint, target: as above.
         sampler: what the verification samples with, for a drafter that shall share its noise.
         widths: children per level of a drawn tree, for the rejection rule.
+        shape: a static tree to fill.
     """
     head: Any = checkpoint.head(target.dtype).to(target.device)
-    drafter: Drafter = head.drafter(target, checkpoint.tree.width, sampler, widths)
+    drafter: Drafter = head.drafter(target, checkpoint.tree.width, sampler, widths, shape)
     return drafter

@@ -24,6 +24,26 @@ from mmspec.types import InputError, Tree
 RankPath = tuple[int, ...]
 """A node by the ranks that lead to it: (0, 2) is the third candidate below the best candidate below the root."""
 
+
+@dataclass(frozen=True)
+class Growth:
+    """How the nodes of one level are drafted from those of the level above that have children, the parents.
+
+    Args:
+        parents: [m] int64, within the level above.
+        above: [m] int64, the parents' own parents, among the parents of the level above.
+        width: candidates wanted of each parent.
+        picks: [n] int64, the nodes of the level among the m * width candidates.
+        mask: [1, 1, m, W] fp32, additive: which of the parents of all levels below the root each parent sees.
+    """
+
+    parents: Tensor
+    above: Tensor
+    width: int
+    picks: Tensor
+    mask: Tensor
+
+
 Rates = Sequence[Sequence[float]]
 """`rates[d][r]`: how often the candidate of rank r below an accepted node of depth d is the next token."""
 
@@ -121,6 +141,25 @@ class StaticTree:
     def budget(self) -> int:
         """Draft nodes."""
         return len(self.paths)
+
+    @functools.cached_property
+    def growth(self) -> tuple[Growth, ...]:
+        """Of each draft level, for drafters that draft level by level."""
+        steps: list[Growth] = []
+        parents, seen = [0], torch.zeros(0, dtype=torch.long)
+        for level in self.levels[1:]:
+            nodes = range(level.start, level.stop)
+            above, parents = parents, sorted({int(self.parents[node]) for node in nodes})
+            if steps:
+                seen = torch.cat([seen, torch.tensor(parents)])
+            start, width = self.levels[len(steps)].start, 1 + int(self.ranks[level].max())
+            picks = [parents.index(int(self.parents[node])) * width + int(self.ranks[node]) for node in nodes]
+            grand = [above.index(int(self.parents[node])) if steps else 0 for node in parents]
+            visible = self.ancestors.cpu()[torch.tensor(parents)][:, seen]
+            mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+            columns = [torch.tensor(c, device=self.device) for c in ([p - start for p in parents], grand, picks)]
+            steps.append(Growth(columns[0], columns[1], width, columns[2], mask[None, None].to(self.device)))
+        return tuple(steps)
 
     def to(self, device: torch.device) -> StaticTree:
         """The same tree on another device."""

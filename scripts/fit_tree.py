@@ -9,7 +9,8 @@ spent (the recipe of Medusa), so the first n nodes of the file are the best tree
 expected from these counts, of the fitted tree and of the method's usual one, cut to the same number of nodes.
 
 A head's ranks are those of its unrolled training forward on the target's own answers; the tree goes to
-static_tree.json in its run folder, beside the dynamic tree.json, which stays as it is. Token Recycling's ranks are
+static_tree.json in its run folder, beside the dynamic tree.json, which stays as it is; decode with it by the policy
+`static` (`python -m eval.mmspec --policies fixed static`). Token Recycling's ranks are
 taken from its own rounds; decode with the tree by the method's setting `tree`.
 
 Fit on data you do not report on: synth:val is there for tuning.
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from eval.mmspec import EMBEDDED, output_folder
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
-from mmspec.api import find_device, make_drafter
+from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.drafters import recycling
 from mmspec.heads import eagle
 from mmspec.loop import all_complete, generate
@@ -202,7 +203,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("--out FILE says where the tree of a method without weights goes")
     if args.out:
         output_folder(args.out.parent)
-    args.out = args.out or Path(args.ckpt) / "static_tree.json"
+    args.out = args.out or Path(args.ckpt) / STATIC_TREE
     args.device = find_device(args.device)
     return args
 

@@ -17,6 +17,7 @@ from mmspec.drafters.sam import SamDrafter
 from mmspec.heads import eagle, eagle3
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
+from mmspec.static_tree import StaticTree
 from mmspec.tree import from_parents, pruned
 from mmspec.types import Plan
 
@@ -190,6 +191,7 @@ def drafters(target, truth):
         "lade": LadeDrafter(lade.Config(4, 3, 2), target),
         "recycling": RecyclingDrafter(recycling.Config(), target),
         **{kind: make_head(kind, target).drafter(target, 3) for kind in HEADS},
+        "eagle_static": make_head("eagle", target).drafter(target, 3, shape=StaticTree.parse("root:3 0:2 1:1 | 01:2")),
         "eagle_chain": make_head("eagle", target).drafter(target, 1),
         "hybrid": HybridDrafter(
             PromptLookupDrafter(), make_head("eagle", target).drafter(target, 3), 3, 6, min_match=1

@@ -1,4 +1,4 @@
-"""What the heads of EAGLE's family share when they draft: pairs, a ragged cache of one block, and dynamic trees.
+"""What the heads of EAGLE's family share when they draft: pairs, a ragged cache of one block, and trees.
 
 Such a head reads pairs of target features and the embedding of the token that followed, runs one decoder block over
 them, and feeds the block's output back in place of the features. What the features are, how a pair enters the block and
@@ -22,6 +22,7 @@ from mmspec.cache import RaggedKV
 from mmspec.heads.base import DraftHead
 from mmspec.nn import DecoderBlock, RotaryTable, attend
 from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
+from mmspec.static_tree import StaticTree
 from mmspec.tree import best_of_pool, from_parents, root_only
 from mmspec.types import Features, Forward, Plan, Proposals, Request, Round, Sampler, Target, Tree, Unembed
 
@@ -70,9 +71,14 @@ class PairHead(DraftHead):
         return indices if self.draft_ids is None else self.draft_ids[indices]
 
     def drafter(
-        self, target: Target, width: int, sampler: Sampler | None = None, widths: Sequence[int] = ()
+        self,
+        target: Target,
+        width: int,
+        sampler: Sampler | None = None,
+        widths: Sequence[int] = (),
+        shape: StaticTree | None = None,
     ) -> PairDrafter:
-        return PairDrafter(self, target, width, sampler, widths)
+        return PairDrafter(self, target, width, sampler, widths, shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -101,6 +107,7 @@ class PairDrafter:
         widths: draw candidates from the head's distribution instead, this many at a node of each level and 1 beyond;
             needs a KeyedSampler, which makes that distribution of the logits. The budget cuts such trees in level
             order, whatever was drawn.
+        shape: fill this tree instead of searching for the best one: a node is the candidate of its rank (EAGLE-1).
         noise_share: how much of the sampler's noise goes into the choice of candidates, 0 to 1.
 
     Penalties of the sampler are left to the verification: they change what is accepted, not what is emitted.
@@ -113,12 +120,15 @@ class PairDrafter:
         width: int,
         sampler: Sampler | None = None,
         widths: Sequence[int] = (),
+        shape: StaticTree | None = None,
         noise_share: float = 0.3,
     ) -> None:
         if width < 1 or any(w < 1 for w in widths):
             raise ValueError(f"the tree's width must be at least 1, got {width} and {tuple(widths)}")
         if widths and not isinstance(sampler, KeyedSampler):
             raise ValueError("drawing candidates (widths) needs a KeyedSampler; greedy decoding has nothing to draw")
+        if widths and shape is not None:
+            raise ValueError("a static tree is filled with chosen candidates; give either widths or a shape")
         self.sampler = replace(sampler, penalties=Penalties()) if isinstance(sampler, KeyedSampler) else None
         self.widths, self.noise_share = tuple(widths), noise_share
         # A head in training is copied: freezing it here would stop its training without a word.
@@ -128,13 +138,15 @@ class PairDrafter:
         self.head.block.fuse()
         self.taps = head.taps
         self.target, self.width = target, width
+        self.shape = shape and shape.to(target.device)
         self.max_depth = 32
 
     def open(self, max_batch: int, max_tokens: int) -> None:
         """Allocate for `max_batch` rows of at most `max_tokens` committed tokens."""
         c, device = self.head.config, self.target.device
         beams = math.prod(self.widths) if self.widths else self.width
-        capacity = max_tokens + max(beams * self.max_depth, _FLUSH + self.max_depth)
+        beams = max(beams * self.max_depth, self.shape.budget if self.shape else 0)
+        capacity = max_tokens + max(beams, _FLUSH + self.max_depth)
         self.kv = RaggedKV(1, max_batch, c.n_kv_heads, capacity, c.head_dim, self.target.dtype, device)
         self.states = torch.zeros((max_batch, 1, self.head.feature_size), dtype=self.target.dtype, device=device)
         self.tokens = torch.zeros((max_batch, 1), dtype=torch.long, device=device)
@@ -206,6 +218,8 @@ class PairDrafter:
         state = self._root_state()
         if self.widths:
             return self._draw(roots, state, plan)
+        if self.shape is not None:
+            return self._fill(self.shape.cut(max(plan.budget), plan.depth), roots, state, plan.budget)
         tokens, parents, scores, depth = self._expand(roots, state, plan)
         return best_of_pool(tokens, parents, scores, plan.budget, depth, plan.prune is not None)
 
@@ -313,6 +327,26 @@ class PairDrafter:
         noise = gumbel_noise(self.sampler.seed, self.keys, positions, width, work.dtype)
         noise = noise if ids is None else noise[..., ids]
         return (work / self.sampler.temperature + self.noise_share * noise).log_softmax(-1)
+
+    def _fill(self, shape: StaticTree, roots: Tensor, state: Tensor, budget: Sequence[int]) -> Tree:
+        """Trees of one shape, whose nodes are candidates of given ranks.
+
+        Args:
+            shape: no larger than the budget.
+            roots, state: see `propose` and `_expand`.
+
+        Source: EAGLE (arXiv 2401.15077), static tree.
+        """
+        tokens = [roots.unsqueeze(1)]
+        self.kv.begin_tree(shape.growth[-1].mask.shape[-1])
+        for level, grow in enumerate(shape.growth):
+            if level:
+                above = state.index_select(1, grow.above)
+                masks = self._masks(grow.mask.to(state.dtype), len(roots))
+                state = self._draft_pass(tokens[-1][:, grow.parents], above, self._rope(level - 1, 1), masks)
+            best = self._scored(state, level + 1).topk(grow.width, dim=-1).indices
+            tokens.append(self.head.target_ids(best).flatten(1)[:, grow.picks])
+        return shape.trees(torch.cat(tokens, 1), budget)
 
     def _draw(self, roots: Tensor, state: Tensor, plan: Plan) -> Tree:
         """Trees of one shape whose candidates are drawn from the head's distribution, siblings without replacement.

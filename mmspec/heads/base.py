@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmspec.static_tree import StaticTree
 from mmspec.types import Drafter, Features, Objective, Sampler, Target, Unembed
 
 
@@ -33,7 +34,12 @@ class DraftHead(nn.Module, ABC):
 
     @abstractmethod
     def drafter(
-        self, target: Target, width: int, sampler: Sampler | None = None, widths: Sequence[int] = ()
+        self,
+        target: Target,
+        width: int,
+        sampler: Sampler | None = None,
+        widths: Sequence[int] = (),
+        shape: StaticTree | None = None,
     ) -> Drafter:
         """The same weights, drafting for a target.
 
@@ -42,4 +48,5 @@ class DraftHead(nn.Module, ABC):
             width: beams a level, and children a beam.
             sampler: the run's, to draft with the noise that will decide (it changes no token).
             widths: draw candidates instead of choosing them, this many at a node of each level, 1 beyond.
+            shape: fill this tree instead of searching for the best one.
         """

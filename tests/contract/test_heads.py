@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
+from mmspec.static_tree import StaticTree
 from mmspec.types import Plan, Prompt, Request
 from tests.dense import dense_unroll
 from tests.drafters import HEADS, make_head
@@ -111,6 +114,44 @@ def test_tree_drafting_equals_chain_drafting_along_each_path(kind):
                 mask = torch.zeros(1, 1, 1, narrow.kv.offset + 1, dtype=torch.float64)
                 states = narrow._draft_pass(tokens[:, index : index + 1], states, narrow._rope(level, 1), mask)
             assert total == pytest.approx(float(scores[0, node]), abs=1e-9)
+
+
+@every_head
+def test_a_static_tree_holds_the_candidates_of_its_ranks(kind):
+    """Each node is what a chain forced through its ancestors would rate at its rank."""
+    target = llava()
+    trained = make_head(kind, target, seed=2).eval().requires_grad_(False)
+    shape = StaticTree.parse("root:3 0:2 2:1 | 01:2 20:1")
+    requests = [prompt(target, 4), prompt(target, 7)]
+    with torch.inference_mode():
+        state = target.open(2, 64)
+        filling, chains = trained.drafter(target, 3, shape=shape), trained.drafter(target, 1)
+        filling.open(2, 64)
+        chains.open(2, 64)
+        roots = []
+        for row, request in enumerate(requests):
+            forward = target.prefill(state, row, request, trained.taps)
+            roots.append(forward.logits[0, -1].argmax())
+            for drafter in (filling, chains):
+                drafter.admit(row, Request(str(row), request, 1), forward, roots[-1])
+        tree = filling.propose(torch.stack(roots), Plan(3, (9, 4)))
+        chains._take_in(keep_last=False)
+        start = chains._root_state()
+        for row, node in product(range(2), range(1, 10)):
+            path = [*tree.ancestors[row, node].nonzero().flatten().tolist()]
+            states = start
+            chains.kv.begin_tree(len(path))
+            own = torch.zeros(1, 1, 1, 0, dtype=torch.float64)
+            for depth, (above, below) in enumerate(pairwise(path)):
+                if depth:
+                    own = F.pad(own, (0, 1))
+                    rope = chains._rope(depth - 1, 1)
+                    tokens = tree.tokens[:, above : above + 1]
+                    states = chains._draft_pass(tokens, states, rope, chains._masks(own, 2))
+                ranked = trained.target_ids(chains._scored(states, depth + 1)[row, 0].argsort(descending=True))
+                assert int(ranked[int(shape.ranks[below])]) == int(tree.tokens[row, below])
+    assert (tree.parents[0, 1:] >= 0).all()
+    assert int((tree.parents[1] >= 0).sum()) == 4
 
 
 @every_head
