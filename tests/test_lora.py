@@ -251,7 +251,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with target, data, recipe, and a head trained for a few steps, `out/base`."""
     folder = tmp_path_factory.mktemp("lora")
     save_target(folder / "target")
-    data = save_data(folder, [record(number, turns=1 + number % 2) for number in range(16)])
+    data = save_data(folder, [{**record(n, turns=1 + n % 2), "topic": "ab"[n % 2]} for n in range(16)])
     save_recipe(folder / "r.yaml", folder / "target", data, folder / "out", max_steps=8)
     done = distill(0, *words(folder, "base"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -302,6 +302,9 @@ def test_adapters_give_one_curve_at_every_stage(base: Path, alone: Path, zero: i
     assert all(first[step] == pytest.approx(second[step], abs=1e-3) for step in first)
     heads = [load_file(place / "head.safetensors") for place in (alone, folder)]
     assert all(torch.allclose(heads[0][name], heads[1][name], atol=1e-3) for name in heads[0])
+    # Two held-out prompts, one of each topic: what each rank decoded is known to both.
+    assert losses(folder, "accept/tau/a") == losses(alone, "accept/tau/a") != {}
+    assert losses(folder, "accept/tau/b") == losses(alone, "accept/tau/b") != {}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmspec import checkpoint
+from mmspec.heads._unrolled import UnrolledHead
 from mmspec.recipe import Recipe, Source
 from mmspec.types import Features, InputError, Objective, Target
 from train.corpus import locate
@@ -115,20 +116,24 @@ def load_head(session: Session) -> nn.Module:
     return head.to(target.device).eval().requires_grad_(False)
 
 
-def _cost(session: Session, head: nn.Module) -> Cost:
-    """Operations of a step: the head's, and the target's where it runs."""
+def _cost(session: Session, head: nn.Module) -> Cost | None:
+    """Operations of a step: the head's, and the target's where it runs; None for heads that nobody counts for."""
     shape, steps = session.target.shape, session.recipe.loss.steps
+    if not isinstance(head, UnrolledHead):
+        return None
     cost = head_cost(head, shape, steps)
     return cost if session.features is not None else cost + target_cost(shape)
 
 
-def _objective(target: Target, cost: Cost, steps: int) -> Callable[[nn.Module, Mapping[str, Any]], Objective]:
+def _objective(target: Target, cost: Cost | None, steps: int) -> Callable[[nn.Module, Mapping[str, Any]], Objective]:
     def objective(head: nn.Module, batch: Mapping[str, Any]) -> Objective:
         features = Features(**batch)
         out: Objective = head.forward(features, target.unembed)
         # What a step has gone through, for its rates.
         work = counted(features.valid, features.answer, features.segment, steps)
-        done = {"tokens": work.tokens, "answer_tokens": (features.answer > 0).sum(), "tflop": cost.of(work) / 1e12}
+        done = {"tokens": work.tokens, "answer_tokens": (features.answer > 0).sum()}
+        if cost is not None:
+            done["tflop"] = cost.of(work) / 1e12
         return replace(out, sums={**out.sums, **done}, counts={**out.counts, **done})
 
     return objective
