@@ -100,7 +100,7 @@ def vocabulary_losses(
     Args:
         predicted: [M, D] draft states; gradient flows here.
         unembed: the target's, frozen: of `aims.truth`, and of `predicted` where the head has no `weight`.
-        weight: [V', D] of the head's own unembedding, trained.
+        weight: [V', D] of the head's own unembedding; trained, unless it asks for no gradient.
         draft_ids: [V'] int64, ascending, where that has a vocabulary of its own: the target's distribution is
             restricted to it and renormalised, and predictions whose target argmax lies outside have no loss.
 
@@ -109,7 +109,8 @@ def vocabulary_losses(
         the draft vocabulary.
     """
     grows = torch.is_grad_enabled()
-    leaves = [predicted] if weight is None else [predicted, weight]
+    trained = weight is not None and weight.requires_grad
+    leaves = [predicted, weight] if weight is not None and trained else [predicted]
     gradients = [torch.zeros_like(leaf) for leaf in leaves] if grows else []
     own = None if weight is None else weight.detach()
     total = torch.zeros((), dtype=_work(predicted[:0]).dtype, device=predicted.device)
@@ -132,7 +133,8 @@ def vocabulary_losses(
             gradients[0][low:high] = torch.autograd.grad(logits, g, found.gradient)[0]
         elif grows and own is not None:
             torch.mm(found.gradient, own, out=gradients[0][low:high])
-            gradients[1].addmm_(found.gradient.T, g.detach())
+            if trained:
+                gradients[1].addmm_(found.gradient.T, g.detach())
         del logits, found  # or the next chunk's would stand beside them
         if config.regression:
             close = config.regression * (smooth_l1(_work(g), _work(truth)[of]) * scale).sum()

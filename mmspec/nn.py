@@ -6,12 +6,14 @@ one that reads a KV cache. Everything else is the same code, so that training an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmspec.types import InputError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, Hq, M, Dh], k, v [B, Hkv, M, Dh]) -> [B, Hq, M, Dh]; where k and v go is the function's business."""
@@ -98,7 +100,8 @@ class SwiGLU(nn.Module):
 
     def fuse(self) -> None:
         """See `DecoderBlock.fuse`."""
-        self.fused = _joined([self.gate_proj, self.up_proj])
+        if _plain(self.gate_proj, self.up_proj):
+            self.fused = _joined([self.gate_proj, self.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused is None:
@@ -108,12 +111,21 @@ class SwiGLU(nn.Module):
         return cast(Tensor, self.down_proj(F.silu(gate) * up))
 
 
+def _plain(*layers: nn.Module) -> bool:
+    """Whether a layer is its weight and nothing else: what an adapter adds is not in the weight."""
+    return all(isinstance(layer, nn.Linear) for layer in layers)
+
+
 def _joined(layers: list[nn.Linear]) -> Tensor:
     """One matrix of several layers' weights, of which they become views."""
     joined = torch.cat([layer.weight.data for layer in layers])
     for layer, part in zip(layers, joined.split([layer.out_features for layer in layers])):
         layer.weight.data = part
     return joined
+
+
+_READS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""Layers of a decoder layer that read its whole input."""
 
 
 class DecoderBlock(nn.Module):
@@ -158,9 +170,44 @@ class DecoderBlock(nn.Module):
 
     def fuse(self) -> None:
         """For drafting: queries, keys and values by one product, gate and up by another. Weights are not copied twice;
-        call it when they are where they stay, and not on a block that will be trained."""
-        self.fused = _joined([self.q_proj, self.k_proj, self.v_proj])
+        call it when they are where they stay, and not on a block that will be trained. Adapted layers stay single."""
+        if _plain(self.q_proj, self.k_proj, self.v_proj):
+            self.fused = _joined([self.q_proj, self.k_proj, self.v_proj])
         self.mlp.fuse()
+
+    @torch.no_grad()
+    def start_from(self, layer: Mapping[str, Tensor]) -> None:
+        """Become a copy of a target's decoder layer.
+
+        A paired block gets the layer's queries, keys and values in the half that reads the state, and zeros in the
+        other: it begins as that layer over its states, blind to the embeddings.
+
+        Args:
+            layer: weights by the names of transformers' Llama layers (`self_attn.q_proj.weight`, ..).
+
+        Raises:
+            InputError: a weight has no counterpart here, has another shape, or is missing.
+        """
+        mine = {name.removesuffix(".weight"): weight for name, weight in self.named_parameters()}
+        places = {f"self_attn.{name}": name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        places |= {f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+        places |= {"post_attention_layernorm": "post_attention_layernorm"}
+        places["input_layernorm"] = "hidden_norm" if self.hidden_norm is not None else "input_layernorm"
+        found = {name.removesuffix(".weight"): weight for name, weight in layer.items()}
+        for name in sorted(set(found) | set(places)):
+            if name not in places or places[name] not in mine:
+                raise InputError(f"the layer has {name}, for which the head's block has no place")
+            if name not in found:
+                raise InputError(f"the layer has no {name}, which the head's block needs")
+            weight = mine[places[name]]
+            half = weight[:, weight.shape[1] // 2 :] if self.hidden_norm is not None and name in _READS else weight
+            if found[name].shape != half.shape:
+                raise InputError(
+                    f"the layer's {name} has shape {tuple(found[name].shape)}, the head's block asks for "
+                    f"{tuple(half.shape)}"
+                )
+            weight.zero_()
+            half.copy_(found[name])
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -27,6 +27,9 @@ import mmspec.heads
 from mmspec.losses import LossConfig
 from mmspec.types import InputError
 
+HEAD_KEYS = ("kind", "init_from", "init_layer", "lora")
+"""Keys of the `head` node that are no field of the head's `Config`."""
+TRACKERS = ("wandb", "tensorboard")
 NOT_A_DRAFT_HEAD = ("base", "viskip")
 """Files of `mmspec/heads` that `head.kind` cannot name, besides the `_shared` ones: the base, and the controller."""
 
@@ -48,6 +51,22 @@ class TargetNode:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters in place of a head's own weights, which stay as they are; what is saved is merged."""
+
+    rank: int = 0
+    """Of the adapters: rank x (in + out) weights a layer; 0: none, the head is trained whole."""
+    alpha: float = 16.0
+    """An adapter's product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Of what enters an adapter, in training."""
+    modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc"]
+    )
+    """Linear layers of the head that get one; `lm_head` too, where a head has its own."""
+
+
+@dataclass
 class HeadNode:
     """The draft head; every other key of the node is a field of `mmspec.heads.<kind>.Config`."""
 
@@ -55,6 +74,10 @@ class HeadNode:
     init_from: str | None = None
     """A run folder whose head of the same shape is where training starts."""
     config: Any = None
+    init_layer: int | None = None
+    """A decoder layer of the target that the head's block starts as a copy of; 0 is the first, -1 the last."""
+    lora: Lora = field(default_factory=Lora)
+    """With `init_from` adapters are all that is trained; with `init_layer` they stand for the block's matrices."""
 
 
 @dataclass
@@ -66,6 +89,8 @@ class Source:
     """How often a record is drawn per epoch: 2 twice, 0.5 in every other epoch on average."""
     limit: int | None = None
     """Use the first so many records."""
+    topic: str | None = None
+    """Of those, use the records of this topic, or category where they name no topic."""
 
 
 @dataclass
@@ -155,6 +180,10 @@ class Run:
     """Sample generations shown in the table at each evaluation."""
     save_every: int = 0
     """Steps between resumable checkpoints; 0: only when stopped and between phases."""
+    trackers: list[str] = field(default_factory=lambda: ["wandb"])
+    """Who is told besides metrics.jsonl: wandb (offline without a login), tensorboard, both or none."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device, for perf/mfu; default: that of a known GPU in half precision."""
 
 
 @dataclass
@@ -190,7 +219,8 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Plain containers in the layout of the YAML file."""
         plain = dataclasses.asdict(self)
-        plain["head"] = {"kind": self.head.kind, "init_from": self.head.init_from, **plain["head"]["config"]}
+        head = plain["head"]
+        plain["head"] = {**{key: head[key] for key in HEAD_KEYS}, **head["config"]}
         return _lists(plain)
 
     def save(self, path: Path | str) -> None:
@@ -256,6 +286,11 @@ def check(recipe: Recipe) -> None:
     for key, value, allowed in choices:
         if value not in allowed:
             raise InputError(f"{key}={value!r} must be one of: {', '.join(allowed)}{_likely(value, allowed)}")
+    for name in recipe.run.trackers:
+        if name not in TRACKERS:
+            raise InputError(f"run.trackers names {name!r}; there are: {', '.join(TRACKERS)}{_likely(name, TRACKERS)}")
+    if recipe.run.peak_tflops is not None and not recipe.run.peak_tflops > 0:
+        raise InputError(f"run.peak_tflops={recipe.run.peak_tflops} must be greater than 0")
     if not recipe.data.sources:
         raise InputError("data.sources is empty; give data.train=PATH or a list of {path, weight, limit}")
     name = recipe.run.name
@@ -270,6 +305,24 @@ def check(recipe: Recipe) -> None:
         raise InputError("deepspeed.offload_optimizer=true needs deepspeed.zero_stage of 1 or more")
     if engine.config is not None and not Path(engine.config).is_file():
         raise InputError(f"deepspeed.config={engine.config}: no such file")
+    _check_start(recipe.head)
+
+
+def _check_start(head: HeadNode) -> None:
+    """Where training starts. Whether `head.init_from` is there is asked when training starts."""
+    lora = head.lora
+    if head.init_from is not None and head.init_layer is not None:
+        raise InputError(
+            f"head.init_from={head.init_from} and head.init_layer={head.init_layer} are two beginnings; give one"
+        )
+    if lora.rank and head.init_from is None and head.init_layer is None:
+        raise InputError(
+            f"head.lora.rank={lora.rank} adapts what is there: give head.init_from=<run folder> or head.init_layer"
+        )
+    if not 0 <= lora.dropout < 1:
+        raise InputError(f"head.lora.dropout={lora.dropout} must be at least 0 and below 1")
+    if not lora.modules:
+        raise InputError("head.lora.modules is empty; name the head's linear layers, as in [q_proj, v_proj]")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -287,6 +340,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("policy.rollouts", recipe.policy.rollouts, 1),
         ("policy.rollout_batch", recipe.policy.rollout_batch, 1),
         ("policy.steps", recipe.policy.steps, 1),
+        ("head.lora.rank", recipe.head.lora.rank, 0),
         ("data.answer_batch", recipe.data.answer_batch, 1),
         ("data.max_new_tokens", recipe.data.max_new_tokens, 1),
         ("data.max_length", recipe.data.max_length, 4),
@@ -304,6 +358,7 @@ def _check_numbers(recipe: Recipe) -> None:
         if value is not None and value < low:
             raise InputError(f"{key}={value} must be at least {low:g}")
     above: list[tuple[str, float]] = [("optim.lr", recipe.optim.lr), ("policy.optim.lr", recipe.policy.optim.lr)]
+    above += [("head.lora.alpha", recipe.head.lora.alpha)]
     above += [(f"data.sources[{i}].weight", source.weight) for i, source in enumerate(recipe.data.sources)]
     for key, value in above:
         if not value > 0:
@@ -366,7 +421,14 @@ def _schema(head_module: ModuleType) -> dict[str, Any]:
     """Structured node by node: the classes whose fields and types the raw containers must fit."""
     viskip = importlib.import_module("mmspec.heads.viskip")
     head_class = dataclasses.make_dataclass(
-        "HeadKeys", [("kind", str, MISSING), ("init_from", str | None, None)], bases=(_thawed(head_module.Config),)
+        "HeadKeys",
+        [
+            ("kind", str, MISSING),
+            ("init_from", str | None, None),
+            ("init_layer", int | None, None),
+            ("lora", Lora, dataclasses.field(default_factory=Lora)),
+        ],
+        bases=(_thawed(head_module.Config),),
     )
     controller = _thawed(viskip.Config)
     policy_class = dataclasses.make_dataclass(
@@ -439,13 +501,13 @@ def _assemble(plain: dict[str, Any], head_module: ModuleType) -> Recipe:
     """Plain containers to the dataclasses; heads' own checks speak here."""
     viskip = importlib.import_module("mmspec.heads.viskip")
     head, data, policy = dict(plain["head"]), dict(plain["data"]), dict(plain["policy"])
-    kind, init_from = head.pop("kind"), head.pop("init_from")
+    kind, init_from, init_layer, lora = (head.pop(key) for key in HEAD_KEYS)
     data["sources"] = [Source(**source) for source in data["sources"]]
     policy["controller"] = _build("policy.controller", viskip.Config, policy["controller"])
     policy["optim"] = _build("policy.optim", Optim, policy["optim"])
     return Recipe(
         target=TargetNode(**plain["target"]),
-        head=HeadNode(kind, init_from, _build("head", head_module.Config, head)),
+        head=HeadNode(kind, init_from, _build("head", head_module.Config, head), init_layer, Lora(**lora)),
         data=Data(**data),
         loss=_build("loss", LossConfig, plain["loss"]),
         optim=_build("optim", Optim, plain["optim"]),

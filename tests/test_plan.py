@@ -357,7 +357,7 @@ def test_a_dry_run_needs_no_head_to_start_from(capsys: pytest.CaptureFixture[str
     assert plan_module().main(words) == 0
     capsys.readouterr()
     assert distill.main([*words, "data.train=synth:train"]) == 2
-    assert "head.init_from=nowhere: no such run folder" in capsys.readouterr().err
+    assert "head.init_from: checkpoint nowhere does not exist" in capsys.readouterr().err
 
 
 def test_the_dry_run_and_the_planner_say_the_same(capsys: pytest.CaptureFixture[str]):

@@ -35,6 +35,7 @@ class Sample:
         turns: what the user says; `<image>` marks where the picture stands.
         answers: the file's answers; fewer than turns when the last one is open.
         file, line: where it came from (line: 1-based place in the list).
+        topic: the record's, or its category; "" where it has neither.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Sample:
     answers: tuple[str, ...]
     file: Path
     line: int
+    topic: str = ""
 
     def messages(self, answers: Sequence[str], n_turns: int | None = None) -> list[dict[str, Any]]:
         """Hugging Face chat messages of the first turns, each but the last followed by its answer (the last too,
@@ -83,16 +85,19 @@ def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
     """Reads every source.
 
     Raises:
-        InputError: a file is missing or no list of records, or nothing in all of them is usable.
+        InputError: a file is missing or no list of records, has none of the topic that is asked for, or nothing in all
+            of them is usable.
     """
     samples: list[Sample] = []
     weights: list[float] = []
     n_read, digest = 0, hashlib.sha256()
     for source in sources:
         path = locate(source)
-        records = _records(path)[: source.limit]
+        records = list(enumerate(_records(path)[: source.limit], start=1))
+        if source.topic is not None:
+            records = _of_topic(records, source)
         n_read += len(records)
-        for line, record in enumerate(records, start=1):
+        for line, record in records:
             try:
                 sample = _sample(record, path, line)
             except RecordError as error:
@@ -224,14 +229,15 @@ def _sample(record: Any, path: Path, line: int) -> Sample:
     if image is None:
         if marks:
             raise RecordError("conversation has an <image> but the record names none")
-        return Sample(_id(record) or str(line), None, turns, answers, path, line)
+        return Sample(_id(record) or str(line), None, turns, answers, path, line, _topic(record))
     if not isinstance(image, str) or not image:
         raise RecordError(f"image is no file name but {type(image).__name__}")
     if marks > 1:
         raise RecordError(f"conversation has {marks} <image> marks for one image")
     if not marks:
         turns = (f"{IMAGE_MARK}\n{turns[0]}", *turns[1:])
-    return Sample(_id(record) or str(line), _image_path(path.parent, image), turns, answers, path, line)
+    picture = _image_path(path.parent, image)
+    return Sample(_id(record) or str(line), picture, turns, answers, path, line, _topic(record))
 
 
 def _conversation(said: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -271,6 +277,20 @@ def _content(turn: str) -> list[dict[str, str]]:
         elif piece.strip():
             parts.append({"type": "text", "text": piece.strip()})
     return parts
+
+
+def _of_topic(records: Sequence[tuple[int, Any]], source: Source) -> list[tuple[int, Any]]:
+    """The records of a source's topic, with their lines."""
+    found = {line: _topic(record) for line, record in records if isinstance(record, dict)}
+    if source.topic not in found.values():
+        topics = ", ".join(sorted(set(found.values()) - {""})) or "none"
+        raise InputError(f"data source {source.path}: no record has the topic {source.topic!r}; it has: {topics}")
+    return [(line, record) for line, record in records if found.get(line) == source.topic]
+
+
+def _topic(record: dict[str, Any]) -> str:
+    named = (record.get("topic"), record.get("category"))
+    return next((name.strip() for name in named if isinstance(name, str) and name.strip()), "")
 
 
 def _id(record: Any) -> str:

@@ -40,6 +40,8 @@ EPILOG = """\
 overrides: any recipe key, later ones win
   data.train=PATH            train on this LLaVA-style JSON (short for one entry of data.sources)
   data.features=DIR          the target's states from scripts/extract_features.py instead of computing them
+  head.init_from=DIR         start from the head of this run folder
+  head.lora.rank=N           with it, train low-rank adapters alone; what is saved is merged
   run.name=NAME              write to runs/NAME
   run.max_steps=N            optimizer steps of the head
   run.resume=true            go on where runs/NAME stopped
@@ -80,10 +82,13 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
     from train.corpus import check_sources
     from train.features import read_manifest
     from train.stopping import Stopped, Stopper, default_signals
+    from train.tracking import check_trackers
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
-    if instead is None and recipe.head.init_from is not None and not Path(recipe.head.init_from).is_dir():
-        raise InputError(f"head.init_from={recipe.head.init_from}: no such run folder")
+    if instead is None:
+        check_trackers(recipe.run.trackers)
+    if instead is None and recipe.head.init_from is not None:
+        _check_base(recipe.head.init_from)
     if recipe.data.features:
         read_manifest(Path(recipe.data.features))
     default_signals()
@@ -95,6 +100,16 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
         return run(recipe, stopper, instead)
     except Stopped as stop:
         return stop.exit_code
+
+
+def _check_base(folder: str) -> None:
+    """Whether `head.init_from` is a complete run folder."""
+    from mmspec import checkpoint
+
+    try:
+        checkpoint.load(folder)
+    except InputError as error:
+        raise InputError(f"head.init_from: {error}") from error
 
 
 def refuse(program: str, message: str, rank: int) -> int:

@@ -24,12 +24,13 @@ from mmspec.types import InputError, Objective
 from train.clock import StepClock
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
+from train.usage import memory_gb
 from train.world import World
 
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 OWNED_OBJECTS = ("optimizer", "scheduler")
 
-RATES = {"tokens": "perf/tokens_per_s", "answer_tokens": "perf/answer_tokens_per_s"}
+RATES = {"tokens": "perf/tokens_per_s", "answer_tokens": "perf/answer_tokens_per_s", "tflop": "perf/tflops"}
 """Sums of an objective that are logged per second of a step, not per position."""
 
 
@@ -84,6 +85,8 @@ class Plan:
     save_every: int
     seed: int
     log_offset: int = 0
+    peak_tflops: float | None = None
+    """Peak rate of a rank's device, where it is known."""
 
     @property
     def resumable(self) -> bool:
@@ -185,9 +188,13 @@ class Fit:
     def _count_ahead(self, micro: Sequence[Callable[[], Mapping[str, Any]]]) -> float:
         """Global number of valid positions of a step. It must be known before the first backward pass, so accumulated
         micro-batches are run once without gradient (cheap beside the target's own pass over them)."""
+        counts = []
         with torch.no_grad():
-            counts = torch.stack([self.engine.module(**make())[1][1].cpu() for make in micro])
-        return float(self.world.sum(counts.sum().reshape(1))[0])
+            for make in micro:
+                batch = make()
+                self.clock.enter(self.plan.phase)
+                counts.append(self.engine.module(**batch)[1][1].cpu())
+        return float(self.world.sum(torch.stack(counts).sum().reshape(1))[0])
 
     def _seed(self, micro: int) -> None:
         """Whatever an objective draws depends on step, micro-batch and rank only, so a resumed run draws the same."""
@@ -209,6 +216,9 @@ class Fit:
             )
             if many > 0 and key not in metrics:
                 metrics[key] = float(facts[2 + index]) / many
+        if "perf/tflops" in metrics and self.plan.peak_tflops:
+            metrics["perf/mfu"] = metrics["perf/tflops"] / (self.world.size * self.plan.peak_tflops)
+        metrics["perf/memory_gb"] = round(memory_gb(self.world.device), 6)
         metrics |= {f"time/{phase}_s": round(spent, 6) for phase, spent in seconds.items()}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmspec import checkpoint
-from mmspec.recipe import Source
+from mmspec.heads._unrolled import UnrolledHead
+from mmspec.recipe import Recipe, Source
 from mmspec.types import Features, InputError, Objective, Target
 from train.corpus import locate
 from train.fit import Fit, Plan, Trainee
+from train.flops import Cost, counted, head_cost, target_cost
+from train.lora import adapt, adapted_layers, merged, save_adapters
 from train.measure import held_out, measure
 from train.regenerate import answer_counts
 from train.session import Session
 from train.sources import Loader, open_source
 from train.stopping import Stopped
+from train.usage import peak_tflops
 
 METRICS = {"tau_sim": "accept/tau_sim", "top1": "accept/top1"}
 """Names that the objective's sums are logged under; `pos_<k>` become `accept/pos_<k>`."""
@@ -33,28 +37,46 @@ def train_head(session: Session) -> nn.Module:
     recipe, target = session.recipe, session.target
     config = recipe.head.config.resolve(target.shape)
     torch.manual_seed(recipe.run.seed)
-    head = checkpoint.build_head(recipe.head.kind, config, recipe.loss)
+
+    def plain() -> nn.Module:
+        return checkpoint.build_head(recipe.head.kind, config, recipe.loss)
+
+    head = plain()
     plan = _plan(session)
     if recipe.head.init_from is not None:
-        _copy_weights(head, recipe.head.init_from, target)
+        head.load_state_dict(_base(recipe, target).head().state_dict())
     elif not (recipe.run.resume and plan.resumable):
         head.prepare(target, lambda: answer_counts(session.corpus, session.prepared, target, session.world))
-    fit = Fit(Trainee(head, _objective(target)), plan, session.world, session.stopper, session.tracker)
+        if recipe.head.init_layer is not None:
+            head.take_layer(target, recipe.head.init_layer)
+    if recipe.head.lora.rank:
+        adapt(head, recipe.head)
+    fit = Fit(
+        Trainee(head, _objective(target, _cost(session, head), recipe.loss.steps)),
+        plan,
+        session.world,
+        session.stopper,
+        session.tracker,
+    )
     if recipe.run.resume and fit.restore():
         session.tracker.say(f"resumed at head step {fit.step} of {recipe.run.max_steps}")
     session.world.lead(lambda: str(locate(Source(recipe.run.eval_data, limit=recipe.run.eval_prompts))))
     validation = held_out(recipe, target, session.world)
 
+    def weights() -> dict[str, Tensor]:
+        return merged(fit.weights(), plain(), recipe.head) if recipe.head.lora.rank else fit.weights()
+
     def snapshot() -> nn.Module:
-        plain = checkpoint.build_head(recipe.head.kind, config, recipe.loss)
-        plain.load_state_dict(fit.weights())
-        return plain.to(target.device, target.dtype).eval().requires_grad_(False)
+        head = plain()
+        head.load_state_dict(weights())
+        return head.to(target.device, target.dtype).eval().requires_grad_(False)
 
     def score(step: int) -> None:
         # Tokenizers are not made for two threads at once, and samples are decoded here.
         loader.settle()
         result = measure(snapshot(), recipe, target, validation, session.world, session.stopper)
-        session.tracker.log(step, {"accept/tau": result.tau})
+        topics = {f"accept/tau/{topic}": tau for topic, tau in result.by_topic.items()}
+        session.tracker.log(step, {"accept/tau": result.tau, **topics})
         columns = ("prompt", "answer", "tau")
         session.tracker.table(step, "samples", columns, result.samples)
         session.tracker.say(f"step {step}: tau {result.tau:.2f} on {recipe.run.eval_prompts} of {recipe.run.eval_data}")
@@ -65,10 +87,13 @@ def train_head(session: Session) -> nn.Module:
             score(step)
 
     def save() -> None:
-        weights = fit.weights()
+        state = fit.weights()
         if session.world.first:
-            checkpoint.save_head(session.folder, weights, config, target)
-            policy = recipe.policy
+            lora, policy = recipe.head.lora.rank, recipe.policy
+            whole = merged(state, plain(), recipe.head) if lora else state
+            checkpoint.save_head(session.folder, whole, config, target)
+            if lora and recipe.head.init_from is not None:
+                save_adapters(session.folder, state, plain(), recipe.head, target.fingerprint)
             checkpoint.save_tree(session.folder, checkpoint.DraftTree(policy.depth, policy.width, policy.budget))
         session.world.barrier()
 
@@ -91,13 +116,25 @@ def load_head(session: Session) -> nn.Module:
     return head.to(target.device).eval().requires_grad_(False)
 
 
-def _objective(target: Target) -> Callable[[nn.Module, Mapping[str, Any]], Objective]:
+def _cost(session: Session, head: nn.Module) -> Cost | None:
+    """Operations of a step: the head's, and the target's where it runs; None for heads that nobody counts for."""
+    shape, steps = session.target.shape, session.recipe.loss.steps
+    if not isinstance(head, UnrolledHead):
+        return None
+    cost = head_cost(head, shape, steps)
+    return cost if session.features is not None else cost + target_cost(shape)
+
+
+def _objective(target: Target, cost: Cost | None, steps: int) -> Callable[[nn.Module, Mapping[str, Any]], Objective]:
     def objective(head: nn.Module, batch: Mapping[str, Any]) -> Objective:
         features = Features(**batch)
         out: Objective = head.forward(features, target.unembed)
         # What a step has gone through, for its rates.
-        tokens = {"tokens": features.valid.sum().float(), "answer_tokens": (features.answer > 0).sum().float()}
-        return replace(out, sums={**out.sums, **tokens}, counts={**out.counts, **tokens})
+        work = counted(features.valid, features.answer, features.segment, steps)
+        done = {"tokens": work.tokens, "answer_tokens": (features.answer > 0).sum()}
+        if cost is not None:
+            done["tflop"] = cost.of(work) / 1e12
+        return replace(out, sums={**out.sums, **done}, counts={**out.counts, **done})
 
     return objective
 
@@ -112,22 +149,46 @@ def _plan(session: Session) -> Plan:
         folder=session.folder / "state",
         save_every=recipe.run.save_every,
         seed=recipe.run.seed,
+        peak_tflops=peak_tflops(session.world.device, recipe.target.dtype, recipe.run.peak_tflops),
     )
 
 
-def _copy_weights(head: nn.Module, folder: str, target: Target) -> None:
-    """Starts from another run's head for the same target; names and shapes must agree.
+def check_beginning(recipe: Recipe, target: Target) -> None:
+    """Whether the head can start where the recipe says, asked before any work is done for it. Every rank must call.
 
     Raises:
-        InputError: they do not.
+        InputError: it cannot.
     """
-    other = checkpoint.load(folder)
+    node = recipe.head
+    if node.init_from is not None:
+        _base(recipe, target)
+    config = node.config.resolve(target.shape)
+    with torch.device("meta" if node.init_layer is None else "cpu"):
+        head = checkpoint.build_head(node.kind, config, recipe.loss)
+    if node.init_layer is not None:
+        head.take_layer(target, node.init_layer)
+    if node.lora.rank:
+        adapted_layers(head, node)
+
+
+def _base(recipe: Recipe, target: Target) -> checkpoint.Checkpoint:
+    """The run folder of `head.init_from`: another run's head for the same target, of the recipe's kind and config.
+
+    Raises:
+        InputError: it is not.
+    """
+    node = recipe.head
+    other = checkpoint.load(str(node.init_from))
     other.check_target(target)
-    state = other.head().state_dict()
-    wanted = {name: tensor.shape for name, tensor in head.state_dict().items()}
-    if wanted != {name: tensor.shape for name, tensor in state.items()}:
-        raise InputError(f"head.init_from={folder} holds a {other.kind} head of another shape than this recipe's")
-    head.load_state_dict(state)
+    if other.kind != node.kind:
+        raise InputError(f"head.init_from={node.init_from} holds a {other.kind} head, not head.kind={node.kind}")
+    mine, its = asdict(node.config.resolve(target.shape)), asdict(other.config)
+    for key in (key for key in mine if mine[key] != its[key]):
+        raise InputError(
+            f"head.init_from={node.init_from} holds a head with {key}={its[key]}, not {mine[key]}; "
+            f"set head.{key}={its[key]}"
+        )
+    return other
 
 
 def _shown(metrics: Mapping[str, float], session: Session) -> dict[str, Any]:

@@ -30,25 +30,31 @@ class Measurement:
 
     Args:
         tau: kept tokens after the first / rounds, over all ranks.
+        by_topic: the same of the prompts of each topic that decoded more than one token.
         samples: (prompt, answer with accepted runs of tokens in ⟦ ⟧, tau) of this rank's first requests.
     """
 
     tau: float
+    by_topic: dict[str, float]
     samples: list[tuple[str, str, float]]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This rank's share of the held-out prompts."""
+    """This rank's share of the held-out prompts, and all of their topics."""
 
     requests: tuple[Request, ...]
     questions: tuple[str, ...]
+    topics: tuple[str, ...]
+    """Of this rank's prompts, "" where a record has none."""
+    all_topics: tuple[str, ...]
+    """Of all ranks', without ""."""
 
 
 def held_out(recipe: Recipe, target: Target, world: World) -> HeldOut:
     """First turns of `run.eval_data`, every `world.size`-th for this rank; unreadable ones are left out."""
     corpus = read([Source(recipe.run.eval_data, limit=recipe.run.eval_prompts)], Quarantine(None))
-    requests, questions = [], []
+    requests, questions, topics = [], [], []
     for index in range(world.rank, len(corpus), world.size):
         sample = corpus.samples[index]
         try:
@@ -58,7 +64,9 @@ def held_out(recipe: Recipe, target: Target, world: World) -> HeldOut:
         if len(prompt) < target.max_length:
             requests.append(Request(sample.id, prompt, recipe.run.eval_max_new_tokens, index))
             questions.append(sample.turns[0].replace(IMAGE_MARK, "").strip())
-    return HeldOut(tuple(requests), tuple(questions))
+            topics.append(sample.topic)
+    everywhere = tuple(sorted({sample.topic for sample in corpus.samples} - {""}))
+    return HeldOut(tuple(requests), tuple(questions), tuple(topics), everywhere)
 
 
 def measure(
@@ -86,13 +94,17 @@ def measure(
     except Stopped:
         pass
     stopper.check_together()
-    kept, rounds = _totals(outputs)
-    everywhere = world.sum([kept, rounds])
+    # Those of a topic the ranks may not share: every rank adds up all of them.
+    groups = [outputs]
+    for topic in data.all_topics:
+        groups.append([output for output, its in zip(outputs, data.topics) if its == topic])
+    everywhere = world.sum([total for group in groups for total in _totals(group)]).reshape(-1, 2).tolist()
+    by_topic = {topic: _tau(*totals) for topic, totals in zip(data.all_topics, everywhere[1:]) if totals[1]}
     samples = [
         (question, marked(target, output), _tau(*_totals([output])))
         for question, output in list(zip(data.questions, outputs))[: recipe.run.samples]
     ]
-    return Measurement(_tau(float(everywhere[0]), float(everywhere[1])), samples)
+    return Measurement(_tau(*everywhere[0]), by_topic, samples)
 
 
 def marked(target: Target, output: Output) -> str:

@@ -23,7 +23,7 @@ from train.controller import rollout, train_controller
 from train.corpus import Corpus, read
 from train.extract import head_taps, origin
 from train.features import open_store
-from train.head import load_head, train_head
+from train.head import check_beginning, load_head, train_head
 from train.session import Session, State, begin, finished
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
@@ -107,7 +107,9 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     """Run folder, tracker, data and target of this rank."""
     state, resumed = _begin(recipe, world, training)
     active = world.first
-    tracker = Tracker(recipe.folder, recipe.run.name, recipe.as_dict(), active, training, state.wandb_id)
+    tracker = Tracker(
+        recipe.folder, recipe.run.name, recipe.as_dict(), active, training, state.wandb_id, recipe.run.trackers
+    )
     if recipe.run.resume and training and not resumed:
         tracker.say(f"nothing to resume in {recipe.folder}: starting from the beginning")
     if resumed:
@@ -123,6 +125,8 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     if active and training:
         state.save(recipe.folder)
         checkpoint.save_provenance(recipe.folder, recipe, target, corpus.digest, sys.argv)
+    if training:
+        check_beginning(recipe, target)
     # Before any question is answered: those of a store made from something else would be answered for nothing.
     store = None
     if recipe.data.features:

@@ -27,12 +27,14 @@ from train.world import World
 PHASES = ("head", "rollout", "controller", "done")
 RESULTS = (
     *("head.safetensors", "head.json", "viskip.safetensors", "viskip.json", "tree.json", "recipe.yaml"),
+    *("adapter_model.safetensors", "adapter_config.json"),
     *("provenance.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl", "state.json"),
 )
-WORKING = ("state", "rollout")
+WORKING = ("state", "rollout", "tensorboard")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
     "run.save_every", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
+    "run.trackers", "run.peak_tflops",
 }  # fmt: skip
 """Recipe keys that do not change what is learned, so a resumed run may change them."""
 

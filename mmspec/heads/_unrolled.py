@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmspec.heads._drafter import PairHead
 from mmspec.heads._packed import Packed, UnrolledAttention, pack
 from mmspec.losses import Aims, LossConfig, vocabulary_losses
-from mmspec.types import Features, Objective, Unembed
+from mmspec.types import Features, InputError, Objective, Target, Unembed
 
 
 class UnrolledHead(PairHead):
@@ -33,6 +33,20 @@ class UnrolledHead(PairHead):
         super().__init__()
         self.config = config
         self.loss = loss or LossConfig()
+
+    def take_layer(self, target: Target, index: int) -> None:
+        said, theta = f"head.init_layer={index} of {target.name}", target.shape.rope_theta
+        if self.config.rope_theta != theta:
+            raise InputError(
+                f"{said}: its rotary base is {theta:g}, the head's {self.config.rope_theta:g}; "
+                f"set head.rope_theta={theta:g}"
+            )
+        if isinstance(self.block.input_layernorm, nn.Identity):
+            raise InputError(f"{said}: the layer norms its input and the head does not; set head.input_norm=true")
+        try:
+            self.block.start_from(target.layer_weights(index))
+        except InputError as error:
+            raise InputError(f"{said}: {error}; leave head.init_layer out") from error
 
     def score(self, states: Tensor, aims: Aims, unembed: Unembed) -> tuple[Tensor, Tensor, Tensor]:
         """See `vocabulary_losses`, for block outputs [M, D]."""

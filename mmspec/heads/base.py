@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmspec.static_tree import StaticTree
-from mmspec.types import Drafter, Features, Objective, Sampler, Target, Unembed
+from mmspec.types import Drafter, Features, InputError, Objective, Sampler, Target, Unembed
 
 
 class DraftHead(nn.Module, ABC):
@@ -27,6 +27,17 @@ class DraftHead(nn.Module, ABC):
             answer_counts: [V] float64, how often each token occurs in the answers of the training data; the same on
                 every rank. To ask is a pass over the data by all ranks together, so all must ask or none.
         """
+
+    def take_layer(self, target: Target, index: int) -> None:
+        """Start as a copy of one of the target's decoder layers. Every rank must call.
+
+        Args:
+            index: 0 is the first layer, -1 the last.
+
+        Raises:
+            InputError: this head cannot, or not from that layer.
+        """
+        raise InputError(f"head.init_layer={index}: this head has no decoder block to copy a layer into")
 
     @abstractmethod
     def forward(self, features: Features, unembed: Unembed) -> Objective:

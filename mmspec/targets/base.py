@@ -274,6 +274,20 @@ class HFTarget:
     def unembed(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden.to(self.dtype))
 
+    def layer_weights(self, index: int) -> Mapping[str, Tensor]:
+        """The weights of one decoder layer, complete and by their own names, to start a head from; not to be changed.
+
+        Args:
+            index: 0 is the first layer, -1 the last.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        layers = self.text_model.layers
+        if not -len(layers) <= index < len(layers):
+            raise InputError(f"layer {index} is outside 0..{len(layers) - 1}, the decoder layers of {self.name}")
+        return {name: weight.detach() for name, weight in layers[index].state_dict().items()}
+
     def merge(
         self, ids: Tensor, visual: Tensor, pixels: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Tensor, dict[str, Any]]:
