@@ -396,7 +396,7 @@ def test_resuming_with_another_recipe_is_refused(path: Path):
     begin(load(path), 2)
     with pytest.raises(InputError, match=r"optim\.lr=0\.001, not 0\.5"):
         begin(load(path, ["run.resume=true", "optim.lr=0.5"]), 2)
-    with pytest.raises(InputError, match="2 processes, not 1"):
+    with pytest.raises(InputError, match="2 processes x micro_batch 4"):
         begin(load(path, ["run.resume=true"]), 1)
     assert begin(load(path, ["run.resume=true", "run.eval_every=7"]), 2)[1]
 

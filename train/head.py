@@ -13,7 +13,7 @@ from mmspec import checkpoint
 from mmspec.recipe import Source
 from mmspec.types import Features, InputError, Objective, Target
 from train.corpus import locate
-from train.fit import Fit, Plan, Trainee
+from train.fit import Fit, Plan, Trainee, find
 from train.measure import held_out, measure
 from train.regenerate import answer_counts
 from train.session import Session
@@ -35,12 +35,14 @@ def train_head(session: Session) -> nn.Module:
     torch.manual_seed(recipe.run.seed)
     head = checkpoint.build_head(recipe.head.kind, config, recipe.loss)
     plan = _plan(session)
+    found = find(plan, session.world, session.tracker.say) if recipe.run.resume else None
     if recipe.head.init_from is not None:
         _copy_weights(head, recipe.head.init_from, target)
-    elif not (recipe.run.resume and plan.resumable):
+    elif found is None:
         head.prepare(target, lambda: answer_counts(session.corpus, session.prepared, target, session.world))
-    fit = Fit(Trainee(head, _objective(target)), plan, session.world, session.stopper, session.tracker)
-    if recipe.run.resume and fit.restore():
+    trainee = Trainee(head, _objective(target))
+    fit = Fit(trainee, plan, session.world, session.stopper, session.tracker, lambda lost: loader.quarantine(lost))
+    if recipe.run.resume and fit.restore(found):
         session.tracker.say(f"resumed at head step {fit.step} of {recipe.run.max_steps}")
     session.world.lead(lambda: str(locate(Source(recipe.run.eval_data, limit=recipe.run.eval_prompts))))
     validation = held_out(recipe, target, session.world)
@@ -112,6 +114,7 @@ def _plan(session: Session) -> Plan:
         folder=session.folder / "state",
         save_every=recipe.run.save_every,
         seed=recipe.run.seed,
+        keep=recipe.run.keep,
     )
 
 
