@@ -4,8 +4,8 @@ Invariant: a share is named by its parameter and by where it begins in the flatt
 flat buffer of the engine. So what one set of ranks wrote is what any other set reads, and a copy is exact.
 
 DeepSpeed's own `safe_get_full_*` give the same numbers at ZeRO 1 to 3, but none at stage 0, where `safe_set_full_*` do
-nothing without saying so; at 1 and 2 their sum over ranks turns -0 into 0, and no state can be set before the first step;
-and they put every parameter together on every rank and know nothing of AdamW's step count. Here the engine's fp32
+nothing without saying so; at 1 and 2 their sum over ranks turns -0 into 0, and no state can be set before the first
+step; and they put every parameter together on every rank and know nothing of AdamW's step count. Here the engine's fp32
 buffers are used in place.
 """
 
