@@ -186,6 +186,9 @@ def make(tmp_path: Path, world: World) -> Make:
         seed: int = 0, steps: int = 6, on_lost: Callable[[Sequence[Lost]], None] = pytest.fail, **engine: Any
     ) -> Fit:
         ema = engine.pop("ema", 0.0)
+        if "config" in engine:
+            (tmp_path / "ds.json").write_text(json.dumps(engine["config"]))
+            engine["config"] = str(tmp_path / "ds.json")
         optim = Optim(lr=0.05, micro_batch=4, accumulate=2, warmup=2, weight_decay=0.1, ema=ema, clip=1.0)
         node = DeepSpeedNode(**engine)
         plan = Plan("head", steps, optim, node, tmp_path / "state", save_every=0, seed=1)
@@ -214,10 +217,14 @@ ENGINES = [
     {"zero_stage": 1, "offload_optimizer": True},
     {"zero_stage": 2, "offload_optimizer": True, "bf16": True},
     {"zero_stage": 3, "offload_optimizer": True, "offload_param": True},
+    {"zero_stage": 1, "bf16": True, "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
+    {"zero_stage": 3, "config": {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 5}}},
 ]
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: "-".join(f"{k}{int(v)}" for k, v in e.items()))
+@pytest.mark.parametrize(
+    "engine", ENGINES, ids=lambda e: "-".join(f"{k}{int(bool(v)) if k == 'config' else int(v)}" for k, v in e.items())
+)
 def test_an_engine_goes_on_bit_for_bit(make: Make, engine: dict[str, Any]):
     """Weights, both moments, the step count, averages, frozen weights and buffers: what starts otherwise ends equal."""
     whole = run(first := make(**engine, ema=0.9), 3)
