@@ -222,9 +222,11 @@ ENGINES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "engine", ENGINES, ids=lambda e: "-".join(f"{k}{int(bool(v)) if k == 'config' else int(v)}" for k, v in e.items())
-)
+def named(engine: dict[str, Any]) -> str:
+    return "-".join(f"{key}{int(value)}" if key != "config" else key for key, value in engine.items())
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=named)
 def test_an_engine_goes_on_bit_for_bit(make: Make, engine: dict[str, Any]):
     """Weights, both moments, the step count, averages, frozen weights and buffers: what starts otherwise ends equal."""
     whole = run(first := make(**engine, ema=0.9), 3)
