@@ -67,6 +67,18 @@ def total_variation(logits: Tensor, p: Tensor) -> Tensor:
     return (logits.softmax(-1) - p).abs().sum(-1)
 
 
+def valid_pairs(answer: Tensor) -> int:
+    """From how many positions of a conversation a reply goes on: what sums of the loss are divided by.
+
+    Args:
+        answer: [L] int64 reply numbers, 0 outside replies.
+
+    Returns:
+        Positions i whose tokens i + 1 (read by the head) and i + 2 (predicted) are of the same reply.
+    """
+    return int(((answer[1:-1] > 0) & (answer[1:-1] == answer[2:])).sum())
+
+
 @dataclass(frozen=True)
 class Aims:
     """What M predictions aim at; several (those of different draft steps) may aim at one position of the target.

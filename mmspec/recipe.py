@@ -135,6 +135,8 @@ class Optim:
     """Sequences (for the controller: rounds) per process and forward pass."""
     accumulate: int = 1
     """Forward passes per optimizer step."""
+    ema: float = 0.0
+    """Decay of an average of the weights (0.999): it is what is measured and saved; 0: the last weights are."""
 
 
 @dataclass
@@ -184,6 +186,8 @@ class Run:
     """Who is told besides metrics.jsonl: wandb (offline without a login), tensorboard, both or none."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for perf/mfu; default: that of a known GPU in half precision."""
+    keep: int = 2
+    """Resumable checkpoints that are kept: where the newest is damaged, the one before takes its place."""
 
 
 @dataclass
@@ -352,6 +356,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("run.eval_max_new_tokens", recipe.run.eval_max_new_tokens, 1),
         ("run.samples", recipe.run.samples, 0),
         ("run.save_every", recipe.run.save_every, 0),
+        ("run.keep", recipe.run.keep, 1),
     ]
     at_least += [(f"data.sources[{i}].limit", source.limit, 1) for i, source in enumerate(recipe.data.sources)]
     for key, value, low in at_least:
@@ -363,6 +368,10 @@ def _check_numbers(recipe: Recipe) -> None:
     for key, value in above:
         if not value > 0:
             raise InputError(f"{key}={value} must be greater than 0")
+    if not 0 <= recipe.optim.ema < 1:
+        raise InputError(f"optim.ema={recipe.optim.ema} must be at least 0 (off) and less than 1, as in 0.999")
+    if recipe.policy.optim.ema:
+        raise InputError(f"policy.optim.ema={recipe.policy.optim.ema}: only the head is averaged (optim.ema); use 0")
 
 
 def read_yaml(path: Path, nodes: Sequence[str]) -> dict[str, Any]:

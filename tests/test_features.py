@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmspec.losses import valid_pairs
 from mmspec.targets import load_target
 from mmspec.types import Features, InputError
 from tests import tiny
@@ -40,7 +41,7 @@ from train.clock import StepClock
 from train.extract import Settings, origin
 from train.features import FeatureStore, Manifest, open_store, pack, read_manifest, unpack
 from train.session import Session
-from train.sources import Live, Loader, Stored
+from train.sources import Live, LiveBatch, Loader, Stored
 from train.stopping import Stopped, Stopper
 
 TAPS = (1, 3)
@@ -339,8 +340,9 @@ def test_a_picture_that_vanished_names_its_record(tmp_path: Path):
     (tmp_path / "images" / "3.png").unlink()
     with pytest.raises(InputError, match=r"record r3 .*image is missing"):
         made(s, tmp_path / "f")
-    with pytest.raises(InputError, match=r"record r3 .*image is missing"):
-        live(s, [3])
+    (lost,) = Live(s, TAPS).batch([2, 3]).lost  # training goes on without it
+    assert lost.record == 3
+    assert "image is missing" in lost.reason
 
 
 def test_states_that_are_not_finite_are_not_stored(tmp_path: Path):
@@ -372,7 +374,7 @@ def test_a_manifest_that_is_none_is_one_line(tmp_path: Path):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("kind", ["live", "stored"])
 def test_the_loader_gives_every_micro_batch_of_every_step_in_order(tmp_path: Path, accumulate: int, kind: str):
-    """Asked for once or, as a step with accumulation does, twice."""
+    """And what is known of one before it is made is true of what is made."""
     s = opened(tmp_path, optim__micro_batch="2", optim__accumulate=str(accumulate))
     source = Live(s, TAPS) if kind == "live" else Stored(s, made(s, tmp_path / "f"))
     given: list[list[int]] = []
@@ -380,10 +382,11 @@ def test_the_loader_gives_every_micro_batch_of_every_step_in_order(tmp_path: Pat
         for step in range(s.recipe.run.max_steps):
             micro = loader.micro_batches(step)
             assert len(micro) == accumulate
-            first = [make() for make in micro]
-            again = [make() for make in micro]
-            for a, b in zip(first, again):
-                assert torch.equal(a["last_hidden"], b["last_hidden"])
+            first = [part.make() for part in micro]
+            for part, batch in zip(micro, first):
+                assert part.count == sum(valid_pairs(row) for row in batch["answer"])
+                assert len(part.names) == len(batch["answer"]) == 2
+                assert not part.lost
             given.append([int(n) for batch in first for n in batch["valid"].sum(1)])
             loader.settle()
         order = [sorted(loader.order.batch(step, 2 * accumulate)) for step in range(s.recipe.run.max_steps)]
@@ -392,16 +395,13 @@ def test_the_loader_gives_every_micro_batch_of_every_step_in_order(tmp_path: Pat
 
 
 def test_a_fault_of_the_thread_reaches_training(tmp_path: Path):
+    class Gone(Live):
+        def batch(self, records: Sequence[int]) -> LiveBatch:
+            raise InputError("the disk is gone")
+
     s = opened(tmp_path)
-    (tmp_path / "images" / "3.png").unlink()
-
-    def train(loader: Loader) -> None:
-        for step in range(s.recipe.run.max_steps):
-            for make in loader.micro_batches(step):
-                make()
-
-    with Loader(s, Live(s, TAPS), StepClock(s.world.device)) as loader, pytest.raises(InputError, match="record r3"):
-        train(loader)
+    with Loader(s, Gone(s, TAPS), StepClock(s.world.device)) as loader, pytest.raises(InputError, match="disk is gone"):
+        loader.micro_batches(0)
 
 
 def test_the_clock_splits_all_of_a_step(monkeypatch: pytest.MonkeyPatch):

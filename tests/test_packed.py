@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from mmspec.heads import _packed
 from mmspec.heads._packed import Run, UnrolledAttention, chunked, chunked_backward, fused, fused_backward, pack
+from mmspec.losses import valid_pairs
 from mmspec.targets._rows import lay_out
 from mmspec.types import Features
 
@@ -33,6 +35,17 @@ def test_draft_positions_are_those_from_which_a_draft_lies_within_one_reply():
     assert packed.runs == (Run(0, 1, 2), Run(3, 3, 2), Run(5, 5, 2), Run(5, 10, 1))
     assert packed.tokens[packed.drafts].tolist() == [1, 2, 5, 6, 10, 11, 15]
     assert packed.left.tolist() == [2, 1, 2, 1, 2, 1, 1]
+
+
+def test_the_marks_alone_tell_how_many_draft_positions_there_are():
+    """Replies of any length and distance, at the very start or the cut-off end of a conversation."""
+    draw = random.Random(0)
+    for _ in range(300):
+        answer = [
+            mark for n in range(1, 5) for mark in [0] * draw.choice([0, 0, 1, 4]) + [n] * draw.choice([0, 1, 2, 5])
+        ]
+        answer = [*answer, 0, 0, 0][: draw.randint(3, 20)]
+        assert valid_pairs(torch.tensor(answer)) == len(pack(features([[1] * len(answer)], [answer])).drafts), answer
 
 
 def test_a_conversation_without_a_draft_position_costs_nothing():

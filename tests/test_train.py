@@ -20,8 +20,8 @@ from mmspec.types import InputError, Output
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
 from train import controller, distill, regenerate
 from train.corpus import Order, check_sources, deal, read
+from train.engine import engine_settings, learning_rate
 from train.estimate import target_facts
-from train.fit import engine_settings, learning_rate
 from train.measure import marked
 from train.session import begin
 from train.stopping import Stopped, Stopper
@@ -363,6 +363,13 @@ def test_engine_file_may_not_repeat_the_recipe(tmp_path: Path):
     path.write_text('{"optimizer": {}}')
     with pytest.raises(InputError, match="'optimizer'"):
         engine_settings(node, Optim(lr=1.0, micro_batch=3), 1)
+    for text, said in (
+        ('{"fp16": {"enabled": true}}', r"use deepspeed\.bf16=true"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "offloads to 'nvme'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=said):
+            engine_settings(node, Optim(lr=1.0, micro_batch=3), 1)
 
 
 def test_accepted_runs_are_marked_in_samples():
@@ -402,7 +409,7 @@ def test_resuming_with_another_recipe_is_refused(path: Path):
     begin(load(path), 2)
     with pytest.raises(InputError, match=r"optim\.lr=0\.001, not 0\.5"):
         begin(load(path, ["run.resume=true", "optim.lr=0.5"]), 2)
-    with pytest.raises(InputError, match="2 processes, not 1"):
+    with pytest.raises(InputError, match="2 processes x micro_batch 4"):
         begin(load(path, ["run.resume=true"]), 1)
     assert begin(load(path, ["run.resume=true", "run.eval_every=7"]), 2)[1]
 

@@ -228,7 +228,7 @@ def test_a_signal_to_the_whole_group_ends_it_in_order(base: Path, launch: Launch
     assert not psutil.wait_procs(alive, timeout=60)[1]
     said = (base / f"{name}.log").read_text()
     assert said.count("the same command with run.resume=true goes on") == 1
-    assert (base / "out" / name / "state" / "head" / "latest.json").is_file()
+    assert list((base / "out" / name / "state" / "head").glob("step-*/manifest.json"))
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ chunk that is on disk is complete. All ranks read the same rounds, so they train
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mmspec.records import RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
 from train.corpus import Order
-from train.fit import Fit, Plan, Trainee
+from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.regenerate import length_limit
 from train.session import Session
 from train.stopping import Stopped
@@ -96,16 +97,20 @@ def train_controller(session: Session) -> None:
         log_offset=recipe.run.max_steps,
     )
     fit = Fit(Trainee(controller, _objective), plan, session.world, session.stopper, session.tracker)
-    if recipe.run.resume and fit.restore():
+    if recipe.run.resume and fit.restore(find(plan, session.world, session.tracker.say)):
         session.tracker.say(f"resumed at controller step {fit.step} of {policy.steps}")
     order = Order([1.0] * len(training), recipe.run.seed)
 
-    def batches(step: int) -> Sequence[Callable[[], Mapping[str, Any]]]:
+    def names(rows: Tensor) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(session.corpus.samples[key].id for key in rounds["key"][rows].tolist()))
+
+    def batches(step: int) -> Sequence[MicroBatch]:
         world, optim = session.world, policy.optim
         each = optim.micro_batch * optim.accumulate
         rows = order.batch(step, each * world.size)[world.rank * each : (world.rank + 1) * each]
         picked = training[torch.tensor(rows)]
-        return [lambda part=part: _batch(rounds, part, target) for part in picked.split(optim.micro_batch)]  # type: ignore[misc]
+        parts = picked.split(optim.micro_batch)
+        return [MicroBatch(partial(_batch, rounds, part, target), len(part), names(part)) for part in parts]
 
     def evaluate(step: int) -> None:
         if step % EVALUATE_EVERY == 0 or step == policy.steps:

@@ -338,6 +338,10 @@ class FeatureStore:
         image = self._packed(_IMAGES, self._images[place.image]) if place.image else None
         return StoredRow(ids.long(), answer.long(), visual, states, image)
 
+    def answer(self, record: int) -> Tensor:
+        """The reply numbers of a conversation alone, [L] int64. Raises as `read`."""
+        return self._slice("answer", self._places[record]).long()
+
     def _index(self, number: int) -> None:
         file = self._files[number]
         starts, images = file.get_tensor("start").tolist(), file.get_tensor("image").tolist()

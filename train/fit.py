@@ -7,13 +7,11 @@ stage; means per rank or per micro-batch would weigh short answers more.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import deepspeed
 import torch
@@ -21,14 +19,18 @@ from torch import Tensor, nn
 
 from mmspec.recipe import DeepSpeedNode, Optim
 from mmspec.types import InputError, Objective
+from train import saved
 from train.clock import StepClock
+from train.engine import adamw, engine_settings, learning_rate
+from train.saved import Reader, Saved
+from train.shares import fixed, shares, take, trained
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
 from train.usage import memory_gb
 from train.world import World
 
-OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-OWNED_OBJECTS = ("optimizer", "scheduler")
+NAMED = 16
+"""Samples that a message lists."""
 
 RATES = {"tokens": "perf/tokens_per_s", "answer_tokens": "perf/answer_tokens_per_s", "tflop": "perf/tflops"}
 """Sums of an objective that are logged per second of a step, not per position."""
@@ -75,6 +77,7 @@ class Plan:
         save_every: steps between resumable checkpoints, 0: only when stopped.
         seed: of whatever the objective draws.
         log_offset: added to the step in logs.
+        keep: resumable checkpoints that are kept.
     """
 
     phase: str
@@ -87,22 +90,60 @@ class Plan:
     log_offset: int = 0
     peak_tflops: float | None = None
     """Peak rate of a rank's device, where it is known."""
+    keep: int = 2
 
     @property
-    def resumable(self) -> bool:
-        """Whether the phase has saved state to go on from."""
-        return (self.folder / self.phase / "latest.json").is_file()
+    def state_folder(self) -> Path:
+        """Where the phase's resumable checkpoints are."""
+        return self.folder / self.phase
 
 
-Batches = Callable[[int], Sequence[Callable[[], Mapping[str, Any]]]]
-"""step -> this rank's micro-batches, each made when it is needed."""
+class Lost(NamedTuple):
+    """A sample that could be read when it was answered, and cannot be any more."""
+
+    record: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of a rank is about, known before it is made.
+
+    Args:
+        make: the batch, as keyword arguments of the trainee; called once, when it is needed.
+        count: its valid positions. 0: it only keeps this rank in step with the others and weighs nothing.
+        names: of its samples, for messages.
+        lost: samples that should have been in it.
+    """
+
+    make: Callable[[], Mapping[str, Any]]
+    count: int
+    names: tuple[str, ...] = ()
+    lost: tuple[Lost, ...] = ()
+
+
+Batches = Callable[[int], Sequence[MicroBatch]]
+"""step -> this rank's micro-batches, as many on every rank."""
 
 
 class Fit:
-    """An engine, and the loop that drives it."""
+    """An engine, and the loop that drives it.
 
-    def __init__(self, trainee: Trainee, plan: Plan, world: World, stopper: Stopper, tracker: Tracker) -> None:
+    Args:
+        on_lost: told, on every rank in the same step, of all samples that any rank could not read.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        plan: Plan,
+        world: World,
+        stopper: Stopper,
+        tracker: Tracker,
+        on_lost: Callable[[Sequence[Lost]], None] = lambda lost: None,
+    ) -> None:
         self.plan, self.world, self.stopper, self.tracker = plan, world, stopper, tracker
+        self._on_lost = on_lost
         settings = engine_settings(plan.engine, plan.optim, world.size)
         if world.device.type == "cpu":
             # DeepSpeed would compile shared-memory collectives at the first use (half a minute, and a C++ compiler that
@@ -111,10 +152,16 @@ class Fit:
         self.engine, *_ = deepspeed.initialize(
             model=trainee.to(world.device),
             model_parameters=[p for p in trainee.parameters() if p.requires_grad],
-            optimizer=None if "optimizer" in settings else _adamw(trainee, plan.optim),
+            optimizer=adamw(trainee, plan.optim, plan.engine.offload_optimizer),
             config=settings,
             dist_init_required=False,
         )
+        self._shares = shares(self.engine, world)
+        self._averages = [share.tensors["weight"].clone() for share in self._shares] if plan.optim.ema else []
+        self._saved_at: int | None = None
+        self._health = torch.zeros((), device=world.device)
+        for _, parameter in trained(self.engine):
+            parameter.register_hook(self._watch)
         self.clock = StepClock(world.device)
         self.step = 0
 
@@ -135,6 +182,7 @@ class Fit:
 
         Raises:
             Stopped: a resumable checkpoint of the last finished step is saved.
+            InputError: on every rank. A loss or gradient is not finite; or too many samples are lost.
         """
         self.tracker.progress(self.plan.phase, self.plan.steps, self.step, "step")
         while self.step < self.plan.steps:
@@ -143,19 +191,20 @@ class Fit:
             self.tracker.log(self.plan.log_offset + self.step, metrics)
             self.tracker.advance(1, **shown(metrics))
             signum = self.stopper.agreed()
-            due = self.plan.save_every and self.step % self.plan.save_every == 0
-            if signum or (due and self.step < self.plan.steps):
-                self.save()
             if signum:
+                self.save()
                 raise Stopped(signum)
             try:
                 evaluate(self.step)
             except Stopped:
                 self.save()
                 raise
+            # After the evaluation, so that a run killed in it evaluates again.
+            if self.plan.save_every and self.step % self.plan.save_every == 0 and self.step < self.plan.steps:
+                self.save()
         self.tracker.end_progress()
 
-    def _step(self, micro: Sequence[Callable[[], Mapping[str, Any]]], names: Mapping[str, str]) -> dict[str, float]:
+    def _step(self, micro: Sequence[MicroBatch], names: Mapping[str, str]) -> dict[str, float]:
         """One optimizer step; returns what to log."""
         engine, trainee = self.engine, self.engine.module
         rate = learning_rate(self.step, self.plan.steps, self.plan.optim)
@@ -164,37 +213,72 @@ class Fit:
         engine.train()
         phase = self.plan.phase
         self.clock.enter(phase)
-        total_count = self._count_ahead(micro) if len(micro) > 1 else None
-        facts = torch.zeros(0, dtype=torch.float64)
-        for index, make in enumerate(micro):
+        total = self._agree(micro)
+        facts: list[Tensor] = []
+        for index, part in enumerate(micro):
             self._seed(index)
-            batch = make()
+            batch = part.make()
             self.clock.enter(phase)
+            self._health.zero_()
             loss, local = engine(**batch)
-            if total_count is None:
-                facts = self.world.sum(local)
-                total_count = float(facts[1])
-            else:
-                facts = local.cpu() if index == 0 else facts + local.cpu()
             # The engine averages over ranks; undone here. It is told not to average over micro-batches.
-            engine.backward(loss * (self.world.size / max(total_count, 1.0)), scale_wrt_gas=False)
-            self.clock.enter("optimizer")
-            engine.step()
-            self.clock.enter(phase)
-        if len(micro) > 1:
-            facts = self.world.sum(facts)
-        return self._metrics(facts, trainee.sum_names, names, rate, self.clock.stop())
+            engine.backward(loss * (self.world.size / total if part.count else 0.0), scale_wrt_gas=False)
+            healthy = torch.isfinite(loss.detach()) & torch.isfinite(self._health)
+            facts.append(torch.cat([local * bool(part.count), (~healthy).double().view(1)]))
+            if index + 1 < len(micro):
+                engine.step()
+        whole = self._checked(torch.stack(facts), micro)
+        self.clock.enter("optimizer")
+        engine.step()
+        if not engine.was_step_applied() or not math.isfinite(self._norm() or 0.0):
+            self._blame("gradient of the step", micro, [True] * len(micro))
+        if self._averages:
+            self._average()
+        self.clock.enter(phase)
+        return self._metrics(whole, trainee.sum_names, names, rate, self.clock.stop())
 
-    def _count_ahead(self, micro: Sequence[Callable[[], Mapping[str, Any]]]) -> float:
-        """Global number of valid positions of a step. It must be known before the first backward pass, so accumulated
-        micro-batches are run once without gradient (cheap beside the target's own pass over them)."""
-        counts = []
-        with torch.no_grad():
-            for make in micro:
-                batch = make()
-                self.clock.enter(self.plan.phase)
-                counts.append(self.engine.module(**batch)[1][1].cpu())
-        return float(self.world.sum(torch.stack(counts).sum().reshape(1))[0])
+    def _agree(self, micro: Sequence[MicroBatch]) -> float:
+        """The global number of valid positions of a step, after all ranks have heard of samples that were lost.
+
+        The marks of the answers give it, so it is known before any forward pass.
+        """
+        count, n_lost = self.world.sum([sum(part.count for part in micro), sum(len(part.lost) for part in micro)])
+        if n_lost:
+            every = self.world.gather([lost for part in micro for lost in part.lost])
+            self._on_lost([lost for rank in every for lost in rank])
+        return max(float(count), 1.0)
+
+    def _checked(self, facts: Tensor, micro: Sequence[MicroBatch]) -> Tensor:
+        """The sum of a step's facts over ranks and micro-batches.
+
+        Args:
+            facts: [micro-batches, 2 + 2n + 1], the last column 1 where loss or gradient is not finite.
+
+        Raises:
+            InputError: on every rank, where any is not.
+        """
+        everywhere = self.world.sum(facts.sum(0))
+        if everywhere[-1]:
+            self._blame("loss or gradient", micro, facts[:, -1].bool().tolist())
+        return everywhere[:-1]
+
+    def _blame(self, what: str, micro: Sequence[MicroBatch], guilty: Sequence[bool]) -> NoReturn:
+        """Ends the run on every rank, naming samples. Every rank must call."""
+        mine = [name for part, bad in zip(micro, guilty) if bad for name in part.names]
+        named = [name for rank in self.world.gather(mine) for name in rank]
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        raise InputError(
+            f"{self.plan.phase} step {self.step + 1}: {what} is not finite (NaN or infinite) with the samples "
+            f"{', '.join(named[:NAMED]) or 'unnamed'}{more}; look at these, or lower the learning rate"
+        )
+
+    def _watch(self, grad: Tensor) -> None:
+        """Notes whether a parameter's gradient is finite, before ranks or micro-batches are mixed."""
+        self._health += grad.detach().sum(dtype=torch.float32) * 0.0
+
+    def _norm(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def _seed(self, micro: int) -> None:
         """Whatever an objective draws depends on step, micro-batch and rank only, so a resumed run draws the same."""
@@ -220,122 +304,95 @@ class Fit:
             metrics["perf/mfu"] = metrics["perf/tflops"] / (self.world.size * self.plan.peak_tflops)
         metrics["perf/memory_gb"] = round(memory_gb(self.world.device), 6)
         metrics |= {f"time/{phase}_s": round(spent, 6) for phase, spent in seconds.items()}
-        norm = self.engine.get_global_grad_norm()
+        norm = self._norm()
         if norm is not None:
-            metrics[f"{_PREFIX[self.plan.phase]}/grad_norm"] = float(norm)
-        if not math.isfinite(metrics[f"{_PREFIX[self.plan.phase]}/loss"]):
-            raise InputError(
-                f"{self.plan.phase} loss is {loss / count} at step {self.step + 1}; lower its learning rate or its clip"
-            )
+            metrics[f"{_PREFIX[self.plan.phase]}/grad_norm"] = norm
         return metrics
 
     # ---- weights and resumable state ----
 
     def weights(self) -> dict[str, Tensor]:
-        """The head's state dict on the CPU, complete on every rank whatever the ZeRO stage. Every rank must call."""
+        """The head's state dict on the CPU, complete on every rank whatever the ZeRO stage; with `optim.ema` of the
+        averaged weights. Every rank must call."""
         head = self.engine.module.head
-        parameters = list(head.parameters())
-        if self.plan.engine.zero_stage < 3:
-            return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
-        with deepspeed.zero.GatheredParameters(parameters):
-            return {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
+        parameters = list(head.parameters()) if self.engine.zero_optimization_stage() == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+            state = {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
+        if self._averages:
+            mine = {share.name: (share, average) for share, average in zip(self._shares, self._averages)}
+            for name, _ in trained(self.engine):
+                whole = torch.zeros(state[name].numel(), dtype=torch.float32, device=self.world.device)
+                if name in mine:
+                    share, average = mine[name]
+                    start = share.start + share.written.start
+                    part = average[share.written]
+                    whole[start : start + len(part)] = part.to(whole.device)
+                state[name] = self.world.add_up(whole).cpu().view(state[name].shape).to(state[name].dtype)
+        return state
 
     def save(self) -> None:
-        """Writes what `restore` reads; older state of the phase is removed after. Every rank must call."""
-        folder, tag = self.plan.folder / self.plan.phase, f"step{self.step}"
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": self.step}, save_latest=False)
-        self.world.barrier()
-        if self.world.first:
-            latest = folder / "latest.json.tmp"
-            latest.write_text(json.dumps({"tag": tag, "step": self.step}), encoding="utf-8")
-            latest.replace(folder / "latest.json")
-            for old in folder.iterdir():
-                if old.is_dir() and old.name != tag:
-                    shutil.rmtree(old)
+        """Writes what `restore` reads, unless it is there already. Every rank must call.
 
-    def restore(self) -> bool:
-        """Goes on from the phase's saved state; False when there is none. Every rank must call.
+        Raises:
+            InputError: on every rank, where any could not write.
+        """
+        if self._saved_at == self.step:
+            return
+        tensors: dict[str, Tensor] = {}
+        averages = self._averages or [None] * len(self._shares)
+        for share, average in zip(self._shares, averages):
+            kinds = share.tensors if average is None else {**share.tensors, "average": average}
+            for kind, tensor in kinds.items():
+                tensors[saved.key(kind, share.name, share.start + share.written.start)] = tensor[share.written]
+        for name, start, tensor in fixed(self.engine, self.world):
+            tensors[saved.key("fixed", name, start)] = tensor
+        self.tracker.settle()
+        saved.write(self.plan.state_folder, self.step, tensors, self._facts(), self.plan.keep, self.world)
+        self._saved_at = self.step
+
+    def restore(self, found: Saved | None) -> bool:
+        """Goes on from what `find` found; False when that is nothing. Every rank must call.
 
         What was logged of later steps, by a process that was killed without saving, is taken back.
+
+        Raises:
+            InputError: the state is of another batch or seed.
         """
-        folder = self.plan.folder / self.plan.phase
-        if not self.plan.resumable:
+        if found is None:
             self.tracker.rewind(self.plan.log_offset)
             return False
-        latest = json.loads((folder / "latest.json").read_text(encoding="utf-8"))
-        path, _ = self.engine.load_checkpoint(str(folder), tag=latest["tag"])
-        if path is None:
-            raise InputError(f"{folder}/{latest['tag']} cannot be read; start over without run.resume=true")
-        self.step = int(latest["step"])
+        for name, value in self._facts().items():
+            if found.facts.get(name) != value:
+                raise InputError(f"{found.folder} was saved with {name}={found.facts.get(name)}, not {value}")
+        reader = Reader(found)
+        take(self.engine, self.world, self._shares, found.step, reader.fill)
+        for share, average in zip(self._shares, self._averages):
+            reader.fill("average", share.name, share.start, average)
+        self.step = self._saved_at = found.step
         self.tracker.rewind(self.plan.log_offset + self.step)
+        self.world.barrier()
         return True
+
+    def _facts(self) -> dict[str, Any]:
+        """What a step depends on beside its number: all draws are keyed by the seed, and the data by batch and step."""
+        optim = self.plan.optim
+        batch = optim.micro_batch * optim.accumulate * self.world.size
+        return {"seed": self.plan.seed, "batch": batch, "ema": optim.ema}
+
+    def _average(self) -> None:
+        """Moves the averaged weights; early on by more, so that the weights of the start are soon forgotten."""
+        decay = min(self.plan.optim.ema, (1 + self.step) / (10 + self.step))
+        for share, average in zip(self._shares, self._averages):
+            average.lerp_(share.tensors["weight"], 1 - decay)
+
+
+def find(plan: Plan, world: World, warn: Callable[[str], None]) -> Saved | None:
+    """The state that a phase can go on from: the newest whole checkpoint, or None. Every rank must call.
+
+    Args:
+        warn: told, in one line each, of checkpoints that are half-written or damaged.
+    """
+    return saved.newest(plan.state_folder, world, warn)
 
 
 _PREFIX = {"head": "train", "controller": "viskip"}
-
-
-def learning_rate(step: int, steps: int, optim: Optim) -> float:
-    """The rate of a step counted from 0: linear warm-up, then the schedule down to 0 at the end."""
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    done = (step - optim.warmup) / max(steps - optim.warmup, 1)
-    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def engine_settings(node: DeepSpeedNode, optim: Optim, world_size: int) -> dict[str, Any]:
-    """The engine's JSON configuration: the recipe's values over those of `deepspeed.config`.
-
-    Raises:
-        InputError: the file sets what the recipe owns.
-    """
-    settings: dict[str, Any] = {}
-    if node.config is not None:
-        settings = _read_settings(node.config)
-    zero: dict[str, Any] = {"stage": node.zero_stage, **settings.pop("zero_optimization", {})}
-    if int(zero["stage"]) != node.zero_stage:
-        raise InputError(
-            f"deepspeed.config={node.config} says ZeRO stage {zero['stage']}, deepspeed.zero_stage={node.zero_stage}"
-        )
-    if node.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-        settings["optimizer"] = {"type": "AdamW", "params": _adamw_arguments(optim)}
-    if node.offload_param:
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-        **settings,
-        "train_micro_batch_size_per_gpu": optim.micro_batch,
-        "gradient_accumulation_steps": optim.accumulate,
-        "train_batch_size": optim.micro_batch * optim.accumulate * world_size,
-        "gradient_clipping": optim.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": node.bf16},
-    }
-
-
-def _read_settings(path: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"deepspeed.config={path} is no JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"deepspeed.config={path} must be a JSON object")
-    for key in (*OWNED, *OWNED_OBJECTS):
-        if key in settings:
-            raise InputError(
-                f"deepspeed.config={path} sets {key!r}, which the recipe's optim node says; remove it there"
-            )
-    return settings
-
-
-def _adamw_arguments(optim: Optim) -> dict[str, Any]:
-    return {"lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay}
-
-
-def _adamw(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)

@@ -14,7 +14,7 @@ from mmspec.heads._unrolled import UnrolledHead
 from mmspec.recipe import Recipe, Source
 from mmspec.types import Features, InputError, Objective, Target
 from train.corpus import locate
-from train.fit import Fit, Plan, Trainee
+from train.fit import Fit, Plan, Trainee, find
 from train.flops import Cost, counted, head_cost, target_cost
 from train.lora import adapt, adapted_layers, merged, save_adapters
 from train.measure import held_out, measure
@@ -43,22 +43,18 @@ def train_head(session: Session) -> nn.Module:
 
     head = plain()
     plan = _plan(session)
+    found = find(plan, session.world, session.tracker.say) if recipe.run.resume else None
     if recipe.head.init_from is not None:
         head.load_state_dict(_base(recipe, target).head().state_dict())
-    elif not (recipe.run.resume and plan.resumable):
+    elif found is None:
         head.prepare(target, lambda: answer_counts(session.corpus, session.prepared, target, session.world))
         if recipe.head.init_layer is not None:
             head.take_layer(target, recipe.head.init_layer)
     if recipe.head.lora.rank:
         adapt(head, recipe.head)
-    fit = Fit(
-        Trainee(head, _objective(target, _cost(session, head), recipe.loss.steps)),
-        plan,
-        session.world,
-        session.stopper,
-        session.tracker,
-    )
-    if recipe.run.resume and fit.restore():
+    trainee = Trainee(head, _objective(target, _cost(session, head), recipe.loss.steps))
+    fit = Fit(trainee, plan, session.world, session.stopper, session.tracker, lambda lost: loader.quarantine(lost))
+    if recipe.run.resume and fit.restore(found):
         session.tracker.say(f"resumed at head step {fit.step} of {recipe.run.max_steps}")
     session.world.lead(lambda: str(locate(Source(recipe.run.eval_data, limit=recipe.run.eval_prompts))))
     validation = held_out(recipe, target, session.world)
@@ -150,6 +146,7 @@ def _plan(session: Session) -> Plan:
         save_every=recipe.run.save_every,
         seed=recipe.run.seed,
         peak_tflops=peak_tflops(session.world.device, recipe.target.dtype, recipe.run.peak_tflops),
+        keep=recipe.run.keep,
     )
 
 

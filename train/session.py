@@ -8,6 +8,7 @@ folder; across machines it must be on a shared file system.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,13 @@ RESULTS = (
 WORKING = ("state", "rollout", "tensorboard")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
-    "run.save_every", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
+    "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
     "run.trackers", "run.peak_tflops",
+    "optim.micro_batch", "optim.accumulate", "policy.optim.micro_batch", "policy.optim.accumulate",
+    "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param",
 }  # fmt: skip
-"""Recipe keys that do not change what is learned, so a resumed run may change them."""
+"""Recipe keys that do not change what is learned, so a resumed run may change them. How the global batch is split among
+processes, passes and ZeRO's shares is free; its size is not."""
 
 
 @dataclass
@@ -95,7 +99,7 @@ def begin(recipe: Recipe, world_size: int) -> tuple[State, bool]:
     """Prepares the run folder, on one rank; returns the state to start from, and whether it is an earlier run's.
 
     Raises:
-        InputError: what is to be resumed was made with another recipe or number of processes.
+        InputError: what is to be resumed was made with another recipe or global batch.
     """
     folder = recipe.folder
     fresh = State("head", world_size, None, None, recipe.as_dict())
@@ -123,12 +127,19 @@ def finished(recipe: Recipe) -> bool:
 
 
 def _check_same(old: State, new: State, folder: Path) -> None:
-    if old.world_size != new.world_size:
-        raise InputError(
-            f"run.resume: {folder} was started with {old.world_size} processes, not {new.world_size}; "
-            "use as many again, or start over without run.resume=true"
-        )
     before, now = _flat(old.recipe), _flat(new.recipe)
+    nodes = ["optim"] + ["policy.optim"] * (now["policy.kind"] == "learned")
+    for node in nodes:
+        sizes = [
+            (run.world_size, *(flat[f"{node}.{key}"] for key in ("micro_batch", "accumulate")))
+            for run, flat in ((old, before), (new, now))
+        ]
+        if math.prod(sizes[0]) != math.prod(sizes[1]):
+            was, found = (f"{n} processes x micro_batch {micro} x accumulate {times}" for n, micro, times in sizes)
+            raise InputError(
+                f"run.resume: {folder} was started with {was} = {math.prod(sizes[0])} of {node}, not {found} = "
+                f"{math.prod(sizes[1])}; choose {node}.micro_batch and {node}.accumulate to make the product the same"
+            )
     for key in sorted(set(before) | set(now)):
         if key not in FREE_TO_CHANGE and before.get(key) != now.get(key):
             raise InputError(

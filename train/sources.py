@@ -3,6 +3,9 @@
 Invariant: what a thread can do ahead is done ahead. `FeatureSource.batch` (reading, decoding images, tokenizing) and
 `FeatureBatch.load` (states from disk, on their way to the device) run in the loader's one thread; only
 `FeatureBatch.features`, which needs the device's own work, runs in the training loop.
+
+A sample whose picture can no longer be read is left out of its batch and reported; the step's other samples stay where
+they are. A batch that loses all of its samples gets a stand-in that weighs nothing, so that no rank skips a pass alone.
 """
 
 from __future__ import annotations
@@ -17,17 +20,30 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
 from train.clock import StepClock
 from train.corpus import Order, deal
 from train.features import FeatureStore, StoredRow, state_names, unpack
+from train.fit import Lost, MicroBatch
 from train.regenerate import answers_digest, encode, length_limit
 from train.session import Session
 
 
 class FeatureBatch(Protocol):
-    """One micro-batch of a source."""
+    """One micro-batch of a source.
+
+    Args:
+        count: its valid positions, see `valid_pairs`.
+        lost: samples that could not be read and are not in it.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def lost(self) -> Sequence[Lost]: ...
 
     def load(self) -> None:
         """Fetches what is large."""
@@ -43,7 +59,7 @@ class FeatureSource(Protocol):
         """A micro-batch of these samples of the corpus, rows in their order.
 
         Raises:
-            InputError: one cannot be read.
+            InputError: the source as a whole is damaged.
         """
 
 
@@ -67,18 +83,23 @@ class Live:
         self._limit = length_limit(session.recipe.data, session.target)
 
     def batch(self, records: Sequence[int]) -> LiveBatch:
-        rows = [self._encode(record) for record in records]
-        return LiveBatch(self.session.target, self.taps, rows, self.session.recipe.data.pack)
+        rows: list[tuple[Prompt, Tensor]] = []
+        lost: list[Lost] = []
+        for record in records:
+            encoded = self._encode(record)
+            if isinstance(encoded, Lost):
+                lost.append(encoded)
+            else:
+                rows.append(encoded)
+        return LiveBatch(self.session.target, self.taps, rows, self.session.recipe.data.pack, lost)
 
-    def _encode(self, record: int) -> tuple[Prompt, Tensor]:
+    def _encode(self, record: int) -> tuple[Prompt, Tensor] | Lost:
         session = self.session
         sample = session.corpus.samples[record]
         try:
             return encode(sample, session.prepared.dialogues[record], session.target, self._limit)
         except (RecordError, ValueError) as error:
-            raise InputError(
-                f"record {sample.id} ({sample.file}:{sample.line}) could be read when it was answered: {error}"
-            ) from error
+            return Lost(record, f"lost since it was answered, {(str(error).splitlines() or ['unreadable'])[0]}")
 
 
 class LiveBatch:
@@ -88,12 +109,21 @@ class LiveBatch:
         target, taps: see `Live`.
         rows: prompt and answer marks of each.
         pack: tokens of a row that several share in the target's pass; 0: none do.
+        lost: samples that are not in the rows.
     """
 
     def __init__(
-        self, target: Target, taps: Sequence[int], rows: Sequence[tuple[Prompt, Tensor]], pack: int = 0
+        self,
+        target: Target,
+        taps: Sequence[int],
+        rows: Sequence[tuple[Prompt, Tensor]],
+        pack: int = 0,
+        lost: Sequence[Lost] = (),
     ) -> None:
-        self._target, self._taps, self._rows, self._pack = target, taps, rows, pack
+        self._target, self._taps, self._pack = target, taps, pack
+        self.lost = lost
+        self.count = sum(valid_pairs(answer) for _, answer in rows)
+        self._rows = rows or [_stand_in(target)]
 
     def load(self) -> None:
         """Nothing: the target's states are computed on its device, where training keeps it busy."""
@@ -101,6 +131,12 @@ class LiveBatch:
     def features(self) -> Features:
         prompts, answers = [prompt for prompt, _ in self._rows], [answer for _, answer in self._rows]
         return self._target.teacher(prompts, answers, self._taps, pack=self._pack)
+
+
+def _stand_in(target: Target) -> tuple[Prompt, Tensor]:
+    """A conversation for a batch that has none: every weight takes part, and nothing of it counts."""
+    ids = torch.full((4,), min(target.stop_ids), dtype=torch.long)
+    return Prompt(ids, torch.zeros(4, dtype=torch.bool)), torch.tensor([0, 1, 1, 1])
 
 
 # ---- stored ----
@@ -131,6 +167,8 @@ class StoredBatch:
 
     def __init__(self, target: Target, store: FeatureStore, records: Sequence[int], stream: Any) -> None:
         self._target, self._store, self._records, self._stream = target, store, records, stream
+        self.count = sum(valid_pairs(store.answer(record)) for record in records)
+        self.lost: Sequence[Lost] = ()
         self._tensors: dict[str, Tensor] = {}
 
     def load(self) -> None:
@@ -214,7 +252,8 @@ class Loader:
         self.order = Order([corpus.weights[index] for index in self.usable], session.recipe.run.seed)
         self.lengths = [session.prepared.dialogues[index].length for index in self.usable]
         self._pool = ThreadPoolExecutor(1)
-        self._steps: dict[int, Future[list[FeatureBatch]]] = {}
+        self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
+        self._lost: set[int] = set()
         self._loads: dict[tuple[int, int], Future[None]] = {}
 
     def __enter__(self) -> Loader:
@@ -223,29 +262,53 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def micro_batches(self, step: int) -> Sequence[Callable[[], Mapping[str, Any]]]:
+    def micro_batches(self, step: int) -> Sequence[MicroBatch]:
         """This rank's micro-batches of a step; features are made when one is asked for."""
         self.clock.enter("data")
         batches = self._ahead(step).result()
         self._steps = {number: future for number, future in self._steps.items() if number == step}
         if step + 1 < self.session.recipe.run.max_steps:
             self._ahead(step + 1)
-        return [partial(self._make, step, number, batch) for number, batch in enumerate(batches)]
+        return [
+            MicroBatch(partial(self._make, step, number, batch), batch.count, names, tuple(batch.lost))
+            for number, (batch, names) in enumerate(batches)
+        ]
+
+    def quarantine(self, lost: Sequence[Lost]) -> None:
+        """Notes samples that any rank lost, each once. Every rank must call, with the same ones.
+
+        Raises:
+            InputError: on every rank, when there are more than `data.max_bad_share` allows.
+        """
+        session = self.session
+        for record, reason in sorted(set(lost)):
+            if record not in self._lost:
+                self._lost.add(record)
+                sample = session.corpus.samples[record]
+                session.quarantine.add(sample.file, sample.line, sample.id, reason)
+                session.tracker.say(f"record {sample.id} ({sample.file}:{sample.line}) is left out: {reason}")
+        session.quarantine.check(session.corpus.n_read, session.recipe.data.max_bad_share)
 
     def settle(self) -> None:
         """Waits for the thread."""
         self._pool.submit(int).result()
 
-    def _ahead(self, step: int) -> Future[list[FeatureBatch]]:
+    def _ahead(self, step: int) -> Future[list[tuple[FeatureBatch, tuple[str, ...]]]]:
         if step not in self._steps:
             self._steps[step] = self._pool.submit(self._batches, step)
         return self._steps[step]
 
-    def _batches(self, step: int) -> list[FeatureBatch]:
+    def _batches(self, step: int) -> list[tuple[FeatureBatch, tuple[str, ...]]]:
+        """Micro-batches and the names of their samples."""
         world, optim = self.session.world, self.session.recipe.optim
         batch = self.order.batch(step, world.size * optim.micro_batch * optim.accumulate)
         mine = deal(batch, self.lengths, world.rank, world.size, optim.accumulate)
-        return [self.source.batch([self.usable[position] for position in micro]) for micro in mine]
+        chosen = [[self.usable[position] for position in micro] for micro in mine]
+        return [(self.source.batch(records), tuple(map(self._name, records))) for records in chosen]
+
+    def _name(self, record: int) -> str:
+        sample = self.session.corpus.samples[record]
+        return f"{sample.id} ({sample.file.name}:{sample.line})"
 
     def _make(self, step: int, number: int, batch: FeatureBatch) -> dict[str, Any]:
         self.clock.enter("data")
@@ -263,5 +326,5 @@ class Loader:
         """Lets the thread load a micro-batch; its records come first, in the same thread."""
         if (step, number) not in self._loads:
             batches = self._ahead(step)
-            self._loads[step, number] = self._pool.submit(lambda: batches.result()[number].load())
+            self._loads[step, number] = self._pool.submit(lambda: batches.result()[number][0].load())
         return self._loads[step, number]

@@ -71,13 +71,23 @@ class Tracker:
                 file.write(json.dumps({"step": step, **dict(zip(columns, row))}, ensure_ascii=False) + "\n")
         self._tell(lambda sink: sink.table(step, name, columns, rows))
 
+    def settle(self) -> None:
+        """What was logged is on disk: a checkpoint must not outlast the curve that led to it."""
+        path = self.folder / "metrics.jsonl"
+        if self.record and path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def rewind(self, step: int) -> None:
         """Takes back what was logged after a step, because the run goes on from there."""
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             if self.record and path.is_file():
                 lines = path.read_text(encoding="utf-8").split("\n")
                 kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                # Killed in here, a run must not lose the curve that it goes on with.
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                os.replace(temporary, path)
         self._tell(lambda sink: sink.rewind(step))
 
     def progress(self, what: str, total: int, done: int, unit: str) -> None:

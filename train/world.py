@@ -49,6 +49,12 @@ class World:
         dist.all_reduce(tensor)
         return tensor.cpu()
 
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on this rank's device, in place. Every rank must call."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def largest(self, value: int) -> int:
         """The maximum over ranks. Every rank must call."""
         if self.size == 1:

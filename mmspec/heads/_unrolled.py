@@ -4,8 +4,10 @@ All draft steps are simulated for all positions at once (training-time test): in
 the (s + 1)-th token behind the true prefix that ends at t. What is trained is then what is drafted.
 
 Source: EAGLE-3 (arXiv 2503.01840). Deviations, on purpose: the first reply pair (last prompt state, first reply token),
-which is the very first draft input, is in the loss; the sum is divided by the number of positions that have a loss, not
-by all of the sequence's, which would make the learning rate depend on the length of prompts.
+which is the very first draft input, is in the loss; the sum is divided by the number of positions from which a reply
+goes on (`losses.valid_pairs`), not by all of the sequence's, which would make the learning rate depend on the length of
+prompts. The answer marks alone give that number: a head with a vocabulary of its own divides by it as well, though the
+positions outside its vocabulary have no loss, so that no step needs a forward pass to be counted.
 """
 
 from __future__ import annotations
@@ -102,11 +104,11 @@ class UnrolledHead(PairHead):
         hit[where], covered[where] = hits, covers
         right = hit.cumprod(0).bool()  # all drafts up to this one
         offered = valid & torch.cat([valid[:1], right[:-1]])
-        n_valid, count = valid[0].sum().float(), covered[0].sum().float()
+        n_valid = valid[0].sum().float()
         sums = {f"pos_{k}": rights.sum().float() for k, rights in enumerate(right, 1)}
         counts = {f"pos_{k}": tries.sum().float() for k, tries in enumerate(offered, 1)}
         sums |= {"tau_sim": n_valid + right.sum(), "top1": sums["pos_1"], "loss": loss.detach()}
-        counts |= {"tau_sim": n_valid, "top1": n_valid, "loss": count}
+        counts |= {"tau_sim": n_valid, "top1": n_valid, "loss": n_valid}
         if self.draft_ids is not None:
-            sums["covered"], counts["covered"] = count, n_valid
-        return Objective(loss, count, sums, counts)
+            sums["covered"], counts["covered"] = covered[0].sum().float(), n_valid
+        return Objective(loss, n_valid, sums, counts)

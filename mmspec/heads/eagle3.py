@@ -7,7 +7,8 @@ is, past W_fc; RMSNorm and W_d make of it the logits over the draft vocabulary.
 
 A draft vocabulary of V' < V tokens is the most frequent ones of the training answers. As in the paper the target's
 distribution is restricted to it and renormalised for the loss, and a position whose most likely token lies outside has
-no loss; counted as acceptance it is a miss.
+no loss; counted as acceptance it is a miss. The loss is divided by all positions, covered or not (`_unrolled.py` says
+why): a smaller vocabulary then weighs less, it does not make the others weigh more.
 
 Source: EAGLE-3 (arXiv 2503.01840). Deviations, on purpose: W_d starts as the target's own rows; stop tokens, digits and
 punctuation are always in the draft vocabulary and the image placeholder never is; positions are 1-D pair indices

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
-from mmspec.losses import LossConfig
+from mmspec.losses import LossConfig, valid_pairs
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.static_tree import StaticTree
@@ -275,6 +275,16 @@ def test_a_batch_without_answers_has_a_loss_of_zero_that_reaches_every_weight(ki
     objective.loss.backward()
     assert objective.loss.item() == objective.count.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in trained.parameters())
+
+
+@every_head
+def test_the_answer_marks_alone_tell_how_many_positions_there_are(kind):
+    """What a step divides by is agreed on before any forward pass."""
+    target = llava()
+    rows = [dialogue(target, 1), dialogue(target, 2)]
+    trained = make_head(kind, target)
+    objective = trained(taught(target, trained, rows), target.unembed)
+    assert int(objective.count) == sum(valid_pairs(answer) for _, answer in rows) > 0
 
 
 @every_head
