@@ -137,11 +137,7 @@ def mean_tokens(recipe: Recipe, facts: TargetFacts, assumed: Assumed) -> int:
 
 
 def work(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> Work:
-    """Operations and time of a step.
-
-    With accumulated micro-batches the target's pass and the head's forward pass run twice: the first time to count
-    the positions of all, by which the loss is divided.
-    """
+    """Operations and time of a step."""
     facts, head, optim = sized.target, sized.head, recipe.optim
     mean, longest = mean_tokens(recipe, facts, assumed), longest_tokens(recipe, facts)
     lowest = max(2 * mean - longest, 1)
@@ -149,13 +145,13 @@ def work(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> Work
     if optim.micro_batch > 1 and not recipe.data.pack:
         # Neighbours in length share a micro-batch, which is as wide as its longest.
         padded = lowest + (longest - lowest) * (optim.accumulate + 1) / (2 * optim.accumulate)
-    each, times = optim.micro_batch * optim.accumulate, 2 if optim.accumulate > 1 else 1
+    each = optim.micro_batch * optim.accumulate
     one = Batch((mean,), (max(round(mean * assumed.answers), 1),))
     forward, backward = head_flops(recipe, facts, head, one)
-    target = each * times * (0.0 if recipe.data.features else target_flops(facts, padded))
-    trained = each * (times * forward + backward)
+    target = each * (0.0 if recipe.data.features else target_flops(facts, padded))
+    trained = each * (forward + backward)
     rate = assumed.tflops * 1e12 * assumed.utilisation
-    moved = moved_seconds(recipe, sized, processes, times * optim.accumulate, assumed)
+    moved = moved_seconds(recipe, sized, processes, assumed)
     slower = SLOWER[recipe.target.quantize]
     return Work(target, trained, each * mean, slower * target / rate, trained / rate, moved)
 
@@ -186,7 +182,7 @@ def head_flops(recipe: Recipe, facts: TargetFacts, head: HeadFacts, batch: Batch
     return forward, 2 * (context + steps_flops) + 2.5 * attention + logits * (2 if own else 1)
 
 
-def moved_seconds(recipe: Recipe, sized: Sizes, processes: int, passes: int, assumed: Assumed) -> float:
+def moved_seconds(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> float:
     """Seconds that a step spends on moving: all-reduced gradients, gathered weights, what lives on the host."""
     node, n, half = recipe.deepspeed, sized.head.n, 2 if recipe.deepspeed.bf16 else 4
     others = (processes - 1) / processes
@@ -195,14 +191,14 @@ def moved_seconds(recipe: Recipe, sized: Sizes, processes: int, passes: int, ass
     # Stages 0 and 1 reduce once a step, 2 and 3 with every micro-batch; 3 gathers for each forward and backward pass.
     seconds = 2 * n * half * others * (micro if node.zero_stage >= 2 else 1) / link
     if node.zero_stage == 3:
-        seconds += n * half * others * (passes + micro) / link
+        seconds += n * half * others * 2 * micro / link
     if node.offload_optimizer:
         part = n / processes
         seconds += 2 * part * half / host + part / assumed.host_adam
     if node.offload_param:
-        seconds += n / processes * half * (passes + micro) / host
+        seconds += n / processes * half * 2 * micro / host
     if not recipe.data.features:
-        seconds += passes * moved_target(recipe, sized.target, processes, assumed)
+        seconds += micro * moved_target(recipe, sized.target, processes, assumed)
     return seconds
 
 
@@ -220,7 +216,9 @@ def moved_target(recipe: Recipe, facts: TargetFacts, processes: int, assumed: As
 def run_folder(recipe: Recipe, sized: Sizes) -> list[tuple[str, int]]:
     """(what, bytes) of the run folder."""
     half, n = 2 if recipe.deepspeed.bf16 else 4, sized.head.n
-    rows = [("head + controller", n * half + sized.n_controller * 4), ("resumable state", n * (half + 12))]
+    # Weights, both moments and the averaged weights in fp32; the newest is written before the oldest goes.
+    saved = n * (16 if recipe.optim.ema else 12) * (recipe.run.keep + 1)
+    rows = [("head + controller", n * half + sized.n_controller * 4), ("resumable state", saved)]
     if recipe.policy.kind == "learned":
         # A round emits about three tokens; per round mainly one state of the target is stored.
         rounds = recipe.policy.rollouts * recipe.data.max_new_tokens // 3

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import LossConfig
-from mmspec.recipe import DeepSpeedNode, Recipe
+from mmspec.recipe import DeepSpeedNode, Optim, Recipe
 from mmspec.targets._rows import lay_out
 from train.measure import BATCH as EVALUATED
 from train.shapes import BYTES, TargetFacts
@@ -164,14 +164,11 @@ def count(recipe: Recipe, facts: TargetFacts, head: HeadFacts, batch: Batch, pro
         decoding: whether answers and evaluations, which decode, are among the moments.
     """
     cpu = recipe.target.device == "cpu"
-    engine = _Engine(recipe.deepspeed, head, processes, recipe.optim.accumulate, cpu)
+    engine = _Engine(recipe.deepspeed, head, processes, recipe.optim, cpu)
     target, target_host = _target(recipe, facts, processes)
     lasting = {"target": target, "head weights": engine.weights, "optimizer state": engine.states}
     host = {"target": target_host, "head weights": engine.host_weights, "optimizer state": engine.host_states}
     host = {what: size for what, size in host.items() if size}
-    if decoding and not cpu:
-        # On a GPU a target keeps its last buffers for whoever decodes next.
-        lasting |= {"kept key-value buffers": _answer_buffers(recipe, facts)}
     if cpu:
         lasting |= {what: lasting[what] + size for what, size in host.items()}
     features, one = _features(recipe, facts, head, batch)
@@ -345,6 +342,7 @@ class _Engine:
     that a GPU reserves whole, into a buffer of the part (a second one is added to it when micro-batches accumulate);
     at the step the part's gradients are flattened into one tensor, in fp32. AdamW's own temporaries are the root of the
     second moment: for all tensors at once on a GPU, twice for one tensor after the other on a CPU (the part is one).
+    Averaged weights (`optim.ema`) lie beside the moments.
 
     Attributes:
         half: bytes of a weight; weights, states: on the device; host_weights, host_states: offloaded.
@@ -352,12 +350,12 @@ class _Engine:
         the step; reserved, reduced, stepping: buffers when the backward pass starts, when it ends, and at the step.
     """
 
-    def __init__(self, node: DeepSpeedNode, head: HeadFacts, processes: int, accumulate: int, cpu: bool) -> None:
+    def __init__(self, node: DeepSpeedNode, head: HeadFacts, processes: int, optim: Optim, cpu: bool) -> None:
         n, stage, bf16 = head.n, node.zero_stage, node.bf16
         self.half = half = 2 if bf16 else 4
         part = -(-n // processes) if stage else n
         bucket = reduce_bucket(node)
-        self.weights, self.states = n * half, part * (12 if bf16 or stage else 8)
+        self.weights, self.states = n * half, part * ((12 if bf16 or stage else 8) + (4 if optim.ema else 0))
         self.host_weights = self.host_states = 0
         self.reserved = self.reduced = 0
         roots = 4 * part if not cpu else 8 * (part if stage else head.largest)
@@ -365,7 +363,7 @@ class _Engine:
         self.partition = part * (4 if stage else half)
         self.stepping = roots + (4 * n if bf16 and not stage else 0)
         if stage:
-            moved = part * half * (2 if accumulate > 1 and stage >= 2 else 1)
+            moved = part * half * (2 if optim.accumulate > 1 and stage >= 2 else 1)
             self.gradients = moved if stage >= 2 else n * half + moved
             self.carried = part * half if stage >= 2 else n * half
             # What a CPU reserves and never writes is not resident.

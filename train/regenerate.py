@@ -156,6 +156,7 @@ def prepare(
         # A request to stop raises inside the decoding loop; the other ranks hear of it below.
         with _Shard(folder / f"part-{world.rank}.jsonl") as shard, contextlib.suppress(Stopped):
             worker.run(mine, shard, tolerated)
+        target.free()
     tracker.end_progress()
     stopper.check_together()
     world.barrier()

@@ -198,6 +198,10 @@ class HFTarget:
         state.passes = StaticPasses(kv, state.rope_delta, lambda taps: functools.partial(self._verify, cache, taps))
         return self._lend(state)
 
+    def free(self) -> None:
+        """Give up the buffers that are kept for the next run of the same size: long work without decoding follows."""
+        self._shelf.clear()
+
     def _lend(self, state: HFState) -> HFState:
         """The state for one user; when it is dropped, its buffers and captured passes are kept for the next one."""
         lent = replace(state)
