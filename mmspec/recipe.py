@@ -41,6 +41,20 @@ class TargetNode:
     """float32 or bfloat16."""
     device: str = "auto"
     """auto: this rank's CUDA device where there is one, else the CPU."""
+    placement: str = "replicated"
+    """Where the text layers live; the rest of the target is whole on every device, and what is computed is the same.
+    replicated: whole on every device. sharded: shared out over the processes and gathered layer by layer for a pass;
+    made for the long passes of training, since decoding gathers all weights for every token. offloaded: in host memory,
+    a copy for each process, and layer by layer on the device during a pass; with `data.features` and `run.eval_every: 0`
+    head training has no pass but the measurement at its end."""
+    quantize: str = "none"
+    """none, 8bit (torchao) or 4bit (bitsandbytes): the matrices of the text layers, replicated only. That is another
+    target: answers and features are made anew with it, and losslessness is with respect to it."""
+
+    @property
+    def arithmetic(self) -> str:
+        """What changes the target's numbers beside its weights: dtype and quantisation."""
+        return self.dtype if self.quantize == "none" else f"{self.dtype} {self.quantize}"
 
 
 @dataclass
@@ -242,6 +256,8 @@ def check(recipe: Recipe) -> None:
     _check_numbers(recipe)
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("target.dtype", recipe.target.dtype, ("float32", "bfloat16", "float16", "float64")),
+        ("target.placement", recipe.target.placement, ("replicated", "sharded", "offloaded")),
+        ("target.quantize", recipe.target.quantize, ("none", "8bit", "4bit")),
         ("data.answers", recipe.data.answers, ("regenerated", "given")),
         ("optim.schedule", recipe.optim.schedule, ("cosine", "linear", "constant")),
         ("policy.optim.schedule", recipe.policy.optim.schedule, ("cosine", "linear", "constant")),
@@ -250,6 +266,11 @@ def check(recipe: Recipe) -> None:
     for key, value, allowed in choices:
         if value not in allowed:
             raise InputError(f"{key}={value!r} must be one of: {', '.join(allowed)}{_likely(value, allowed)}")
+    if recipe.target.quantize != "none" and recipe.target.placement != "replicated":
+        raise InputError(
+            f"target.quantize={recipe.target.quantize} goes with target.placement=replicated alone, "
+            f"not {recipe.target.placement}"
+        )
     if not recipe.data.sources:
         raise InputError("data.sources is empty; give data.train=PATH or a list of {path, weight, limit}")
     name = recipe.run.name

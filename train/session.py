@@ -33,6 +33,7 @@ WORKING = ("state", "rollout")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
     "run.save_every", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
+    "target.placement",
 }  # fmt: skip
 """Recipe keys that do not change what is learned, so a resumed run may change them."""
 
