@@ -45,8 +45,8 @@ class TargetNode:
     """Where the text layers live; the rest of the target is whole on every device, and what is computed is the same.
     replicated: whole on every device. sharded: shared out over the processes and gathered layer by layer for a pass;
     made for the long passes of training, since decoding gathers all weights for every token. offloaded: in host memory,
-    a copy for each process, and layer by layer on the device during a pass; with `data.features` and `run.eval_every: 0`
-    head training has no pass but the measurement at its end."""
+    a copy for each process, layer by layer on the device during a pass. With `data.features` and `run.eval_every: 0`
+    head training has no pass but the last measurement, so nothing of them takes up the device."""
     quantize: str = "none"
     """none, 8bit (torchao) or 4bit (bitsandbytes): the matrices of the text layers, replicated only. That is another
     target: answers and features are made anew with it, and losslessness is with respect to it."""
