@@ -195,7 +195,12 @@ def save_provenance(folder: Path, recipe: Recipe, target: Target, data_hash: str
             "libraries": {name: _version(name) for name in LIBRARIES},
             "seed": recipe.run.seed,
             "data_hash": data_hash,
-            "target": {"name": discreet(target.name), "fingerprint": target.fingerprint, "dtype": recipe.target.dtype},
+            "target": {
+                "name": discreet(target.name),
+                "fingerprint": target.fingerprint,
+                "dtype": recipe.target.dtype,
+                "quantize": recipe.target.quantize,
+            },
         },
     )
 

@@ -45,9 +45,19 @@ class TargetNode:
     device: str = "auto"
     """auto: this rank's CUDA device where there is one, else the CPU."""
     placement: str = "replicated"
-    """replicated: whole on every process; sharded: divided among them; offloaded: in the host's memory."""
+    """Where the text layers live; the rest of the target is whole on every device, and what is computed is the same.
+    replicated: whole on every device. sharded: shared out over the processes and gathered layer by layer for a pass;
+    made for the long passes of training, since decoding gathers all weights for every token. offloaded: in host memory,
+    a copy for each process, layer by layer on the device during a pass. With `data.features` and `run.eval_every: 0`
+    head training has no pass but the last measurement, so nothing of them takes up the device."""
     quantize: str = "none"
-    """none, 8bit or 4bit: weights of the text model's layers."""
+    """none, 8bit (torchao) or 4bit (bitsandbytes): the matrices of the text layers, replicated only. That is another
+    target: answers and features are made anew with it, and losslessness is with respect to it."""
+
+    @property
+    def arithmetic(self) -> str:
+        """What changes the target's numbers beside its weights: dtype and quantisation."""
+        return self.dtype if self.quantize == "none" else f"{self.dtype} {self.quantize}"
 
 
 @dataclass
@@ -295,6 +305,11 @@ def check(recipe: Recipe) -> None:
             raise InputError(f"run.trackers names {name!r}; there are: {', '.join(TRACKERS)}{_likely(name, TRACKERS)}")
     if recipe.run.peak_tflops is not None and not recipe.run.peak_tflops > 0:
         raise InputError(f"run.peak_tflops={recipe.run.peak_tflops} must be greater than 0")
+    if recipe.target.quantize != "none" and recipe.target.placement != "replicated":
+        raise InputError(
+            f"target.quantize={recipe.target.quantize} goes with target.placement=replicated alone, "
+            f"not {recipe.target.placement}"
+        )
     if not recipe.data.sources:
         raise InputError("data.sources is empty; give data.train=PATH or a list of {path, weight, limit}")
     name = recipe.run.name

@@ -26,6 +26,7 @@ from mmspec.sampling import GreedySampler
 from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
 from train.corpus import Order
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
+from train.placement import uneven
 from train.regenerate import length_limit
 from train.session import Session
 from train.stopping import Stopped
@@ -62,11 +63,12 @@ def rollout(session: Session, head: nn.Module) -> None:
     drafter = head.drafter(session.target, recipe.policy.width)  # type: ignore[operator]
     session.tracker.progress("rollout", sum(len(chunks[number]) for number in mine), 0, "prompt")
     try:
-        for number in mine:
-            session.stopper.check()
-            rounds = _roll(session, drafter, chunks[number])
-            checkpoint.write_tensors(_path(folder, number), rounds)
-            session.tracker.advance(len(chunks[number]), rounds=len(rounds["accepted"]))
+        with uneven(session.target):
+            for number in mine:
+                session.stopper.check()
+                rounds = _roll(session, drafter, chunks[number])
+                checkpoint.write_tensors(_path(folder, number), rounds)
+                session.tracker.advance(len(chunks[number]), rounds=len(rounds["accepted"]))
     except Stopped:
         pass
     session.tracker.end_progress()

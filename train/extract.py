@@ -39,6 +39,7 @@ from train.features import (
     token_bytes,
     write_shard,
 )
+from train.placement import uneven
 from train.regenerate import answers_digest, answers_folder, answers_key, encode, length_limit
 from train.session import Session
 from train.stopping import Stopped
@@ -64,7 +65,7 @@ class Settings:
 def origin(recipe: Recipe, corpus: Corpus, target: Target) -> Origin:
     """What features of this recipe come from, as far as it is known before there are answers."""
     name, key = checkpoint.discreet(target.name), answers_key(recipe, corpus, target)
-    return Origin(name, target.fingerprint, recipe.target.dtype, target.vocabulary, key)
+    return Origin(name, target.fingerprint, recipe.target.arithmetic, target.vocabulary, key)
 
 
 def head_taps(recipe: Recipe, target: Target) -> tuple[int, ...]:
@@ -98,8 +99,9 @@ def extract(session: Session, settings: Settings) -> Manifest:
     tracker.progress("features", sum(len(writer.shards[number]) for number in share), 0, "record")
     problem: str | None = None
     try:
-        for number in share:
-            writer.write(number)
+        with uneven(session.target):
+            for number in share:
+                writer.write(number)
     except Stopped:
         pass
     except InputError as error:

@@ -44,7 +44,7 @@ class Origin:
     Args:
         target: its name, for messages only.
         fingerprint: of the target's weights.
-        dtype: what the target computed in.
+        dtype: what the target computed in, and its quantisation where there is one.
         vocabulary: fingerprint of the tokenizer.
         data: key of corpus and answer settings.
     """

@@ -18,6 +18,7 @@ from train.fit import Fit, Plan, Trainee, find
 from train.flops import Cost, counted, head_cost, target_cost
 from train.lora import adapt, adapted_layers, merged, save_adapters
 from train.measure import held_out, measure
+from train.placement import lend
 from train.regenerate import answer_counts
 from train.session import Session
 from train.sources import Loader, open_source
@@ -49,7 +50,7 @@ def train_head(session: Session) -> nn.Module:
     elif found is None:
         head.prepare(target, lambda: answer_counts(session.corpus, session.prepared, target, session.world))
         if recipe.head.init_layer is not None:
-            head.take_layer(target, recipe.head.init_layer)
+            _take_layer(head, target, recipe.head.init_layer)
     if recipe.head.lora.rank:
         adapt(head, recipe.head)
     trainee = Trainee(head, _objective(target, _cost(session, head), recipe.loss.steps))
@@ -163,9 +164,15 @@ def check_beginning(recipe: Recipe, target: Target) -> None:
     with torch.device("meta" if node.init_layer is None else "cpu"):
         head = checkpoint.build_head(node.kind, config, recipe.loss)
     if node.init_layer is not None:
-        head.take_layer(target, node.init_layer)
+        _take_layer(head, target, node.init_layer)
     if node.lora.rank:
         adapted_layers(head, node)
+
+
+def _take_layer(head: Any, target: Any, index: int) -> None:
+    """Starts the head's block as a layer of the target, wherever its weights live. Every rank must call."""
+    with lend(target, index % target.shape.n_layers):
+        head.take_layer(target, index)
 
 
 def _base(recipe: Recipe, target: Target) -> checkpoint.Checkpoint:

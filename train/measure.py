@@ -18,6 +18,7 @@ from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import Output, Request, Target
 from train.corpus import IMAGE_MARK, read
+from train.placement import uneven
 from train.stopping import Stopped, Stopper
 from train.world import World
 
@@ -80,19 +81,21 @@ def measure(
     policy = recipe.policy
     outputs: list[Output] = []
     try:
-        if data.requests:
-            outputs = generate(
-                target,
-                data.requests,
-                head.drafter(target, policy.width),  # type: ignore[operator]
-                FixedPolicy(policy.depth, policy.budget),
-                GreedySampler(),
-                max_batch=BATCH,
-                on_output=lambda _: stopper.check(),
-            )
-            all_complete(outputs)
+        with uneven(target):
+            if data.requests:
+                outputs = generate(
+                    target,
+                    data.requests,
+                    head.drafter(target, policy.width),  # type: ignore[operator]
+                    FixedPolicy(policy.depth, policy.budget),
+                    GreedySampler(),
+                    max_batch=BATCH,
+                    on_output=lambda _: stopper.check(),
+                )
+                all_complete(outputs)
     except Stopped:
         pass
+    target.free()
     stopper.check_together()
     # Those of a topic the ranks may not share: every rank adds up all of them.
     groups = [outputs]

@@ -26,6 +26,7 @@ from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import Output, Prompt, Request, Target
 from train.corpus import IMAGE_MARK, Corpus, Sample
+from train.placement import uneven
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
 from train.world import World
@@ -107,7 +108,7 @@ def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: Wor
 def answers_key(recipe: Recipe, corpus: Corpus, target: Target) -> str:
     """Names exactly this data, target and these settings."""
     data = recipe.data
-    settings = [VERSION, corpus.digest, target.fingerprint, recipe.target.dtype, data.answers, data.max_new_tokens]
+    settings = [VERSION, corpus.digest, target.fingerprint, recipe.target.arithmetic, data.answers, data.max_new_tokens]
     return hashlib.sha256(json.dumps([*settings, length_limit(data, target)]).encode()).hexdigest()[:12]
 
 
@@ -154,7 +155,7 @@ def prepare(
     if open_ones:
         worker = _Worker(recipe.data, corpus, target, stopper, tracker, quarantine.count + len(done.bad))
         # A request to stop raises inside the decoding loop; the other ranks hear of it below.
-        with _Shard(folder / f"part-{world.rank}.jsonl") as shard, contextlib.suppress(Stopped):
+        with _Shard(folder / f"part-{world.rank}.jsonl") as shard, contextlib.suppress(Stopped), uneven(target):
             worker.run(mine, shard, tolerated)
         target.free()
     tracker.end_progress()

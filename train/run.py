@@ -16,9 +16,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
-from mmspec.targets import load_target
 from mmspec.types import InputError
-from train import regenerate
+from train import placement, regenerate
 from train.controller import rollout, train_controller
 from train.corpus import Corpus, read
 from train.extract import head_taps, origin
@@ -120,7 +119,7 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         raise InputError(
             f"run.resume: the data of {recipe.folder} has changed since; start over without run.resume=true"
         )
-    target = load_target(recipe.target.name, recipe.target.dtype, str(world.device))
+    target = placement.load(recipe.target, world, tracker)
     state.data, state.wandb_id = corpus.digest, tracker.wandb_id or state.wandb_id
     if active and training:
         state.save(recipe.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,30 @@ from transformers.utils import logging as hf_logging
 
 from mmspec.assets import resolve
 from mmspec.targets._adapters import ATTENTION
+from mmspec.targets._quantize import quantization
 from mmspec.targets.base import HFTarget, fingerprint, vocabulary_of
 from mmspec.types import InputError
 
 
-def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTarget:
+def load_target(
+    name: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantize: str = "none",
+    place: Callable[[Any], None] | None = None,
+) -> HFTarget:
     """Load a target by name.
 
     Args:
         name: `tiny_llava` (embedded), a folder, or a Hub id.
         dtype: float32, float64, bfloat16 or float16.
         device: torch device.
+        quantize: none, 8bit or 4bit: of the text layers' matrices. Another target then, to which losslessness refers.
+        place: brings a model that was loaded into host memory to where it shall be; default: all of it to `device`.
 
     Raises:
-        InputError: unknown dtype, unsupported family, or files that cannot be found.
+        InputError: unknown dtype, unsupported family, files that cannot be found, or a quantisation that is not to be
+            had.
     """
     kinds = {"float32", "float64", "bfloat16", "float16"}
     if dtype not in kinds:
@@ -37,13 +47,25 @@ def load_target(name: str, dtype: str = "float32", device: str = "cpu") -> HFTar
     with _loading(name):
         config = AutoConfig.from_pretrained(path)
         family = family_of(config.model_type)
+        options: dict[str, Any] = {}
+        if quantize != "none":
+            # Quantised weights are made where they stay: not every library moves them.
+            options = {
+                "quantization_config": quantization(quantize, config, getattr(torch, dtype)),
+                "device_map": {"": device},
+            }
         model: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+            **options,
         )
         processor = family.load_processor(path)
-    return family(model.to(device), processor, name)
+    if place is not None:
+        place(model)
+    elif not options:
+        model.to(device)
+    return family(model, processor, name)
 
 
 @dataclass(frozen=True)
