@@ -105,9 +105,9 @@ def vocabulary_losses(
     """Summed loss of predictions, in chunks: no [M, V] tensor outlives its chunk.
 
     The gradients are formed chunk by chunk along with the sum, as the logits of a chunk are there anyway: the backward
-    pass computes none a second time. They are written out (`_LogitLosses`) rather than recorded: what autograd keeps of
-    a softmax would be several times the logits. The target's distribution is computed once for all predictions that
-    aim at it.
+    pass computes none a second time. They are written out (`_logit_losses`) rather than recorded: what autograd keeps
+    of a softmax would be several times the logits. The target's distribution is computed once for all predictions that
+    aim at it. The result's backward pass runs once.
 
     Args:
         predicted: [M, D] draft states; gradient flows here.
@@ -129,25 +129,36 @@ def vocabulary_losses(
     hits, covers = [], []
     size, P = max(config.chunk // config.steps, 1), len(aims.truth)
     starts = torch.arange(0, P + size, size, device=predicted.device)
-    for index, (low, high) in enumerate(pairwise(torch.searchsorted(aims.of, starts).tolist())):
+    spans = list(pairwise(torch.searchsorted(aims.of, starts).tolist()))
+    scratch, most = _Scratch(predicted.device), max(high - low for low, high in [(0, 0), *spans])
+    for index, (low, high) in enumerate(spans):
         truth, of = aims.truth[index * size : (index + 1) * size], aims.of[low:high] - index * size
         with torch.no_grad():
-            p, best, covered = _restricted(_work(unembed(truth)), draft_ids)
+            p, best, covered = _restricted(_work(unembed(truth)), draft_ids, scratch)
         scale = aims.weight[low:high].to(p.dtype) * covered[of]
         g = predicted[low:high].detach().requires_grad_(grows)
-        with torch.set_grad_enabled(grows and own is None):
-            logits = unembed(g) if own is None else F.linear(g, own)
-        found = _LogitLosses(logits.detach(), p, of, scale, config, grows)
-        total = total + found.loss
+        with torch.set_grad_enabled(grows):
+            recorded = None if own is not None else unembed(g)
+        with torch.no_grad():
+            logits = scratch("logits", most, p.shape[1], g.dtype)[: high - low]
+            if own is not None:
+                torch.mm(g, own.T, out=logits)
+            elif recorded is not None:  # copied: the target's unembedding may remember it for its backward pass
+                logits.copy_(recorded)
+            losses, drafted = _logit_losses(logits, p, of, config, grows, scratch)
+            total = total + (losses * scale).sum()
         covers.append(covered[of])
-        hits.append(covers[-1] & (found.best == best[of]))
-        if grows and own is None:
-            gradients[0][low:high] = torch.autograd.grad(logits, g, found.gradient)[0]
-        elif grows and own is not None:
-            torch.mm(found.gradient, own, out=gradients[0][low:high])
-            if trained:
-                gradients[1].addmm_(found.gradient.T, g.detach())
-        del logits, found  # or the next chunk's would stand beside them
+        hits.append(covers[-1] & (drafted == best[of]))
+        if grows:
+            # A prediction's weight is a factor of its gradient: one of [C, D] here, where [C, V] would be larger.
+            scaled = scale.to(g.dtype).unsqueeze(1)
+            if own is not None:
+                torch.mm(logits, own, out=gradients[0][low:high]).mul_(scaled)
+                if trained:
+                    gradients[1].addmm_(logits.T, g.detach() * scaled)
+            elif recorded is not None:
+                gradients[0][low:high] = torch.autograd.grad(recorded, g, logits)[0] * scaled
+        del recorded  # or the next chunk's would stand beside it
         if config.regression:
             close = config.regression * (smooth_l1(_work(g), _work(truth)[of]) * scale).sum()
             total = total + close.detach()
@@ -159,39 +170,66 @@ def vocabulary_losses(
     return total, torch.cat([none, *hits]), torch.cat([none, *covers])
 
 
-class _LogitLosses:
-    """Weighted `soft_cross_entropy` and `total_variation` of one chunk, and their gradient for the logits.
+def _logit_losses(
+    logits: Tensor, p: Tensor, of: Tensor, config: LossConfig, grows: bool, scratch: _Scratch
+) -> tuple[Tensor, Tensor]:
+    """`soft_cross_entropy` and `total_variation` of one chunk, and their gradient for its logits.
 
     With q the draft's distribution: soft_cross_entropy has q - p, total_variation has q (s - <q, s>), s = sign(q - p).
 
     Args:
-        logits: [C, V].
-        p: [P, V] the target's distributions; of: [C], the row that each prediction aims at; scale: [C].
+        logits: [C, V], overwritten: by the gradient of each row's loss where it is wanted.
+        p: [P, V] the target's distributions; of: [C], the row that each prediction aims at.
         grows: whether the gradient is wanted.
 
-    Attributes:
-        loss: the weighted sum; best: [C], argmax; gradient: [C, V] in the dtype of the logits.
+    Returns:
+        [C] the losses, and [C] the logits' argmax.
+    """
+    at_a_time = max(CACHED // logits.shape[1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
+    losses, best = [], []
+    for rows, aim in zip(logits.split(at_a_time), of.split(at_a_time)):
+        x = _work(rows)
+        best.append(x.argmax(-1))
+        top = best[-1].unsqueeze(1)
+        x.sub_(x.gather(1, top))  # sums of what is large and equal in both would lose digits
+        q = torch.softmax(x, -1, out=scratch("q", at_a_time, x.shape[1], x.dtype)[: len(x)])
+        aimed = torch.index_select(p, 0, aim, out=scratch("aimed", at_a_time, x.shape[1], x.dtype)[: len(x)])
+        # log q = x + log q(best): it is never formed, and neither is a second exponential.
+        loss = config.soft_ce * (-x.mul_(aimed).sum(-1) - q.gather(1, top).squeeze(1).log())
+        apart = torch.sub(q, aimed, out=aimed)
+        if config.total_variation:
+            loss = loss + config.total_variation * apart.abs().sum(-1)
+        losses.append(loss)
+        if not grows:
+            continue
+        if config.soft_ce != 1 or config.total_variation:
+            side = apart.sign()
+            side = (side - (q * side).sum(-1, keepdim=True)).mul_(q)
+            apart.mul_(config.soft_ce).add_(side, alpha=config.total_variation)
+        rows.copy_(apart)
+    return torch.cat([p.new_zeros(0), *losses]), torch.cat([of.new_zeros(0), *best])
+
+
+CACHED = 2**20
+"""Logits that are worked on at a time on a CPU, so that all passes but the first read the cache. On a GPU it is the
+chunk: there a launch is dearer than a pass."""
+
+
+class _Scratch:
+    """Tensors that the chunks of one call share.
+
+    On a CPU fresh memory costs more than the arithmetic on it: each page is mapped and zeroed when it is first touched.
     """
 
-    def __init__(self, logits: Tensor, p: Tensor, of: Tensor, scale: Tensor, config: LossConfig, grows: bool) -> None:
-        dtype, self.best = logits.dtype, logits.argmax(-1)
-        log_q, p = _work(logits).log_softmax(-1), p[of]
-        # One contraction, without the [C, V] product in between.
-        self.loss = -config.soft_ce * torch.einsum("cv,cv,c->", p, log_q, scale)
-        q = log_q.exp_()
-        if config.total_variation:
-            apart = q - p
-            self.loss = self.loss + config.total_variation * (apart.abs().sum(-1) * scale).sum()
-        if not grows:
-            return
-        self.gradient = q - p if config.total_variation else q.sub_(p)
-        if config.total_variation:
-            side = apart.sign_()
-            side -= torch.einsum("cv,cv->c", q, side).unsqueeze(1)
-            self.gradient.mul_(config.soft_ce).add_(side.mul_(q), alpha=config.total_variation)
-        else:
-            scale = scale * config.soft_ce
-        self.gradient = self.gradient.mul_(scale.unsqueeze(1)).to(dtype)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[rows, width] of any content; ask for as many rows as will be needed at most."""
+        if name not in self._held or len(self._held[name]) < rows:
+            self._held[name] = torch.empty(rows, width, dtype=dtype, device=self._device)
+        return self._held[name][:rows]
 
 
 def _work(x: Tensor) -> Tensor:
@@ -199,25 +237,30 @@ def _work(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _restricted(logits: Tensor, draft_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _restricted(logits: Tensor, draft_ids: Tensor | None, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
     """The target's distribution [P, V'] over the draft vocabulary, its best index there, and whether that is its best
     token of all."""
-    best = logits.argmax(-1)
-    if draft_ids is None:
-        return logits.softmax(-1), best, torch.ones_like(best, dtype=torch.bool)
-    logits = logits[:, draft_ids]
-    inside = logits.argmax(-1)
-    return logits.softmax(-1), inside, draft_ids[inside] == best
+    best = inside = logits.argmax(-1)
+    covered = torch.ones_like(best, dtype=torch.bool)
+    if draft_ids is not None:
+        logits = logits[:, draft_ids]
+        inside = logits.argmax(-1)
+        covered = draft_ids[inside] == best
+    room = scratch("p", len(logits), logits.shape[1], logits.dtype)
+    return torch.softmax(logits, -1, out=room), inside, covered
 
 
 class _Known(torch.autograd.Function):
-    """A scalar whose gradients for some tensors are known."""
+    """A scalar whose gradients for some tensors are known. Its backward pass hands them over, so it runs once."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(known * upstream[0].to(known.dtype) for known in ctx.saved_tensors)
+        if ctx.gradients is None:
+            raise RuntimeError("the backward pass of a vocabulary loss runs once: it hands its gradients over")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(known.mul_(upstream[0].to(known.dtype)) for known in gradients)

@@ -213,8 +213,8 @@ def peer_python(folder: Path | None) -> Iterator[Path]:
             print(f"bench_train: installing {' '.join(PEER)} in {place}", file=sys.stderr)
             venv.create(place, with_pip=True)
             _pip(python, "install", *PEER)
-            # transformers does without it, but cannot be imported beside one that was built for another torch.
-            _pip(python, "uninstall", "--yes", "torchvision")
+            # transformers does without them, but cannot be imported beside ones that were built for another torch.
+            _pip(python, "uninstall", "--yes", "torchvision", "torchaudio")
         yield python
 
 

@@ -1,0 +1,125 @@
+"""The chunked vocabulary loss, whose gradients are written out, against the plain formulas under autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmspec import losses
+from mmspec.losses import Aims, LossConfig, soft_cross_entropy, total_variation, vocabulary_losses
+
+V, D, P = 50, 6, 9
+
+
+def case(dtype, spread=1.0):
+    """Predictions of which up to three aim at one position, one at none but the last, and weights of two steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    of = torch.tensor([0, 0, 0, 1, 2, 2, 4, 5, 5, 5, 6, 8])
+    aims = Aims(drawn(P, D), of, torch.linspace(0.3, 1.0, len(of), dtype=torch.float64))
+    predicted, weight = drawn(len(of), D).mul_(spread), drawn(V, D).mul_(spread)
+    frozen = drawn(V, D)
+    return predicted.requires_grad_(), aims, weight.requires_grad_(), lambda states: states @ frozen.T
+
+
+def found(predicted, aims, unembed, config, weight=None, draft_ids=None):
+    """Value and gradients of the chunked loss."""
+    leaves = [predicted] if weight is None else [predicted, weight]
+    total, hits, covers = vocabulary_losses(predicted, aims, unembed, config, weight, draft_ids)
+    return total.detach(), torch.autograd.grad(total * 2.0, leaves), hits, covers
+
+
+def written_out(predicted, aims, unembed, config, weight=None, draft_ids=None):
+    """The same in one piece."""
+    leaves = [predicted] if weight is None else [predicted, weight]
+    truth = unembed(aims.truth)[aims.of]
+    best = truth.argmax(-1)
+    ids = torch.arange(V) if draft_ids is None else draft_ids
+    logits = unembed(predicted) if weight is None else predicted @ weight.T
+    p, covers = truth[:, ids].softmax(-1), torch.isin(best, ids)
+    each = config.soft_ce * soft_cross_entropy(logits, p) + config.total_variation * total_variation(logits, p)
+    total = (each * aims.weight.to(each.dtype) * covers).sum()
+    hits = covers & (ids[logits.argmax(-1)] == best)
+    return total.detach(), torch.autograd.grad(total * 2.0, leaves), hits, covers
+
+
+@pytest.mark.parametrize(("soft_ce", "variation"), [(1.0, 0.0), (0.3, 0.0), (1.0, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize("own", ["none", "whole", "restricted"])
+@pytest.mark.parametrize("cached", [1, 3 * V, 10**6])
+def test_value_and_gradients_are_those_of_the_plain_formulas(soft_ce, variation, own, cached, monkeypatch):
+    """In fp64, for every way of cutting: chunks of two positions, and rows of them one, three or all at a time."""
+    monkeypatch.setattr(losses, "CACHED", cached)
+    predicted, aims, weight, unembed = case(torch.float64)
+    config = LossConfig(soft_ce=soft_ce, total_variation=variation, chunk=6, steps=3)
+    draft_ids = torch.arange(0, V, 2) if own == "restricted" else None
+    own_weight = {"none": None, "whole": weight, "restricted": weight[:25].detach().requires_grad_()}[own]
+    ours = found(predicted, aims, unembed, config, own_weight, draft_ids)
+    theirs = written_out(predicted, aims, unembed, config, own_weight, draft_ids)
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-12)
+    for a, b in zip(ours[1], theirs[1]):
+        assert torch.allclose(a, b, atol=1e-11, rtol=1e-11)
+    assert torch.equal(ours[2], theirs[2])
+    assert torch.equal(ours[3], theirs[3])
+    if own == "restricted":
+        assert 0 < ours[3].sum() < len(ours[3])  # or no row was masked
+        assert not ours[1][0][~ours[3]].any()
+
+
+def test_single_precision_is_as_close_as_the_plain_formulas_are():
+    """Roundings of 2^-24 in sums of 50 products: 1e-5 of the largest entry leaves a factor of ten."""
+    config = LossConfig(chunk=6, steps=3)
+    predicted, aims, weight, unembed = case(torch.float64)
+    exact = written_out(predicted, aims, unembed, config, weight)
+    predicted, aims, weight, unembed = case(torch.float32)
+    ours = found(predicted, aims, unembed, config, weight)
+    assert float(ours[0]) == pytest.approx(float(exact[0]), rel=1e-5)
+    for a, b in zip(ours[1], exact[1]):
+        assert float((a - b).abs().max()) < 1e-5 * float(b.abs().max())
+
+
+def test_logits_of_a_million_neither_overflow_nor_lose_their_gradient():
+    predicted, aims, weight, unembed = case(torch.float32, spread=1000.0)
+    config = LossConfig(chunk=6, steps=3, total_variation=0.5)
+    ours, theirs = (f(predicted, aims, unembed, config, weight) for f in (found, written_out))
+    assert float((predicted @ weight.T).detach().abs().max()) > 1e6
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
+    for a, b in zip(ours[1], theirs[1]):
+        assert torch.isfinite(a).all()
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+def test_bf16_heads_sum_in_single_precision():
+    """Against fp64 of the same bf16 numbers: logits and gradients round to 8 bits once each, the sums do not."""
+    predicted, aims, weight, unembed = case(torch.bfloat16)
+    config = LossConfig(chunk=6, steps=3)
+    ours = found(predicted, aims, unembed, config, weight)
+    wide = [x.detach().double().requires_grad_() for x in (predicted, weight)]
+    truth = unembed(aims.truth)
+    exact = written_out(
+        wide[0], Aims(aims.truth.double(), aims.of, aims.weight), lambda s: truth.double(), config, wide[1]
+    )
+    assert ours[0].dtype == torch.float32
+    assert float(ours[0]) == pytest.approx(float(exact[0]), rel=1e-2)
+    for a, b in zip(ours[1], exact[1]):
+        assert a.dtype == torch.bfloat16
+        assert float((a - b).abs().max()) < 3e-2 * float(b.abs().max())
+
+
+def test_an_unembedding_that_remembers_its_output_keeps_it():
+    """Soft-capped logits: tanh saves what it returned, which the gradient must not overwrite."""
+    predicted, aims, _, plain = case(torch.float64)
+    config = LossConfig(chunk=6, steps=3)
+    capped = [f(predicted, aims, lambda s: 3 * (plain(s) / 3).tanh(), config) for f in (found, written_out)]
+    assert torch.allclose(capped[0][1][0], capped[1][1][0], atol=1e-11)
+
+
+def test_gradients_are_handed_over_once():
+    """A second backward pass fails: it must not scale what the first one gave away."""
+    predicted, aims, weight, unembed = case(torch.float64)
+    total, *_ = vocabulary_losses(predicted, aims, unembed, LossConfig(), weight)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        total.backward()
