@@ -77,11 +77,12 @@ def steps(recipe: Any, text: Mapping[str, int], lengths: list[int], answers: lis
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from mmspec import checkpoint
+    from mmspec.losses import valid_pairs
     from mmspec.targets._adapters import ATTENTION
     from mmspec.targets.llava import Target
     from mmspec.types import Prompt
     from tests import tiny
-    from train.fit import Fit, Plan, Trainee
+    from train.fit import Fit, MicroBatch, Plan, Trainee
     from train.head import _objective
     from train.sources import LiveBatch
     from train.stopping import Stopper
@@ -110,7 +111,7 @@ def steps(recipe: Any, text: Mapping[str, int], lengths: list[int], answers: lis
     head = checkpoint.build_head(recipe.head.kind, recipe.head.config.resolve(target.shape), recipe.loss)
     plan = Plan("head", 2, recipe.optim, recipe.deepspeed, Path("/nowhere"), 0, 0)
     tracker = Tracker(Path("/nowhere"), "memory", {}, active=False, record=False, resume_id=None)
-    fit = Fit(Trainee(head, _objective(target)), plan, world, Stopper(), tracker)
+    fit = Fit(Trainee(head, _objective(target, None, recipe.loss.steps)), plan, world, Stopper(), tracker)
     rows = []
     for length, n in zip(lengths, answers):
         ids = torch.randint(3, text["vocab_size"], (length,))
@@ -121,7 +122,8 @@ def steps(recipe: Any, text: Mapping[str, int], lengths: list[int], answers: lis
         found = LiveBatch(target, head.taps, rows, recipe.data.pack).features()
         return {item.name: getattr(found, item.name) for item in dataclasses.fields(found)}
 
-    micro = [make] * recipe.optim.accumulate
+    count = sum(valid_pairs(marks) for _, marks in rows)
+    micro = [MicroBatch(make, count)] * recipe.optim.accumulate
     fit.run(lambda step: micro, {}, lambda step: None, lambda metrics: {})
 
 

@@ -16,7 +16,8 @@ from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from train import memory
 from train.features import token_bytes
-from train.memory import Batch, HeadFacts, head_facts, longest_tokens, worst
+from train.flops import Cost, expected, head_cost, target_cost
+from train.memory import HeadFacts, head_facts, longest_tokens, worst
 from train.shapes import BYTES, TargetFacts, target_facts
 
 GIB = 2**30
@@ -57,11 +58,13 @@ class Sizes:
     Args:
         target: the frozen model.
         head: the trained one.
+        cost: operations of its training step.
         n_controller: parameters of the ViSkip controller, 0 without one.
     """
 
     target: TargetFacts
     head: HeadFacts
+    cost: Cost
     n_controller: int
 
 
@@ -75,11 +78,14 @@ def sizes(recipe: Recipe) -> Sizes:
     config = recipe.head.config.resolve(facts.shape)
     n_controller = 0
     with torch.device("meta"):
-        head = head_facts(recipe.head.kind, checkpoint.build_head(recipe.head.kind, config, recipe.loss), facts)
+        module = checkpoint.build_head(recipe.head.kind, config, recipe.loss)
+        head, steps = head_facts(recipe.head.kind, module, facts), recipe.loss.steps
+        # Of another family: every weight at every simulated step, forward and twice backward.
+        cost = head_cost(module, facts.shape, steps) if head.exact else Cost(drafts=6.0 * head.n * steps)
         if recipe.policy.kind == "learned":
             controller = checkpoint.build_controller(recipe.policy.controller.resolve(facts.shape))
             n_controller = sum(p.numel() for p in controller.parameters())
-    return Sizes(facts, head, n_controller)
+    return Sizes(facts, head, cost, n_controller)
 
 
 # ---- operations and time ----
@@ -126,7 +132,7 @@ def answer_seconds(recipe: Recipe, sized: Sizes, processes: int, assumed: Assume
     tokens = n / processes * min(mean * assumed.answers, recipe.data.max_new_tokens)
     read = facts.n_parameters * BYTES[recipe.target.dtype] / (assumed.memory_gb_s * 1e9 * assumed.utilisation)
     moved = moved_target(recipe, facts, processes, assumed)
-    prefill = n / processes * target_flops(facts, mean * (1 - assumed.answers)) / rate
+    prefill = target_operations(facts, n / processes, mean * (1 - assumed.answers)) / rate
     return SLOWER[recipe.target.quantize] * (tokens / recipe.data.answer_batch * (read + moved) + prefill)
 
 
@@ -138,7 +144,7 @@ def mean_tokens(recipe: Recipe, facts: TargetFacts, assumed: Assumed) -> int:
 
 def work(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> Work:
     """Operations and time of a step."""
-    facts, head, optim = sized.target, sized.head, recipe.optim
+    facts, optim = sized.target, recipe.optim
     mean, longest = mean_tokens(recipe, facts, assumed), longest_tokens(recipe, facts)
     lowest = max(2 * mean - longest, 1)
     padded = float(mean)
@@ -146,40 +152,19 @@ def work(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> Work
         # Neighbours in length share a micro-batch, which is as wide as its longest.
         padded = lowest + (longest - lowest) * (optim.accumulate + 1) / (2 * optim.accumulate)
     each = optim.micro_batch * optim.accumulate
-    one = Batch((mean,), (max(round(mean * assumed.answers), 1),))
-    forward, backward = head_flops(recipe, facts, head, one)
-    target = each * (0.0 if recipe.data.features else target_flops(facts, padded))
-    trained = each * (forward + backward)
+    target = 0.0 if recipe.data.features else target_operations(facts, each, padded)
+    trained = float(sized.cost.of(expected(each, mean, max(mean * assumed.answers, 1), recipe.loss.steps)))
     rate = assumed.tflops * 1e12 * assumed.utilisation
     moved = moved_seconds(recipe, sized, processes, assumed)
     slower = SLOWER[recipe.target.quantize]
     return Work(target, trained, each * mean, slower * target / rate, trained / rate, moved)
 
 
-def target_flops(facts: TargetFacts, tokens: float) -> float:
-    """Forward operations of the target over one conversation with one picture; no logits."""
-    s = facts.shape
-    attention = 2 * s.n_layers * s.n_heads * s.head_dim * tokens**2  # causal: half of 4 T^2
-    return 2 * facts.n_layers_parameters * tokens + attention + 2 * facts.n_vision_parameters * facts.patches
-
-
-def head_flops(recipe: Recipe, facts: TargetFacts, head: HeadFacts, batch: Batch) -> tuple[float, float]:
-    """Forward and backward operations of a head over a batch, with the target's unembedding of the truth."""
-    steps, D = recipe.loss.steps, head.width
-    own = head.vocabulary * D
-    M, N, R = sum(batch.drafts), batch.read, batch.predictions(steps)
-    keys = 2 * head.keys * D * (2 if head.paired else 1)
-    entering = head.read * D if head.paired else 2 * D * D
-    per_step = head.n - own - (entering if head.paired else 0)
-    context = 2 * N * (keys + entering)
-    steps_flops = 2 * M * (steps * per_step - keys)
-    attention = 4 * head.attention * M * steps * (N / max(len(batch.lengths), 1))
-    truth = 2 * M * facts.shape.vocab_size * facts.shape.hidden_size
-    logits = 2 * R * (own or facts.shape.vocab_size * facts.shape.hidden_size)
-    # Gradients for inputs and weights: twice the forward pass; a frozen unembedding has none for its weights. The
-    # gradients of the logits are formed on the way forward.
-    forward = context + steps_flops + attention + truth + logits
-    return forward, 2 * (context + steps_flops) + 2.5 * attention + logits * (2 if own else 1)
+def target_operations(facts: TargetFacts, n: float, tokens: float) -> float:
+    """Operations of the target over n conversations with one picture each; no logits."""
+    return float(
+        target_cost(facts.shape).of(expected(n, tokens, 0, 1)) + n * 2 * facts.n_vision_parameters * facts.patches
+    )
 
 
 def moved_seconds(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> float:
@@ -260,6 +245,8 @@ def summary(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> s
     batch, steps = processes * optim.micro_batch * optim.accumulate, recipe.run.max_steps
     n, fulls = conversations(recipe), held.moments[held.fullest]
     rough = "" if head.exact else "   (counted as if it were of EAGLE's family)"
+    if recipe.head.lora.rank:
+        rough += "   (of which adapters alone are trained: counted as if all were)"
     whole = f", all {n:,}" if n else ", data"
     answering = answer_seconds(recipe, sized, processes, assumed) / 3600
     lines = [

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from mmspec.heads._unrolled import UnrolledHead
-from mmspec.losses import LossConfig
+from mmspec.losses import CACHED, LossConfig
 from mmspec.recipe import DeepSpeedNode, Optim, Recipe
 from mmspec.targets._rows import lay_out
 from train.measure import BATCH as EVALUATED
@@ -185,9 +185,9 @@ def count(recipe: Recipe, facts: TargetFacts, head: HeadFacts, batch: Batch, pro
         | {"activations": _layer(recipe, facts, batch)},
         # The gradient of the unembedding is formed on the way forward, before it is anybody's `.grad`.
         "vocabulary loss": seen | {"gradients": carried + own, "activations": acts + scores},
-        # `_Known` hands out a second copy of what the forward pass formed; states, predictions and truth are gone.
+        # `_Known` hands out what the forward pass formed; states, predictions and truth are gone.
         "start of backward": seen
-        | {"gradients": carried + 2 * own, "engine buffers": engine.reserved}
+        | {"gradients": carried + own, "engine buffers": engine.reserved}
         | {"activations": acts - (recipe.loss.steps + 1) * sum(batch.drafts) * head.width * engine.half},
         "end of backward": seen | {"gradients": engine.gradients, "engine buffers": engine.reduced},
         "optimizer step": seen | {"gradients": engine.partition, "engine buffers": engine.stepping},
@@ -239,15 +239,22 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
 def chunk_bytes(recipe: Recipe, head: HeadFacts, facts: TargetFacts, batch: Batch) -> int:
     """Bytes of one chunk of `vocabulary_losses`: C predictions over V' tokens, aimed at P positions.
 
-    The target's distribution [P, V'] in fp32, the logits [C, V'], log q (later q, then the gradient) and p of each
-    prediction [C, V'] in fp32; with 16-bit logits a gradient of theirs; with total variation q - p, and its gradient.
+    Held by all chunks: the target's distribution [P, V'] in fp32, the logits [C, V'] and, of as many rows A as a pass
+    works on, q and p in fp32. Beside them either the target's logits [P, V] that the distribution is made of, or what
+    the losses take: with 16-bit logits a copy of A rows in fp32, with total variation two more, and where the target
+    unembeds predictions too, what it returned [C, V].
     """
-    loss, V = recipe.loss, head.vocabulary or facts.shape.vocab_size
-    logits = (2 if recipe.deepspeed.bf16 else 4) if head.vocabulary else BYTES[recipe.target.dtype]
+    loss, V = recipe.loss, facts.shape.vocab_size
+    own, width = head.vocabulary or V, BYTES[recipe.target.dtype]
+    half = (2 if recipe.deepspeed.bf16 else 4) if head.vocabulary else width
     positions = min(max(loss.chunk // loss.steps, 1), max(sum(batch.drafts), 1))
     predictions = min(positions * loss.steps, batch.predictions(loss.steps))
-    row = logits + 8 + (logits if logits < 4 else 0) + (8 if loss.total_variation else 0)
-    return V * (4 * positions + row * predictions)
+    rows = min(predictions, max(CACHED // own, 1)) if recipe.target.device == "cpu" else predictions
+    shared = 4 * positions * own + half * predictions * own + 8 * rows * own
+    truth = positions * (V * (width if width == 4 else width + 4) + (4 * own if own < V else 0))
+    losses = rows * own * ((4 if half < 4 else 0) + (8 if loss.total_variation else 0))
+    losses += 0 if head.vocabulary else predictions * V * width
+    return shared + max(truth, losses)
 
 
 # ---- the target ----
