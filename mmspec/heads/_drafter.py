@@ -278,7 +278,7 @@ class PairDrafter:
             beam_tokens, beam_states = tokens.gather(1, chosen), outputs
             if k > 1:  # a beam goes on from its parent's output, and inherits what its parent sees
                 parents = self.parent_beams.gather(1, chosen).flatten()
-                beam_states = outputs.flatten(0, 1).index_select(0, parents).unflatten(0, (B, k))
+                beam_states = outputs.flatten(0, 1).index_select(0, parents).view(B, k, -1)
                 inherited = by_beam[:, stable:end]
                 inherited.copy_(inherited.index_select(0, parents))
         parents_in_pool = self._pool_parents(chosen_at[: max(depth - 2, 0)], B, depth)
