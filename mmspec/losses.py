@@ -28,6 +28,8 @@ class LossConfig:
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
         chunk: predictions whose [chunk, V] logits exist at a time.
+        recompute: gradient checkpointing: what is widest in each step (norm and MLP) is computed again in the backward
+            pass instead of kept. What is learned is the same.
     """
 
     regression: float = 0.0
@@ -36,6 +38,7 @@ class LossConfig:
     steps: int = 3
     step_decay: float = 0.8
     chunk: int = 1024
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

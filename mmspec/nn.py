@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmspec.types import InputError
 
@@ -167,6 +168,8 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(width, inner)
         self.sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
         self.fused: Tensor | None = None
+        self.recompute = False
+        """Whether what is behind attention, the wide part, is computed again in the backward pass instead of kept."""
 
     def fuse(self) -> None:
         """For drafting: queries, keys and values by one product, gate and up by another. Weights are not copied twice;
@@ -253,4 +256,9 @@ class DecoderBlock(nn.Module):
 
     def _finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         x = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._feed, x, use_reentrant=False))
+        return self._feed(x)
+
+    def _feed(self, x: Tensor) -> Tensor:
         return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))

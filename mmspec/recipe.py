@@ -196,6 +196,8 @@ class Run:
     """Who is told besides metrics.jsonl: wandb (offline without a login), tensorboard, both or none."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for perf/mfu; default: that of a known GPU in half precision."""
+    compile: bool = False
+    """torch.compile for the head's MLP in training: the first steps take minutes; needs CUDA or a C++ compiler."""
     keep: int = 2
     """Resumable checkpoints that are kept: where the newest is damaged, the one before takes its place."""
 

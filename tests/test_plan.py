@@ -116,14 +116,14 @@ def test_peak_memory_is_within_a_tenth_of_a_real_step(name: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-@pytest.mark.parametrize("steps", [1, 5])
-def test_what_is_counted_is_what_autograd_keeps(kind: str, dtype: torch.dtype, steps: int):
+@pytest.mark.parametrize(("steps", "recompute"), [(1, False), (5, False), (5, True)])
+def test_what_is_counted_is_what_autograd_keeps(kind: str, dtype: torch.dtype, steps: int, recompute: bool):
     """Every tensor that the forward pass saves, storages counted once; ids and order are a percent."""
     text = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "vocab_size": 300}
     facts = text_facts(text | {"num_attention_heads": 4, "num_key_value_heads": 2})
     recipe = load(RECIPES / f"{'viskip' if kind == 'eagle' else 'eagle3'}_tiny.yaml", [f"loss.steps={steps}"])
     config = replace(recipe.head.config, **({"taps": (0, 1, 2), "draft_vocab_size": 0} if kind == "eagle3" else {}))
-    loss = LossConfig(steps=steps)
+    loss = LossConfig(steps=steps, recompute=recompute)
     head = checkpoint.build_head(kind, config.resolve(facts.shape), loss).to(dtype)
     lengths, answers = (120, 90), (70, 30)
     segment = torch.zeros(2, 120, dtype=torch.long)
@@ -152,7 +152,13 @@ def test_what_is_counted_is_what_autograd_keeps(kind: str, dtype: torch.dtype, s
     mine = memory.activations(counted, batch, loss, half)
     mine -= (steps + 1) * sum(batch.drafts) * 64 * half
     mine -= batch.predictions(steps) * 64 * half * (2 if kind == "eagle" or dtype == torch.bfloat16 else 1)
-    assert mine == pytest.approx(kept, rel=0.03)
+    if (
+        recompute
+    ):  # what is recomputed from is kept by the checkpoint, and one step of the rest exists in the backward pass
+        one = (counted.width + 4 * counted.inner) * half + 8 * counted.width
+        mine -= sum(batch.drafts) * (steps * 64 * half + one)
+    # Recomputed, what a step reads is counted for both heads as if nobody else kept it; for EAGLE-3 the next norms do.
+    assert mine == pytest.approx(kept, rel=0.06 if recompute else 0.03)
 
 
 def counted(*overrides: str, processes: int = 1, name: str = "eagle3_llava7b") -> memory.Memory:

@@ -53,6 +53,8 @@ def train_head(session: Session) -> nn.Module:
             _take_layer(head, target, recipe.head.init_layer)
     if recipe.head.lora.rank:
         adapt(head, recipe.head)
+    if recipe.run.compile:
+        head.block.mlp.compile(dynamic=True)
     trainee = Trainee(head, _objective(target, _cost(session, head), recipe.loss.steps))
     fit = Fit(trainee, plan, session.world, session.stopper, session.tracker, lambda lost: loader.quarantine(lost))
     if recipe.run.resume and fit.restore(found):

@@ -216,7 +216,8 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
       predictions, R      states D, their gradient D; with an unembedding of its own the norm, normed D
       truth, P = M        D
 
-    A norm keeps what it read, x, and x / rms(x), in fp32 both; attention the fp32 log-sum-exp of each head.
+    A norm keeps what it read, x, and x / rms(x), in fp32 both; attention the fp32 log-sum-exp of each head. Recomputed,
+    the residual's norm and what follows it are there for one step at a time, and what is before them, A and D, for each.
     """
     D, A, K, I = head.width, head.attention, head.keys, head.inner
     norm = 8 * D
@@ -230,10 +231,12 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
         first = D * half + (D * half + again if head.input_norm else 0)
         pair = 2 * D * half + first
         context = pair + (2 * K + angles) * half
-    block = (2 * A + 2 * D + 4 * I + angles) * half + norm + 4 * head.n_heads
+    feed = (D + 4 * I) * half + norm
+    block = (2 * A + D + angles) * half + 4 * head.n_heads + ((A + D) * half if loss.recompute else feed)
     later = (loss.steps - 1) * (pair + 2 * K * half)
     predicted = 2 * D * half + (D * half + again if head.vocabulary else 0)
-    return N * context + M * (loss.steps * block + first + later + D * half) + R * predicted
+    once = feed if loss.recompute else 0
+    return N * context + M * (loss.steps * block + once + first + later + D * half) + R * predicted
 
 
 def chunk_bytes(recipe: Recipe, head: HeadFacts, facts: TargetFacts, batch: Batch) -> int:

@@ -35,7 +35,7 @@ WORKING = ("state", "rollout", "tensorboard")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
     "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
-    "target.placement", "run.trackers", "run.peak_tflops",
+    "target.placement", "run.trackers", "run.peak_tflops", "loss.recompute",
     "optim.micro_batch", "optim.accumulate", "policy.optim.micro_batch", "policy.optim.accumulate",
     "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param",
 }  # fmt: skip

@@ -66,6 +66,7 @@ class UnrolledHead(PairHead):
             having seen s of its own predictions. What lies beyond the reply (`Packed.left`) means nothing.
         """
         packed = pack(features)
+        self.block.recompute = self.loss.recompute
         # The parameters' dtype, not the target's: the two may differ (bf16 target, fp32 master weights).
         dtype = next(self.parameters()).dtype
         embeds, drafts = features.embeds.flatten(0, 1), packed.drafts

@@ -266,6 +266,31 @@ def test_chunked_loss_has_the_value_and_gradient_of_the_written_out_one(kind, ch
 
 
 @every_head
+def test_recomputing_changes_no_gradient_and_keeps_less(kind):
+    target = llava()
+    trained = make_head(kind, target)
+    features = taught(target, trained, [dialogue(target, 2), dialogue(target, 1)])
+    found = []
+    for recompute in (False, True):
+        trained.loss = LossConfig(steps=3, recompute=recompute)
+        trained.zero_grad()
+        kept = {}
+
+        def note(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = trained(features, target.unembed).loss
+        n_bytes = sum(kept.values())
+        loss.backward()
+        found.append((loss.item(), n_bytes, {name: p.grad.clone() for name, p in trained.named_parameters()}))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] < 0.8 * found[0][1]
+    assert all(torch.equal(gradient, found[1][2][name]) for name, gradient in found[0][2].items())
+
+
+@every_head
 def test_a_batch_without_answers_has_a_loss_of_zero_that_reaches_every_weight(kind):
     """Ranks must not skip alone: one without a position to train on takes part in the backward pass."""
     target = llava()
