@@ -217,7 +217,7 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
       truth, P = M        D
 
     A norm keeps what it read, x, and x / rms(x), in fp32 both; attention the fp32 log-sum-exp of each head. Recomputed,
-    the residual's norm and what follows it are there for one step at a time, and what is before them, A and D, for each.
+    the residual's norm and what follows it are there for one step at a time; what is before them, A and D, for each.
     """
     D, A, K, I = head.width, head.attention, head.keys, head.inner
     norm = 8 * D
