@@ -193,7 +193,7 @@ class _Run:
         longest = max((len(r.prompt) + self.limits[id(r)] for r in requests if self.limits[id(r)] > 0), default=1)
         # Beyond the longest answer a last tree still needs its nodes, and a commit its path.
         self.n_slots = longest + policy.max_budget + policy.max_depth + 2
-        self.state: Any = target.open(batch, self.n_slots)
+        self.state: Any = target.open(batch, self.n_slots, policy.mass_layer)
         drafter.open(batch, self.n_slots)
         policy.open(batch, target.device)
         zeros = torch.zeros(batch, dtype=torch.long, device=target.device)
@@ -309,7 +309,8 @@ class _Run:
         none, length = torch.zeros_like(one), self.n_prompt[one]
         hidden, logits = forward.last_hidden[:, -1], forward.logits[:, -1]
         visual, key = self.n_visual[one], self.keys[one]
-        return Evidence(hidden, logits, self.roots[one], none, none, length, length, visual, key)
+        mass = None if forward.visual_mass is None else forward.visual_mass[:, -1]
+        return Evidence(hidden, logits, self.roots[one], none, none, length, length, visual, key, mass)
 
     def paths_of(self, trees: Tree) -> Paths | None:
         """What precedes each node's choice, for a sampler that asks for it."""
@@ -334,7 +335,8 @@ class _Run:
 
     def evidence(self, trees: Tree, forward: Forward, accepted: Accepted) -> Evidence:
         """What the verification left behind at each row's last kept node."""
-        last = accepted.path.gather(1, accepted.n_kept.unsqueeze(1) - 1).unsqueeze(-1)
+        node = accepted.path.gather(1, accepted.n_kept.unsqueeze(1) - 1)
+        last, mass = node.unsqueeze(-1), forward.visual_mass
         return Evidence(
             forward.last_hidden.gather(1, last.expand(-1, -1, forward.last_hidden.shape[-1])).squeeze(1),
             forward.logits.gather(1, last.expand(-1, -1, forward.logits.shape[-1])).squeeze(1),
@@ -345,6 +347,7 @@ class _Run:
             self.n_prompt,
             self.n_visual,
             self.keys,
+            None if mass is None else mass.gather(1, node).squeeze(1),
         )
 
     def transfer(self, trees: Tree, accepted: Accepted, scores: Tensor, sensed: Tensor | None) -> _News:

@@ -100,6 +100,7 @@ class FixedPolicy:
     """
 
     senses = False
+    mass_layer: int | None = None
 
     def __init__(self, depth: int, budget: int) -> None:
         if depth < 0 or budget < 0:
@@ -126,6 +127,36 @@ class SkipPolicy(FixedPolicy):
 
     def __init__(self) -> None:
         super().__init__(0, 0)
+
+
+class AttentionPolicy(FixedPolicy):
+    """ViSkip as the benchmark's paper has it, but decided before drafting: a row whose target looks at the image is
+    not drafted for.
+
+    The signal is the share of attention, mean over the heads of one layer, that the state which chose the root gave to
+    image positions. It costs that layer's scores a second time.
+
+    Args:
+        depth, budget: of a round that is drafted.
+        threshold: from this share on a row is skipped; 0.35 in the paper.
+        layer: decoder layer, 0-based; -1 is the last, the paper's.
+
+    Source: MMSpec (arXiv 2603.14989), ViSkip.
+    """
+
+    senses = True
+
+    def __init__(self, depth: int, budget: int, threshold: float = 0.35, layer: int = -1) -> None:
+        super().__init__(depth, budget)
+        self.threshold, self.mass_layer = threshold, layer
+
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
+        return None if evidence.visual_mass is None else evidence.visual_mass.unsqueeze(1)
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        full = super().plan(sensed, remaining)
+        budget = tuple(n if n and mass[0] < self.threshold else 0 for n, mass in zip(full.budget, sensed))
+        return Plan(full.depth if any(budget) else 0, budget)
 
 
 class AdaptivePolicy(FixedPolicy):
@@ -284,6 +315,7 @@ class LearnedPolicy:
     """
 
     senses = True
+    mass_layer: int | None = None
     _MEMORY = 0.98
 
     def __init__(

@@ -145,6 +145,8 @@ class Forward:
         hidden: tapped layers {index into hidden_states: [B, N, D]}.
         embeds: prefill only, [1, L, D]: input embeddings with image features merged in.
         visual: prefill only, [1, L] bool.
+        visual_mass: [B, N] fp32 (prefill: of the last position, [1, 1]), share of its attention that each node gives to
+            image positions, mean over the heads of the layer that the state was opened with, else None.
     """
 
     logits: Tensor
@@ -152,6 +154,7 @@ class Forward:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     visual: Tensor | None = None
+    visual_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,8 @@ class Evidence:
         n_prompt: [B] int64, tokens of the prompt.
         n_visual: [B] int64, image placeholders among them.
         keys: [B] int64, `Request.key` of the row: tells recorders whose evidence this is.
+        visual_mass: [B] fp32, share of the attention of the state that produced the root which went to image positions,
+            in the policy's `mass_layer`; None where it has none.
     """
 
     last_hidden: Tensor
@@ -254,6 +259,7 @@ class Evidence:
     n_prompt: Tensor
     n_visual: Tensor
     keys: Tensor
+    visual_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -393,7 +399,7 @@ class Target(Protocol):
     dtype: torch.dtype
 
     def encode(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Prompt: ...
-    def open(self, max_batch: int, max_tokens: int) -> Any: ...
+    def open(self, max_batch: int, max_tokens: int, mass_layer: int | None = None) -> Any: ...
     def prefill(self, state: Any, row: int, prompt: Prompt, taps: Sequence[int]) -> Forward: ...
     def forward(self, state: Any, trees: Tree, taps: Sequence[int]) -> Forward: ...
     def keep(self, state: Any, accepted: Accepted, paths: Sequence[Sequence[int]]) -> None: ...
@@ -454,6 +460,8 @@ class Policy(Protocol):
     max_budget: int
     senses: bool
     """Whether `sense` wants to be asked: evidence costs two gathers a step."""
+    mass_layer: int | None
+    """Decoder layer whose visual attention is to be among the evidence (0-based, -1 the last); None: of none."""
 
     def open(self, max_batch: int, device: torch.device) -> None: ...
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:

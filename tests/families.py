@@ -272,9 +272,9 @@ class Audited:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def open(self, max_batch: int, max_tokens: int) -> Any:
+    def open(self, max_batch: int, max_tokens: int, mass_layer: int | None = None) -> Any:
         self.rows: list[Any] = [None] * max_batch
-        return self.inner.open(max_batch, max_tokens)
+        return self.inner.open(max_batch, max_tokens, mass_layer)
 
     def prefill(self, state: Any, row: int, prompt: Prompt, taps: Any = ()) -> Any:
         self.rows[row] = (prompt, [])

@@ -13,7 +13,16 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.heads import viskip
 from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
-from mmspec.policy import SCALARS, AdaptivePolicy, FixedPolicy, History, LearnedPolicy, RecordingPolicy, SkipPolicy
+from mmspec.policy import (
+    SCALARS,
+    AdaptivePolicy,
+    AttentionPolicy,
+    FixedPolicy,
+    History,
+    LearnedPolicy,
+    RecordingPolicy,
+    SkipPolicy,
+)
 from mmspec.sampling import GreedySampler, KeyedSampler
 from mmspec.tree import pruned
 from mmspec.types import Evidence, Request, StepTrace
@@ -296,3 +305,22 @@ def test_drawn_candidates_may_not_decide_the_shape_of_their_tree():
     policy = Watching(3, 4, levels=2, floor=-8.0)
     output = generate(target, [Request("r", prompt(target, 0), 6)], head, policy, sampler)[0]
     assert "may not decide the shape" in output.error
+
+
+def test_a_row_that_looks_at_its_image_is_skipped_and_says_the_same():
+    target = llava()
+    head = Head(Config().resolve(target.shape)).double().drafter(target, 2)
+    requests = [Request(str(i), prompt(target, i, images=i % 2), 12, i) for i in range(6)]
+    plain = generate(target, requests, NullDrafter(), SkipPolicy(), GreedySampler())
+    actions = {}
+    for threshold in (0.0, 0.2, 1.1):
+        policy = AttentionPolicy(3, 4, threshold, layer=1)
+        outputs = generate(target, requests, head, policy, GreedySampler(), max_batch=3)
+        assert [output.tokens for output in outputs] == [output.tokens for output in plain]
+        actions[threshold] = [[action for action, *_ in output.rounds[:-1]] for output in outputs]
+    assert {action for rounds in actions[0.0] for action in rounds} == {"skip"}  # a share is never below 0
+    assert {action for rounds in actions[1.1] for action in rounds} == {"draft"}
+    with_image = [action for rounds in actions[0.2][1::2] for action in rounds]
+    without = {action for rounds in actions[0.2][::2] for action in rounds}
+    assert "skip" in with_image
+    assert without == {"draft"}

@@ -29,8 +29,8 @@ class MassRecorder:
         self.visual = visual
         self.mass: dict[int, Tensor] = dict.fromkeys(layers, visual.new_zeros(visual.shape, dtype=torch.float32))
 
-    def record(self, layer: int, q: Tensor, k: Tensor, scaling: float) -> None:
-        """Softmax row by row in chunks, so that no [H, T, T] tensor exists. q [B,Hq,T,Dh], k [B,Hkv,T,Dh]."""
+    def record(self, layer: int, q: Tensor, k: Tensor, scaling: float, mask: Tensor | None) -> None:
+        """Softmax row by row in chunks, so that no [H, T, T] tensor exists. q [B,Hq,T,Dh], k [B,Hkv,T,Dh]; causal."""
         if layer not in self.mass:
             return
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else k
@@ -42,6 +42,30 @@ class MassRecorder:
             weights = scores.masked_fill(columns > rows[:, None], float("-inf")).softmax(-1)
             parts.append((weights.mean(1) * self.visual.unsqueeze(1)).sum(-1))
         self.mass[layer] = torch.cat(parts, 1)
+
+
+class NodeMass:
+    """Collects visual attention mass of one layer during a pass over a cache: of each tree node, or of a prompt's end.
+
+    Args:
+        visual: [B, S] bool, the cache's slots that hold image positions.
+
+    Attributes:
+        mass: [B, N] fp32, the mean over heads; after a prefill [1, 1].
+    """
+
+    def __init__(self, visual: Tensor) -> None:
+        self.visual = visual
+        self.mass: Tensor | None = None
+
+    def record(self, layer: int, q: Tensor, k: Tensor, scaling: float, mask: Tensor | None) -> None:
+        """q [B, Hq, N, Dh], k [B, Hkv, S, Dh], mask [B, 1, N, S] additive; without one the last query sees all."""
+        if mask is None:
+            q = q[:, :, -1:]
+        B, Hq, N, _ = q.shape
+        scores = (q.reshape(B, k.shape[1], -1, q.shape[-1]) @ k.transpose(-1, -2)).view(B, Hq, N, -1).float() * scaling
+        weights = (scores if mask is None else scores + mask).softmax(-1).mean(1)
+        self.mass = (weights * self.visual[:, None, : k.shape[2]]).sum(-1)
 
 
 def _attention(
@@ -56,9 +80,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature on torch's sdpa; without a mask it is causal from an empty cache, within each
     conversation where several share a row."""
-    recorder: MassRecorder | None = module.__dict__.get(RECORDER)
+    recorder: MassRecorder | NodeMass | None = module.__dict__.get(RECORDER)
     if recorder is not None:
-        recorder.record(int(module.layer_idx), query, key, scaling or query.shape[-1] ** -0.5)
+        recorder.record(int(module.layer_idx), query, key, scaling or query.shape[-1] ** -0.5, attention_mask)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(

@@ -111,7 +111,10 @@ class StaticPass:
         out = self.outputs if self.graph is not None else self.compute()
         assert out is not None
         hidden = {tap: states[:, :n] for tap, states in out.hidden.items()}
-        return replace(out, logits=out.logits[:, :n], last_hidden=out.last_hidden[:, :n], hidden=hidden)
+        mass = None if out.visual_mass is None else out.visual_mass[:, :n]
+        return replace(
+            out, logits=out.logits[:, :n], last_hidden=out.last_hidden[:, :n], hidden=hidden, visual_mass=mass
+        )
 
 
 class StaticPasses:

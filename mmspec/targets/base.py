@@ -23,7 +23,7 @@ from transformers import AutoProcessor, GenerationConfig
 from transformers.cache_utils import Cache
 
 from mmspec.cache import RaggedKV
-from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, RaggedLayer
+from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, NodeMass, RaggedLayer
 from mmspec.targets._rows import Place, fill, lay_out
 from mmspec.targets._static import StaticPasses, padded_slots
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
@@ -37,6 +37,10 @@ class HFState:
     cache: Cache
     rope_delta: Tensor
     passes: StaticPasses | None = None
+    mass_layer: int | None = None
+    """Decoder layer whose visual attention is measured."""
+    visual: Tensor | None = None
+    """[B, S] bool, slots that hold image positions; kept where attention is measured."""
 
     @property
     def lengths(self) -> list[int]:
@@ -180,22 +184,31 @@ class HFTarget:
 
     # ---- decoding ----
 
-    def open(self, max_batch: int, max_tokens: int) -> HFState:
-        """Buffers for `max_batch` rows of `max_tokens` slots each, tree nodes included."""
+    def open(self, max_batch: int, max_tokens: int, mass_layer: int | None = None) -> HFState:
+        """Buffers for `max_batch` rows of `max_tokens` slots each, tree nodes included.
+
+        Args:
+            mass_layer: decoder layer (0-based, -1 the last) whose visual attention is to be in every `Forward`.
+        """
         text = self.model.config.get_text_config()
         s = self.shape
         capacity = padded_slots(max_tokens) if self.static else max_tokens
         kept = self._shelf.pop() if self.static and self._shelf else None
-        if kept is not None and kept.kv.lengths_device.shape[0] == max_batch and kept.kv.capacity >= capacity:
+        fits = kept is not None and kept.kv.lengths_device.shape[0] == max_batch and kept.kv.capacity >= capacity
+        if kept is not None and fits and kept.mass_layer == mass_layer:
             for row in range(max_batch):
                 kept.kv.set_length(row, 0)
             return self._lend(kept)
         kv = RaggedKV(s.n_layers, max_batch, s.n_kv_heads, capacity, s.head_dim, self.dtype, self.device)
         cache = Cache(layers=[RaggedLayer(kv, i) for i in range(text.num_hidden_layers)])
-        state = HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device))
+        state = HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device), None, mass_layer)
+        if mass_layer is not None:
+            state.visual = torch.zeros((max_batch, capacity), dtype=torch.bool, device=self.device)
         if not self.static:
             return state
-        state.passes = StaticPasses(kv, state.rope_delta, lambda taps: functools.partial(self._verify, cache, taps))
+        seen = state.visual
+        verify = functools.partial(self._verify, cache, mass_layer, seen)
+        state.passes = StaticPasses(kv, state.rope_delta, lambda taps: functools.partial(verify, taps))
         return self._lend(state)
 
     def free(self) -> None:
@@ -216,10 +229,15 @@ class HFTarget:
         positions, delta = self.prompt_positions(prompt)
         state.kv.begin_prefill(row)
         state.rope_delta[row] = delta
-        with self._tapped(taps) as hidden:
+        mine = None
+        if state.visual is not None:
+            mine = state.visual[row : row + 1]
+            mine.zero_()
+            mine[:, : len(prompt)] = visual
+        with self._tapped(taps) as hidden, self._measured(state.mass_layer, mine) as measured:
             last = self._text(embeds, positions, None, state.cache, **deep)
         state.kv.set_length(row, len(prompt))
-        return Forward(self.unembed(last[:, -1:]), last, hidden, embeds, visual)
+        return Forward(self.unembed(last[:, -1:]), last, hidden, embeds, visual, measured.mass if measured else None)
 
     def forward(self, state: HFState, trees: Tree, taps: Sequence[int] = ()) -> Forward:
         """Verify trees: every node sees its row's committed tokens and its own ancestors."""
@@ -228,16 +246,25 @@ class HFTarget:
         kv = state.kv
         kv.begin_tree(trees.tokens.shape[1])
         positions = (kv.lengths_device + state.rope_delta).unsqueeze(1) + trees.depths
-        return self._verify(state.cache, taps, trees.tokens, positions, self._mask(kv, trees))
+        mask = self._mask(kv, trees)
+        return self._verify(state.cache, state.mass_layer, state.visual, taps, trees.tokens, positions, mask)
 
     def _verify(
-        self, cache: Cache, taps: Sequence[int], tokens: Tensor, positions: Tensor, mask: Tensor | None
+        self,
+        cache: Cache,
+        mass_layer: int | None,
+        visual: Tensor | None,
+        taps: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
     ) -> Forward:
         """The tree pass over a cache: tokens and positions [B, N], mask [B, 1, N, S] or None."""
         tapped = self._tapped(taps) if taps else contextlib.nullcontext(dict[int, Tensor]())
-        with tapped as hidden:
+        measuring = contextlib.nullcontext() if visual is None else self._measured(mass_layer, visual)
+        with tapped as hidden, measuring as measured:
             last = self._text(self.embed(tokens), self.position_ids(positions), mask, cache)
-        return Forward(self.unembed(last), last, hidden)
+        return Forward(self.unembed(last), last, hidden, visual_mass=measured.mass if measured else None)
 
     def keep(self, state: HFState, accepted: Accepted, paths: Sequence[Sequence[int]]) -> None:
         """Commit each row's path and drop the other nodes."""
@@ -374,6 +401,19 @@ class HFTarget:
         if not 0 <= tap <= len(layers):
             raise ValueError(f"tap {tap} is outside 0..{len(layers)}, the hidden states of {self.name}")
         return self.text_model.norm if tap == len(layers) else layers[tap]
+
+    @contextlib.contextmanager
+    def _measured(self, layer: int | None, visual: Tensor | None) -> Iterator[NodeMass | None]:
+        """Visual attention of a layer's queries during one pass over a cache."""
+        if layer is None or visual is None:
+            yield None
+            return
+        attention, recorder = self.text_model.layers[layer].self_attn, NodeMass(visual)
+        attention.__dict__[RECORDER] = recorder
+        try:
+            yield recorder
+        finally:
+            del attention.__dict__[RECORDER]
 
     @contextlib.contextmanager
     def _noted(self, notes: Mapping[str, Any]) -> Iterator[None]:

@@ -7,7 +7,9 @@ sizes that give rows of one batch different position offsets.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
+from collections import deque
 
 import pytest
 import torch
@@ -23,8 +25,8 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
 from mmspec.policy import SkipPolicy
 from mmspec.sampling import KeyedSampler, gumbel_noise, make_sampler
-from mmspec.tree import from_parents
-from mmspec.types import Accepted, Request
+from mmspec.tree import from_parents, root_only
+from mmspec.types import Accepted, Prompt, Request
 from tests.families import (
     CASES,
     FAMILIES,
@@ -283,6 +285,39 @@ def test_visual_mass_is_that_of_eager_attention(family, shape):
             assert (mass[b, : len(one), s] - wanted).abs().max() < 1e-5
     assert mass[0].abs().max() == 0, "a prompt without an image has no visual mass"
     assert mass[1:].max() > 0.1
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["changing", "fixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_mass_of_a_node_is_that_of_its_path(family, fixed):
+    """While decoding: of a prompt's end, and of every node of ragged rows, against the teacher's pass over its path."""
+    target = copy.copy(build(family))
+    target.static, target._shelf = fixed, deque(maxlen=1)
+    prompts = [prompt(target, seed, layout) for seed, layout in enumerate(("none", "first", "two"))]
+    tokens = torch.tensor([[5, 6, 7, 8, 9]] * 3) + torch.arange(3).unsqueeze(1)
+    parents = torch.tensor([[-1, 0, 0, 1, 3]] * 3)
+
+    def taught(row, nodes):
+        ids = torch.cat([prompts[row].input_ids, tokens[row, nodes]])
+        visual = torch.nn.functional.pad(prompts[row].visual, (0, len(nodes)))
+        whole = Prompt(ids, visual, prompts[row].pixels)
+        return float(target.teacher([whole], [torch.zeros_like(ids)], mass_layers=(1,)).visual_mass[0, -1, 0])
+
+    with torch.inference_mode():
+        state = target.open(3, 96, mass_layer=1)
+        for row, one in enumerate(prompts):
+            mass = target.prefill(state, row, one).visual_mass
+            assert mass.shape == (1, 1)
+            assert float(mass) == pytest.approx(taught(row, []), abs=1e-6)
+        trees = from_parents(tokens, parents, 4)
+        mass = target.forward(state, trees).visual_mass
+        assert mass.shape == (3, 5)
+        for row, node in itertools.product(range(3), range(5)):
+            path = trees.ancestors[row, node].nonzero().flatten()
+            assert float(mass[row, node]) == pytest.approx(taught(row, path), abs=1e-6)
+    assert float(mass[0].max()) == 0.0
+    assert float(mass[1:].min()) > 0.01
+    assert target.forward(target.open(1, 32), root_only(torch.tensor([5]))).visual_mass is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
