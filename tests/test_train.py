@@ -356,20 +356,20 @@ def test_engine_file_may_not_repeat_the_recipe(tmp_path: Path):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"overlap_comm": false}, "prescale_gradients": true}')
     node = DeepSpeedNode(zero_stage=2, config=str(path))
-    settings = engine_settings(node, Optim(lr=1.0, micro_batch=3, accumulate=2), 4)
-    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    settings = engine_settings(node, Optim(lr=1.0, micro_batch=3, accumulate=2), 4, 70)
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 70}
     assert settings["train_batch_size"] == 24
     assert settings["prescale_gradients"]
     path.write_text('{"optimizer": {}}')
     with pytest.raises(InputError, match="'optimizer'"):
-        engine_settings(node, Optim(lr=1.0, micro_batch=3), 1)
+        engine_settings(node, Optim(lr=1.0, micro_batch=3), 1, 70)
     for text, said in (
         ('{"fp16": {"enabled": true}}', r"use deepspeed\.bf16=true"),
         ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "offloads to 'nvme'"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=said):
-            engine_settings(node, Optim(lr=1.0, micro_batch=3), 1)
+            engine_settings(node, Optim(lr=1.0, micro_batch=3), 1, 70)
 
 
 def test_accepted_runs_are_marked_in_samples():

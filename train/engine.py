@@ -15,6 +15,8 @@ from mmspec.types import InputError
 
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 OWNED_OBJECTS = ("optimizer", "scheduler")
+BUCKET = 500_000_000
+"""Elements of the engine's gradient bucket, unless less is enough."""
 
 
 def learning_rate(step: int, steps: int, optim: Optim) -> float:
@@ -27,8 +29,13 @@ def learning_rate(step: int, steps: int, optim: Optim) -> float:
     return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def engine_settings(node: DeepSpeedNode, optim: Optim, world_size: int) -> dict[str, Any]:
+def engine_settings(node: DeepSpeedNode, optim: Optim, world_size: int, n_trained: int) -> dict[str, Any]:
     """The engine's JSON configuration: the recipe's values over those of `deepspeed.config`.
+
+    Args:
+        node, optim: of the recipe.
+        world_size: processes.
+        n_trained: parameters that are trained.
 
     Raises:
         InputError: the file sets what the recipe owns.
@@ -41,6 +48,8 @@ def engine_settings(node: DeepSpeedNode, optim: Optim, world_size: int) -> dict[
         raise InputError(
             f"deepspeed.config={node.config} says ZeRO stage {zero['stage']}, deepspeed.zero_stage={node.zero_stage}"
         )
+    # A GPU reserves the gradient bucket whole; the engine's own 5e8 elements are more than most heads have.
+    zero.setdefault("reduce_bucket_size", min(BUCKET, max(n_trained, 1)))
     for name, wanted in (("offload_optimizer", node.offload_optimizer), ("offload_param", node.offload_param)):
         if wanted:
             zero[name] = {"device": "cpu", **(zero.get(name) or {})}

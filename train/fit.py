@@ -144,7 +144,8 @@ class Fit:
     ) -> None:
         self.plan, self.world, self.stopper, self.tracker = plan, world, stopper, tracker
         self._on_lost = on_lost
-        settings = engine_settings(plan.engine, plan.optim, world.size)
+        n_trained = sum(p.numel() for p in trainee.parameters() if p.requires_grad)
+        settings = engine_settings(plan.engine, plan.optim, world.size, n_trained)
         if world.device.type == "cpu":
             # DeepSpeed would compile shared-memory collectives at the first use (half a minute, and a C++ compiler that
             # a fresh machine may lack), whose waiting ranks spin where gloo's can be told to stop.

@@ -18,11 +18,10 @@ from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import CACHED, LossConfig
 from mmspec.recipe import DeepSpeedNode, Optim, Recipe
 from mmspec.targets._rows import lay_out
+from train.engine import BUCKET
 from train.measure import BATCH as EVALUATED
 from train.shapes import BYTES, TargetFacts
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce bucket, unless its JSON file says otherwise; on a GPU it is reserved whole."""
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 gathers ahead of use."""
 PROMPT = 256
@@ -364,7 +363,7 @@ class _Engine:
         n, stage, bf16 = head.n, node.zero_stage, node.bf16
         self.half = half = 2 if bf16 else 4
         part = -(-n // processes) if stage else n
-        bucket = reduce_bucket(node)
+        bucket = reduce_bucket(node, n)
         self.weights, self.states = n * half, part * ((12 if bf16 or stage else 8) + (4 if optim.ema else 0))
         self.host_weights = self.host_states = 0
         self.reserved = self.reduced = 0
@@ -393,12 +392,12 @@ class _Engine:
             self.reduced += head.largest * half
 
 
-def reduce_bucket(node: DeepSpeedNode) -> int:
+def reduce_bucket(node: DeepSpeedNode, n: int) -> int:
     """Elements of the bucket that gradients are reduced in."""
     zero: Any = {}
     if node.config is not None:
         zero = json.loads(Path(node.config).read_text(encoding="utf-8")).get("zero_optimization", {})
-    return int(zero.get("reduce_bucket_size", BUCKET))
+    return int(zero.get("reduce_bucket_size", min(BUCKET, n)))
 
 
 def worst(recipe: Recipe, facts: TargetFacts) -> Batch:
