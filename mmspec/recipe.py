@@ -69,7 +69,7 @@ class Lora:
     alpha: float = 16.0
     """An adapter's product is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Of what enters an adapter, in training."""
+    """Of what enters an adapter, in training. What it drops depends on how the batch is split among processes."""
     modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc"]
     )
@@ -146,7 +146,8 @@ class Optim:
     accumulate: int = 1
     """Forward passes per optimizer step."""
     ema: float = 0.0
-    """Decay of an average of the weights (0.999): it is what is measured and saved; 0: the last weights are."""
+    """Decay of an average of the weights (0.999): it is what is measured and saved; 0: the last weights are. Of
+    adapters (`head.lora`) each factor is averaged, not their product."""
 
 
 @dataclass
@@ -327,6 +328,11 @@ def check(recipe: Recipe) -> None:
     if engine.config is not None and not Path(engine.config).is_file():
         raise InputError(f"deepspeed.config={engine.config}: no such file")
     _check_start(recipe.head)
+    if recipe.head.init_layer is not None and recipe.target.quantize != "none":
+        raise InputError(
+            f"head.init_layer={recipe.head.init_layer} copies weights, which target.quantize={recipe.target.quantize} "
+            "does not leave whole; give one of the two"
+        )
 
 
 def _check_start(head: HeadNode) -> None:

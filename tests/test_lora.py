@@ -358,7 +358,7 @@ def _until_saved(said: list[str], folder: Path) -> int:
     process = start(2, *said)
     try:
         limit = time.monotonic() + TIMEOUT_S
-        while not (folder / "state" / "head" / "latest.json").is_file():
+        while not any((folder / "state" / "head").glob("step-[0-9]*[0-9]/manifest.json")):
             assert process.poll() is None, "the run ended too early"
             assert time.monotonic() < limit
             time.sleep(0.01)

@@ -62,6 +62,20 @@ def test_the_newest_few_are_kept(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000009", "step-00000010"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_a_run_fell_back_from_does_not_push_out_what_it_writes(tmp_path: Path, keep: int):
+    for step in (1, 2, 8, 9):
+        put(tmp_path, step, keep=4, a=torch.ones(2))
+    for step in (8, 9):
+        flip(tmp_path / f"step-{step:08d}" / "rank-00000.safetensors")
+    found = saved.newest(tmp_path, ALONE, lambda line: None)
+    assert found is not None
+    assert found.step == 2
+    put(tmp_path, 3, keep=keep, a=torch.ones(2))
+    kept = [path.name for path in sorted(tmp_path.iterdir())]
+    assert kept == ["step-00000002", "step-00000003"][-keep:]
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from train.corpus import Order, check_sources, deal, read
 from train.engine import engine_settings, learning_rate
 from train.estimate import target_facts
 from train.measure import marked
-from train.session import begin
+from train.session import begin, finished
 from train.stopping import Stopped, Stopper
 from train.tracking import wandb_mode
 from train.world import World
@@ -421,3 +422,40 @@ def test_a_rank_above_zero_leaves_the_word_to_rank_zero(monkeypatch: pytest.Monk
     assert distill.refuse("distill", "two\nlines", rank=1) == 2
     assert waited == [distill.PATIENCE_S]
     assert capsys.readouterr().err == "distill: error: two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "state.json").write_text("{"), "state.json cannot be read"),
+        (lambda folder: (folder / "state.json").write_text('{"phase": "head"}'), "state.json cannot be read"),
+        (lambda folder: (folder / "state.json").unlink(), "no state.json"),
+    ],
+)
+def test_a_damaged_state_is_one_line_and_costs_no_checkpoint(tmp_path: Path, damage: Callable[[Path], Any], said: str):
+    recipe = load("recipes/viskip_tiny.yaml", [f"run.out={tmp_path}", "run.resume=true"])
+    begin(recipe, 1)
+    (recipe.folder / "state" / "head" / "step-00000001").mkdir(parents=True)
+    damage(recipe.folder)
+    for asked in (lambda: begin(recipe, 1), lambda: finished(recipe)):
+        with pytest.raises(InputError, match=said):
+            asked()
+    assert (recipe.folder / "state" / "head" / "step-00000001").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', "deepspeed.offload_optimizer=true"),
+        ('{"zero_optimization": null}', "must be a JSON object"),
+        ('{"bf16": true}', "must be a JSON object"),
+        ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', "number of elements"),
+    ],
+)
+def test_engine_file_does_not_contradict_the_recipe(tmp_path: Path, content: str, said: str):
+    from mmspec.recipe import DeepSpeedNode
+
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=said):
+        engine_settings(DeepSpeedNode(zero_stage=2, config=str(path)), Optim(lr=1.0, micro_batch=1), 1, 70)

@@ -43,6 +43,9 @@ def engine_settings(node: DeepSpeedNode, optim: Optim, world_size: int, n_traine
     settings: dict[str, Any] = {}
     if node.config is not None:
         settings = _read_settings(node.config)
+    for name in ("zero_optimization", "bf16"):
+        if not isinstance(settings.get(name, {}), dict):
+            raise InputError(f"deepspeed.config={node.config}: {name} must be a JSON object")
     zero: dict[str, Any] = {"stage": node.zero_stage, **settings.pop("zero_optimization", {})}
     if int(zero["stage"]) != node.zero_stage:
         raise InputError(
@@ -50,14 +53,22 @@ def engine_settings(node: DeepSpeedNode, optim: Optim, world_size: int, n_traine
         )
     # A GPU reserves the gradient bucket whole; the engine's own 5e8 elements are more than most heads have.
     zero.setdefault("reduce_bucket_size", min(BUCKET, max(n_trained, 1)))
+    if not isinstance(zero["reduce_bucket_size"], int | float):
+        raise InputError(f"deepspeed.config={node.config}: reduce_bucket_size must be a number of elements")
     for name, wanted in (("offload_optimizer", node.offload_optimizer), ("offload_param", node.offload_param)):
-        if wanted:
-            zero[name] = {"device": "cpu", **(zero.get(name) or {})}
-        place = (zero.get(name) or {}).get("device", "cpu")
+        there = zero.get(name) or {}
+        place = there.get("device", "cpu") if there else "none"
         if place not in ("cpu", "none"):
             raise InputError(
                 f"deepspeed.config={node.config} offloads to {place!r}; resumable state is read from 'cpu' alone"
             )
+        if there and (place == "cpu") != wanted:
+            raise InputError(
+                f"deepspeed.config={node.config} sets {name}.device={place!r}; say so with deepspeed.{name}="
+                f"{str(place == 'cpu').lower()}"
+            )
+        if wanted:
+            zero[name] = {**there, "device": "cpu"}
     if "fp16" in settings:
         # Its loss scale skips steps by design, and is state that nobody saves.
         raise InputError(f"deepspeed.config={node.config} sets 'fp16'; use deepspeed.bf16=true")

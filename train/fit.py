@@ -165,6 +165,8 @@ class Fit:
             parameter.register_hook(self._watch)
         self.clock = StepClock(world.device)
         self.step = 0
+        self._owes = False
+        """Whether the step that was made last has not been evaluated."""
 
     def run(
         self,
@@ -186,24 +188,32 @@ class Fit:
             InputError: on every rank. A loss or gradient is not finite; or too many samples are lost.
         """
         self.tracker.progress(self.plan.phase, self.plan.steps, self.step, "step")
+        if self._owes:
+            self._evaluate(evaluate)
         while self.step < self.plan.steps:
             metrics = self._step(batches(self.step), names)
             self.step += 1
             self.tracker.log(self.plan.log_offset + self.step, metrics)
             self.tracker.advance(1, **shown(metrics))
             signum = self.stopper.agreed()
+            self._owes = True
             if signum:
                 self.save()
                 raise Stopped(signum)
-            try:
-                evaluate(self.step)
-            except Stopped:
-                self.save()
-                raise
+            self._evaluate(evaluate)
             # After the evaluation, so that a run killed in it evaluates again.
             if self.plan.save_every and self.step % self.plan.save_every == 0 and self.step < self.plan.steps:
                 self.save()
         self.tracker.end_progress()
+
+    def _evaluate(self, evaluate: Callable[[int], None]) -> None:
+        """Raises Stopped when that was asked for meanwhile; a resumed run then evaluates this step first."""
+        try:
+            evaluate(self.step)
+        except Stopped:
+            self.save()
+            raise
+        self._owes = False
 
     def _step(self, micro: Sequence[MicroBatch], names: Mapping[str, str]) -> dict[str, float]:
         """One optimizer step; returns what to log."""
@@ -348,7 +358,9 @@ class Fit:
         for name, start, tensor in fixed(self.engine, self.world):
             tensors[saved.key("fixed", name, start)] = tensor
         self.tracker.settle()
-        saved.write(self.plan.state_folder, self.step, tensors, self._facts(), self.plan.keep, self.world)
+        saved.write(
+            self.plan.state_folder, self.step, tensors, self._facts() | {"owes": self._owes}, self.plan.keep, self.world
+        )
         self._saved_at = self.step
 
     def restore(self, found: Saved | None) -> bool:
@@ -370,6 +382,7 @@ class Fit:
         for share, average in zip(self._shares, self._averages):
             reader.fill("average", share.name, share.start, average)
         self.step = self._saved_at = found.step
+        self._owes = bool(found.facts.get("owes"))
         self.tracker.rewind(self.plan.log_offset + self.step)
         self.world.barrier()
         return True

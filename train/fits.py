@@ -22,6 +22,8 @@ SAME = ("optim.micro_batch", "optim.accumulate", "loss.chunk", "deepspeed.zero_s
         "deepspeed.offload_param", "target.placement", "data.pack", "data.answer_batch")  # fmt: skip
 NARROWER = ("target.dtype", "target.quantize", "deepspeed.bf16")
 """Keys that are changed: those after which training computes the same, and the others."""
+OFFLOADS = ((False, False), (True, False), (True, True))
+"""Of the optimizer, and of parameters."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,21 @@ def shortlist(mine: Setting, found: Sequence[Setting]) -> list[Setting]:
 def _candidates(recipe: Recipe, each: int, processes: int) -> Iterator[dict[str, str | int | bool]]:
     """Changes to try; each names every key it decides."""
     engine, target = recipe.deepspeed, recipe.target
-    stages = {0, 1, 2, 3} if processes > 1 else {0, 2, 3, engine.zero_stage}
+    # What a file of the engine's own says of stage and offload is not to be contradicted.
+    own = engine.config is not None
+    stages = {engine.zero_stage, *(() if own else (0, 1, 2, 3) if processes > 1 else (0, 2, 3))}
+    offloads = {(engine.offload_optimizer, engine.offload_param), *(() if own else OFFLOADS)}
     placements = ["replicated", *(["sharded"] if processes > 1 else []), "offloaded"]
-    quantised = {recipe.target.quantize, "none", "8bit", "4bit"}
+    # Stored features were made by one target in one arithmetic, conversation by conversation.
+    stored = bool(recipe.data.features)
+    quantised = {recipe.target.quantize, *(() if stored else ("none", "8bit", "4bit"))}
     narrow = [(target.dtype, engine.bf16)]
     if target.dtype == "float32" or not engine.bf16:
-        narrow.append(("bfloat16" if target.dtype == "float32" else target.dtype, True))
+        narrow.append(("bfloat16" if target.dtype == "float32" and not stored else target.dtype, True))
     held = [
         (stage, optimizer, param)
         for stage in sorted(stages)
-        for optimizer, param in ((False, False), (True, False), (True, True))
+        for optimizer, param in sorted(offloads)
         if (not optimizer or stage >= 1) and (not param or stage == 3)
     ]
     micros = [n for n in range(1, each + 1) if each % n == 0]
@@ -170,7 +177,7 @@ def _candidates(recipe: Recipe, each: int, processes: int) -> Iterator[dict[str,
             "deepspeed.bf16": bf16,
         }
         packed = [recipe.data.pack]
-        if micro > 1 and not recipe.data.pack and recipe.data.max_length:
+        if micro > 1 and not recipe.data.pack and recipe.data.max_length and not stored:
             packed.append(recipe.data.max_length)
         for pack, batch in itertools.product(packed, answers if recipe.data.answers == "regenerated" else answers[-1:]):
             yield changes | {"data.pack": pack, "data.answer_batch": batch}

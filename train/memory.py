@@ -7,10 +7,7 @@ workspaces), fragmentation, and tensors of a few bytes a token (ids, marks, orde
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +15,7 @@ from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import CACHED, LossConfig
 from mmspec.recipe import DeepSpeedNode, Optim, Recipe
 from mmspec.targets._rows import lay_out
-from train.engine import BUCKET
+from train.engine import engine_settings
 from train.measure import BATCH as EVALUATED
 from train.shapes import BYTES, TargetFacts
 
@@ -363,7 +360,7 @@ class _Engine:
         n, stage, bf16 = head.n, node.zero_stage, node.bf16
         self.half = half = 2 if bf16 else 4
         part = -(-n // processes) if stage else n
-        bucket = reduce_bucket(node, n)
+        bucket = int(engine_settings(node, optim, processes, n)["zero_optimization"]["reduce_bucket_size"])
         self.weights, self.states = n * half, part * ((12 if bf16 or stage else 8) + (4 if optim.ema else 0))
         self.host_weights = self.host_states = 0
         self.reserved = self.reduced = 0
@@ -390,14 +387,6 @@ class _Engine:
             self.host_states, self.states = self.states + part * (4 + half), 0
             self.partition, self.stepping = (part * 4, 0) if cpu else (0, 0)
             self.reduced += head.largest * half
-
-
-def reduce_bucket(node: DeepSpeedNode, n: int) -> int:
-    """Elements of the bucket that gradients are reduced in."""
-    zero: Any = {}
-    if node.config is not None:
-        zero = json.loads(Path(node.config).read_text(encoding="utf-8")).get("zero_optimization", {})
-    return int(zero.get("reduce_bucket_size", min(BUCKET, n)))
 
 
 def worst(recipe: Recipe, facts: TargetFacts) -> Batch:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
@@ -24,6 +26,7 @@ from train.extract import head_taps, origin
 from train.features import open_store
 from train.head import check_beginning, load_head, train_head
 from train.session import Session, State, begin, finished
+from train.sources import LOST
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
 from train.world import World, environment, join
@@ -113,8 +116,11 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         tracker.say(f"nothing to resume in {recipe.folder}: starting from the beginning")
     if resumed:
         tracker.say(f"resuming {recipe.folder} in phase {state.phase}")
+    lost = world.lead(lambda: _lost_before(recipe.folder) if resumed else [])
     quarantine = Quarantine(recipe.folder / "quarantine.jsonl" if active else None, fresh=True)
     corpus = _read_together(recipe, quarantine, world)
+    for entry in lost:
+        quarantine.add(**entry)
     if state.data not in (None, corpus.digest):
         raise InputError(
             f"run.resume: the data of {recipe.folder} has changed since; start over without run.resume=true"
@@ -132,7 +138,17 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         wanted, taps = origin(recipe, corpus, target), head_taps(recipe, target)
         tracker.say(f"verifying {recipe.data.features}")
         store = open_store(Path(recipe.data.features), wanted, taps, world)
-    return Session(recipe, world, stopper, tracker, state, target, corpus, regenerate.Prepared(), quarantine, store)
+    known = frozenset((entry["source"], entry["line"]) for entry in lost)
+    unanswered = regenerate.Prepared()
+    return Session(recipe, world, stopper, tracker, state, target, corpus, unanswered, quarantine, store, known)
+
+
+def _lost_before(folder: Path) -> list[dict[str, Any]]:
+    """What the quarantine lists of samples that an earlier part of the run lost in training."""
+    path = folder / "quarantine.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry for entry in entries if entry["reason"].startswith(LOST)]
 
 
 def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:

@@ -74,7 +74,9 @@ def write(
                 _remove(final)  # a damaged one that this run fell back from
             temporary.rename(final)
             _flush(parent)
-            for old in _finished(parent)[keep:]:
+            # Later ones are damaged: this run fell back from them. They must not count among those that are kept.
+            later = [path for path in _finished(parent) if path.name > final.name]
+            for old in [*later, *_finished(parent)[len(later) :][keep:]]:
                 _remove(old)
 
 

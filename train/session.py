@@ -34,7 +34,7 @@ RESULTS = (
 WORKING = ("state", "rollout", "tensorboard")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
-    "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "policy.rollout_batch", "target.device",
+    "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "data.pack", "loss.chunk", "target.device",
     "target.placement", "run.trackers", "run.peak_tflops", "loss.recompute",
     "optim.micro_batch", "optim.accumulate", "policy.optim.micro_batch", "policy.optim.accumulate",
     "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param",
@@ -81,6 +81,8 @@ class Session:
     quarantine: Quarantine
     features: FeatureStore | None = None
     """The target's states, where the recipe says that they are stored."""
+    lost: frozenset[tuple[str, int]] = frozenset()
+    """File and line of samples that an earlier part of this run lost in training; the quarantine has them."""
 
     @property
     def folder(self) -> Path:
@@ -103,8 +105,8 @@ def begin(recipe: Recipe, world_size: int) -> tuple[State, bool]:
     """
     folder = recipe.folder
     fresh = State("head", world_size, None, None, recipe.as_dict())
-    if recipe.run.resume and (folder / "state.json").is_file():
-        state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    state = read_state(folder) if recipe.run.resume else None
+    if state is not None:
         if state.phase != "done":
             _check_same(state, fresh, folder)
         return state, True
@@ -121,9 +123,38 @@ def begin(recipe: Recipe, world_size: int) -> tuple[State, bool]:
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether `run.resume=true` has nothing left to do."""
-    path = recipe.folder / "state.json"
-    return recipe.run.resume and path.is_file() and json.loads(path.read_text(encoding="utf-8"))["phase"] == "done"
+    """Whether `run.resume=true` has nothing left to do.
+
+    Raises:
+        InputError: see `read_state`.
+    """
+    state = read_state(recipe.folder) if recipe.run.resume else None
+    return state is not None and state.phase == "done"
+
+
+def read_state(folder: Path) -> State | None:
+    """Where the run of a folder stands; None where there is none.
+
+    Raises:
+        InputError: there is one, and what it says of itself is missing or damaged.
+    """
+    path = folder / "state.json"
+    if not path.is_file():
+        if work := next((name for name in ("state", "rollout") if (folder / name).is_dir()), None):
+            raise InputError(
+                f"run.resume: {folder} has {work}/ but no state.json that says what it belongs to; put it back, or "
+                "start over without run.resume=true"
+            )
+        return None
+    try:
+        state = State(**json.loads(path.read_text(encoding="utf-8")))
+        if state.phase not in PHASES:
+            raise ValueError(f"phase {state.phase!r}")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"run.resume: {path} cannot be read ({' '.join(str(error).split())}); start over without run.resume=true"
+        ) from error
+    return state
 
 
 def _check_same(old: State, new: State, folder: Path) -> None:

@@ -30,6 +30,9 @@ from train.fit import Lost, MicroBatch
 from train.regenerate import answers_digest, encode, length_limit
 from train.session import Session
 
+LOST = "lost since it was answered"
+"""How the reason begins of a sample that could be read when it was answered, and cannot be any more."""
+
 
 class FeatureBatch(Protocol):
     """One micro-batch of a source.
@@ -99,7 +102,7 @@ class Live:
         try:
             return encode(sample, session.prepared.dialogues[record], session.target, self._limit)
         except (RecordError, ValueError) as error:
-            return Lost(record, f"lost since it was answered, {(str(error).splitlines() or ['unreadable'])[0]}")
+            return Lost(record, f"{LOST}, {(str(error).splitlines() or ['unreadable'])[0]}")
 
 
 class LiveBatch:
@@ -253,7 +256,8 @@ class Loader:
         self.lengths = [session.prepared.dialogues[index].length for index in self.usable]
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
-        self._lost: set[int] = set()
+        known = session.lost
+        self._lost = {k for k, s in enumerate(corpus.samples) if known and (str(s.file), s.line) in known}
         self._loads: dict[tuple[int, int], Future[None]] = {}
 
     def __enter__(self) -> Loader:
