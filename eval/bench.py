@@ -261,7 +261,7 @@ def make_methods(
         labels = (("fixed", kind, "fixed"), ("static", f"{kind}_static", "fixed"), ("viskip", "viskip", "learned"))
         for policy, label, described in labels:
             if policy in policies:
-                drafter, decides = drafter_and_policy(checkpoint, target, policy, batch_size, head)
+                drafter, decides = drafter_and_policy(checkpoint, target, policy, batch_size, head, sampler)
                 methods.append(Method(label, drafter, decides))
                 static = {"tree": STATIC_TREE, "depth": decides.max_depth, "budget": decides.max_budget}
                 tree = static if policy == "static" else asdict(checkpoint.tree)

@@ -200,6 +200,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
     if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
         raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
+    if args.verifier == "rejection" and "static" in (args.policies or ()):
+        raise InputError("--verifier rejection needs drawn candidates; those of --policies static are chosen")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)

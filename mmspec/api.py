@@ -121,6 +121,7 @@ class Speculator:
         ckpt: str | Path | None = None,
         dtype: str = "float32",
         device: str = "auto",
+        max_batch: int = 1,
     ) -> Speculator:
         """Load a target and decode with a training-free method, or with the hybrid of one and a checkpoint's head.
 
@@ -129,7 +130,7 @@ class Speculator:
             target: of any supported family (default: the checkpoint's, or the embedded one).
             settings: fields of the method's `Config`; what is not given has its default.
             ckpt: run folder of train/distill.py.
-            dtype, device: as for `from_pretrained`.
+            dtype, device, max_batch: as for `from_pretrained`.
 
         Raises:
             InputError: an unknown method, key or value; a checkpoint as for `from_pretrained`, or none for the hybrid.
@@ -141,7 +142,7 @@ class Speculator:
         model = load_target(target or (loaded.target.name if loaded else EMBEDDED), dtype, find_device(device))
         if loaded:
             loaded.check_target(model)
-        return cls(model, *method_and_policy(name, model, settings, loaded))
+        return cls(model, *method_and_policy(name, model, settings, loaded, max_batch=max_batch))
 
     def generate(
         self,
@@ -163,7 +164,8 @@ class Speculator:
             images: pictures or paths: of the one question, or for several one picture or a list of them each.
             max_new_tokens: limit of each answer.
             temperature, top_k, top_p, seed: 0 is greedy. Sampled text is a function of prompt, number and seed alone.
-            max_batch: prompts decoded together.
+            max_batch: prompts decoded together. More than the model was loaded for is right, but its policy then
+                decides by the costs of smaller batches.
             on_emission: told of tokens as they are decided; `emission.request.id` is the prompt's number.
 
         Returns:
@@ -206,7 +208,12 @@ def generate(ckpt: str | Path, prompts: str | Sequence[str | Messages], images: 
 
 
 def drafter_and_policy(
-    checkpoint: Checkpoint, target: Target, policy: str, max_batch: int = 1, drafter: Drafter | None = None
+    checkpoint: Checkpoint,
+    target: Target,
+    policy: str,
+    max_batch: int = 1,
+    drafter: Drafter | None = None,
+    sampler: Sampler | None = None,
 ) -> tuple[Drafter, Policy]:
     """What a checkpoint decodes with.
 
@@ -216,6 +223,7 @@ def drafter_and_policy(
         policy: see `Speculator.from_pretrained`.
         max_batch: part of what the cost table is measured for.
         drafter: the head's, where it was made with settings of its own.
+        sampler: that a static tree is to be filled with in view; others have it from the drafter.
 
     Raises:
         InputError: an unknown policy, or "viskip" without a trained controller.
@@ -226,7 +234,7 @@ def drafter_and_policy(
         return NullDrafter(), SkipPolicy()
     if policy == "static":
         shape = StaticTree.load(checkpoint.folder / STATIC_TREE)
-        return make_drafter(checkpoint, target, shape=shape), FixedPolicy(shape.depth, shape.budget)
+        return make_drafter(checkpoint, target, sampler, shape=shape), FixedPolicy(shape.depth, shape.budget)
     tree = checkpoint.tree
     usual = make_drafter(checkpoint, target)
     drafter = drafter or usual

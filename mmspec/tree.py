@@ -187,7 +187,8 @@ def best_of_pool(
     Source: EAGLE-2 (arXiv 2406.16858), re-ranking.
     """
     n = min(max(budget) + 1, tokens.shape[1])
-    order = scores.sort(dim=1, descending=True, stable=True).indices
+    # A head that overflowed must not put its nodes before the root: NaN would be the largest.
+    order = scores.nan_to_num(nan=float("-inf")).sort(dim=1, descending=True, stable=True).indices
     kept, places = order[:, :n], order.argsort(dim=1)
     parents = torch.cat([parents[:, :1], places.gather(1, parents.gather(1, kept[:, 1:]))], 1)
     if min(budget) + 1 < n:

@@ -33,7 +33,7 @@ from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.drafters import recycling
-from mmspec.heads import eagle
+from mmspec.heads._unrolled import UnrolledHead
 from mmspec.loop import all_complete, generate
 from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine
@@ -88,19 +88,24 @@ class CountingRecycler(recycling.RecyclingDrafter):
 
 
 @torch.inference_mode()
-def count_head(head: eagle.Head, target: Target, request: Request, tokens: Sequence[int], counts: Counts) -> None:
+def count_head(head: UnrolledHead, target: Target, request: Request, tokens: Sequence[int], counts: Counts) -> None:
     """Counts the ranks that a head gives to the target's own answer, having drafted what precedes each token of it."""
     prompt, answer = request.prompt, torch.tensor(tokens)
     ids = torch.cat([prompt.input_ids, answer])
     visual = torch.cat([prompt.visual, torch.zeros(len(answer), dtype=torch.bool)])
-    features = target.teacher([Prompt(ids, visual, prompt.pixels)], [(torch.arange(len(ids)) >= len(prompt)).long()])
+    marks = (torch.arange(len(ids)) >= len(prompt)).long()
+    features = target.teacher([Prompt(ids, visual, prompt.pixels)], [marks], head.taps)
     # The first pair is the one whose token begins the answer; its output predicts the token two further on.
     for step, states in enumerate(head.unroll(features, len(counts.trials))[1]):
         truth = ids[len(prompt) + 1 + step :].to(target.device)
         if not len(truth):
             break
-        logits = target.unembed(states[: len(truth)])
-        counts.add(step, (logits > logits.gather(1, truth.unsqueeze(1))).sum(1))
+        logits = head.logits(states[: len(truth)], target.unembed)
+        # A token outside of the head's own vocabulary is a miss.
+        scores = logits.new_full((len(logits), target.shape.vocab_size), float("-inf"))
+        scores[:, head.target_ids(torch.arange(logits.shape[1], device=logits.device))] = logits
+        true = scores.gather(1, truth.unsqueeze(1))
+        counts.add(step, torch.where(true.isinf(), RANKS, (scores > true).sum(1, keepdim=True)).squeeze(1))
 
 
 def answers(
@@ -130,8 +135,6 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
         InputError: a checkpoint, a target or data that cannot be used.
     """
     checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
-    if checkpoint and checkpoint.kind != "eagle":
-        raise InputError(f"--ckpt {args.ckpt} is a head of kind {checkpoint.kind}; only eagle heads can be measured")
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, max_bad_share=0.05)
     target = load_target(args.target or (checkpoint.target.name if checkpoint else EMBEDDED), args.dtype, args.device)
@@ -146,6 +149,8 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
         return target, counts
     checkpoint.check_target(target)
     head: Any = checkpoint.head(target.dtype).to(target.device)
+    if not isinstance(head, UnrolledHead):
+        raise InputError(f"--ckpt {args.ckpt} is a head of kind {checkpoint.kind}, which drafts no trees of ranks")
     shape = checkpoint.tree.depth, checkpoint.tree.budget
     for request, tokens in answers(target, dialogues, make_drafter(checkpoint, target), shape, args.batch_size):
         count_head(head, target, request, tokens, counts)

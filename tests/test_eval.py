@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,6 +182,26 @@ def test_a_checkpoint_without_a_controller_is_scored_with_its_fixed_tree(
     assert "has no controller" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--share-noise", "--batch-size", "3")])
+def test_a_fitted_static_tree_is_scored_beside_the_dynamic_one(
+    evaluate: Callable[..., int], data: Path, tmp_path: Path, run_folder: Path, sampling: tuple[str, ...]
+) -> None:
+    fitted = tmp_path / "fitted"
+    shutil.copytree(run_folder, fitted)
+    (fitted / "static_tree.json").write_text('{"paths": [[0], [0, 0], [1], [0, 1], [0, 0, 0]]}')
+    words = ("--ckpt", str(fitted), "--policies", "fixed", "static")
+    assert evaluate("--data", str(data), "--limit", "4", *words, *sampling) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["plain", "eagle", "eagle_static"]
+    assert summary["exact_match"] == 1.0
+    how = summary["settings"]["methods"]["eagle_static"]
+    assert how == {"drafter": "eagle", "policy": "fixed", "tree": "static_tree.json", "depth": 3, "budget": 5}
+    nodes = {
+        entry[1] for row in rows_of(tmp_path / "out") if row["method"] == "eagle_static" for entry in row["rounds"]
+    }
+    assert max(nodes) == 5
+
+
 @pytest.fixture
 def hybrid_of_pld(tmp_path: Path) -> str:
     """Settings of a hybrid that copies now and then even from random text."""
@@ -308,6 +329,8 @@ BAD_OPTIONS = [
     (("--verifier", "rejection"), "--verifier rejection needs a --temperature above 0"),
     (("--share-noise",), "--share-noise needs a --temperature above 0 and --verifier match"),
     (("--temperature", "1", "--draft-widths", "2"), "--draft-widths needs --verifier rejection"),
+    (("--temperature", "1", "--verifier", "rejection", "--policies", "static"), "needs drawn candidates"),
+    (("--policies", "static"), "static_tree.json"),
     (("--seed", "-1"), "--seed must be at least 0, got -1"),
     (("--max-bad-share", "1.5"), "--max-bad-share must be between 0 and 1, got 1.5"),
     (("--device", "toaster"), "--device 'toaster' is unknown"),

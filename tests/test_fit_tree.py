@@ -19,6 +19,7 @@ from mmspec.static_tree import StaticTree
 from mmspec.types import Plan, Request
 from scripts import fit_tree
 from tests import tiny
+from tests.drafters import HEADS, make_head
 from tests.test_eval import records_in, write_records
 from tests.training import save_target
 
@@ -64,16 +65,17 @@ def test_a_tree_for_a_head_leaves_its_run_folder_as_it_was(place):
     assert {name: (place / "run" / name).read_bytes() for name in before} == before
 
 
-def test_ranks_of_a_head_are_those_its_drafter_gives():
+@pytest.mark.parametrize("kind", HEADS)
+def test_ranks_of_a_head_are_those_its_drafter_gives(kind):
     """An answer that follows a path of the drafter's tree is counted with the ranks of that path."""
     target, width = tiny.llava(), 4
-    torch.manual_seed(1)
-    head = eagle.Head(eagle.Config().resolve(target.shape)).double().eval()
+    head = make_head(kind, target, seed=1).eval().requires_grad_(False)
     request, root = Request("r", tiny.prompt(target, 3, 5), 5), 9
     drafter = head.drafter(target, width)
     drafter.open(1, 64)
     with torch.inference_mode():
-        drafter.admit(0, request, target.prefill(target.open(1, 64), 0, request.prompt), torch.tensor(root))
+        forward = target.prefill(target.open(1, 64), 0, request.prompt, head.taps)
+        drafter.admit(0, request, forward, torch.tensor(root))
         tree = drafter.propose(torch.tensor([root]), Plan(2, (width + width**2,)))
     # The tree has every candidate, and children of one parent in the order they were created in: best first.
     below = [(tree.parents[0] == node).nonzero().flatten().tolist() for node in range(width + 1)]

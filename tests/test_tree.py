@@ -61,6 +61,13 @@ def test_a_certain_child_ties_with_its_parent_and_the_tree_stays_closed():
     assert tree.parents.tolist() == [[-1, 0, 1]]
 
 
+def test_what_is_no_number_comes_last():
+    tokens, parents = torch.tensor([[9, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]])
+    tree = best_of_pool(tokens, parents, torch.tensor([[0.0, torch.nan, -1.0, torch.nan]]), (2,), 2)
+    assert tree.tokens.tolist() == [[9, 2, 1]]
+    assert tree.parents.tolist() == [[-1, 0, 0]]
+
+
 def test_what_hangs_from_a_pruned_node_goes_with_it_and_scores_stay_with_their_nodes():
     tokens, parents = torch.tensor([[9, 1, 2, 3, 4]]), torch.tensor([[-1, 0, 0, 1, 3]])
     scores = torch.tensor([[0.0, -0.1, -3.0, -0.2, -0.3]])

@@ -26,6 +26,8 @@ from mmspec.static_tree import StaticTree
 from mmspec.tree import best_of_pool, from_parents, root_only
 from mmspec.types import Features, Forward, Plan, Proposals, Request, Round, Sampler, Target, Tree, Unembed
 
+MAX_DEPTH = 32
+"""Levels that a draft may have."""
 _FLUSH = 64
 """Pairs that may wait while a row is skipped; beyond that one cheap key/value projection takes them in."""
 
@@ -139,7 +141,7 @@ class PairDrafter:
         self.taps = head.taps
         self.target, self.width = target, width
         self.shape = shape and shape.to(target.device)
-        self.max_depth = 32
+        self.max_depth = MAX_DEPTH
 
     def open(self, max_batch: int, max_tokens: int) -> None:
         """Allocate for `max_batch` rows of at most `max_tokens` committed tokens."""
@@ -214,6 +216,8 @@ class PairDrafter:
         """
         if plan.depth < 1 or max(plan.budget) < 1:
             return root_only(roots)
+        if plan.depth > self.max_depth:
+            plan = replace(plan, depth=self.max_depth)
         self._take_in(keep_last=False)
         state = self._root_state()
         if self.widths:
@@ -424,7 +428,7 @@ class PairDrafter:
         self.kv.append(0, *self.head.block.keys_values(u, self._rope(0, width)), counts)
         self.kv.advance(counts)
         if keep_last:
-            last = torch.tensor([max(c, 1) for c in counts], device=u.device)
+            last = torch.tensor(counts, device=u.device)
             self.states = self.states.gather(1, last[:, None, None].expand(-1, 1, self.states.shape[-1]))
             self.tokens = self.tokens.gather(1, last[:, None])
             self.waiting = [min(w, 1) for w in self.waiting]
