@@ -12,9 +12,18 @@ Memory: `n_layers * 2 * B * H * S * Dh` elements, with `S = max_tokens + max_nod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Host numbers as a tensor on a device, behind what the device was given before and without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    # Only from pinned memory is a copy asynchronous.
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 class RaggedKV:
@@ -147,7 +156,7 @@ class RaggedKV:
         """Count appended entries as committed, once all layers have them."""
         self.lengths = [n + c for n, c in zip(self.lengths, counts)]
         one = len(set(counts)) == 1
-        self.lengths_device += counts[0] if one else torch.tensor(counts, device=self.lengths_device.device)
+        self.lengths_device += counts[0] if one else upload(counts, self.lengths_device.device)
 
     def visible(self, width: int) -> Tensor:
         """[B, width] bool: which of the first `width` slots hold committed tokens.

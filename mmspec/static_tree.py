@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmspec.cache import upload
 from mmspec.tree import ancestors_of
 from mmspec.types import InputError, Tree
 
@@ -179,7 +180,7 @@ class StaticTree:
         """
         kept = tokens >= 0
         if min(budget) < self.budget:
-            kept &= self.places < torch.tensor(budget, device=tokens.device).unsqueeze(1)
+            kept &= self.places < upload(budget, tokens.device).unsqueeze(1)
         ancestors = self.ancestors.expand(len(tokens), -1, -1)
         parents = torch.where(kept, self.parents, -1)
         return Tree(tokens.clamp_min(0), parents, self.depths * kept, ancestors, self.depth)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmspec.cache import upload
 from mmspec.types import Tree
 
 
@@ -193,6 +194,6 @@ def best_of_pool(
     parents = torch.cat([parents[:, :1], places.gather(1, parents.gather(1, kept[:, 1:]))], 1)
     if min(budget) + 1 < n:
         ranks, _ = _nodes(n, tokens.device)
-        parents = parents.masked_fill(ranks > torch.tensor(budget, device=tokens.device).unsqueeze(1), -1)
+        parents = parents.masked_fill(ranks > upload(budget, tokens.device).unsqueeze(1), -1)
     trees = from_parents(tokens.gather(1, kept), parents, max(max_depth, 1))
     return replace(trees, scores=scores.gather(1, kept)) if with_scores else trees

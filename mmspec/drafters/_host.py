@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mmspec.cache import upload
 from mmspec.tree import chain, from_parents, root_only
 from mmspec.types import Forward, Plan, Request, Round, Tree
 
@@ -102,14 +103,13 @@ def pack(roots: Tensor, drafts: Sequence[Draft]) -> Tree:
         return root_only(roots)
     line = list(range(longest))
     if all(parents == line for _, parents in drafts):
-        drafted = torch.tensor([tokens for tokens, _ in drafts]).to(roots.device)
+        drafted = upload([tokens for tokens, _ in drafts], roots.device)
         return chain(torch.cat([roots.unsqueeze(1), drafted], 1))
-    packed = torch.tensor(
-        [
-            [row + [fill] * (longest - len(row)) for row, fill in zip(draft, (0, -1))]  # tokens, parents
-            for draft in drafts
-        ]
-    ).to(roots.device)
+    padded = [
+        [row + [fill] * (longest - len(row)) for row, fill in zip(draft, (0, -1))]  # tokens, parents
+        for draft in drafts
+    ]
+    packed = upload(padded, roots.device)
     tokens = torch.cat([roots.unsqueeze(1), packed[:, 0]], 1)
     parents = torch.cat([torch.full_like(roots, -1).unsqueeze(1), packed[:, 1]], 1)
     return from_parents(tokens, parents, max(_depth(parents) for _, parents in drafts))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mmspec.cache import upload
 from mmspec.drafters._host import HostDrafter
 from mmspec.tree import by_row
 from mmspec.types import Drafter, Forward, Plan, Request, Round, Tree
@@ -77,4 +77,4 @@ class HybridDrafter:
         if not any(rest):
             return copied
         drafted = self.head.propose(roots, replace(plan, depth=min(plan.depth, self.depth), budget=rest))
-        return by_row(torch.tensor(copies, device=roots.device), copied, drafted)
+        return by_row(upload(copies, roots.device), copied, drafted)

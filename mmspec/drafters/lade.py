@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmspec.cache import upload
 from mmspec.tree import from_parents, root_only
 from mmspec.types import Forward, Plan, Request, Round, Target, Tree
 
@@ -166,7 +167,7 @@ class LadeDrafter:
         if plan.depth < config.depth:
             unused |= self.depths > plan.depth
         if min(plan.budget) < config.budget:
-            unused |= self.nodes > torch.tensor(plan.budget, device=roots.device).unsqueeze(1)
+            unused |= self.nodes > upload(plan.budget, roots.device).unsqueeze(1)
         parents = twins[:, self.parents].masked_fill(unused, -1)
         n = min(max(plan.budget) + 1, n_nodes)
         if roots.device.type == "cpu":  # where looking costs nothing and every node does: no places for absent n-grams
@@ -191,7 +192,7 @@ class LadeDrafter:
         self._keep(grams.transpose(1, 2), [move and r for move, r in zip(moves, ripe)])
         moved = grams[:, 1:]
         if not all(moves):
-            moved = torch.where(torch.tensor(moves, device=moved.device)[:, None, None], moved, self.window)
+            moved = torch.where(upload(moves, moved.device)[:, None, None], moved, self.window)
         self.window = moved.contiguous()
         self.passes = [None if n is None else n + move for n, move in zip(self.passes, moves)]
 
@@ -210,7 +211,7 @@ class LadeDrafter:
         known |= ((grams.unsqueeze(2) == grams.unsqueeze(1)).all(-1) & self.earlier).any(-1)
         known |= keys == self.target.image_token_id
         if not all(rows):
-            known |= ~torch.tensor(rows, device=known.device).unsqueeze(1)
+            known |= ~upload(rows, known.device).unsqueeze(1)
         places = places.masked_fill(known, nowhere)
         rivals = (places.unsqueeze(2) == places.unsqueeze(1)) & ~known.unsqueeze(1)
         turns = (rivals & self.earlier).sum(-1)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmspec.cache import upload
 from mmspec.static_tree import TOKEN_RECYCLING_80, StaticTree
 from mmspec.tree import root_only, without_padding
 from mmspec.types import Forward, Plan, Request, Round, Target, Tree
@@ -133,7 +134,7 @@ class RecyclingDrafter:
             verified = round.trees.parents >= 0
             verified[:, 0] = True
             if not all(active):
-                verified &= torch.tensor(active, device=verified.device).unsqueeze(1)
+                verified &= upload(active, verified.device).unsqueeze(1)
             self._learn(self.owners, round.trees.tokens, round.forward.logits, verified)
 
     def _learn(self, owners: Tensor, tokens: Tensor, logits: Tensor, verified: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmspec.cache import RaggedKV
+from mmspec.cache import RaggedKV, upload
 from mmspec.heads.base import DraftHead
 from mmspec.nn import DecoderBlock, RotaryTable, attend
 from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
@@ -189,7 +189,7 @@ class PairDrafter:
             self.states, self.tokens, self.waiting = states, tokens, counts
             return
         held, P = self.states.shape[1], path.shape[1]
-        start = torch.tensor(self.waiting, device=path.device).unsqueeze(1)
+        start = upload(self.waiting, path.device).unsqueeze(1)
         slots = start + torch.arange(P, device=path.device)
         self.states = torch.cat([self.states, states.new_zeros(states.shape)], 1)
         self.states.scatter_(1, slots.unsqueeze(-1).expand(-1, -1, D), states)
@@ -393,7 +393,7 @@ class PairDrafter:
             created += counts[level]
         kept = torch.cat(parents, 1)[:, :n_nodes]
         if min(plan.budget) + 1 < kept.shape[1]:
-            limits = torch.tensor(plan.budget, device=roots.device).unsqueeze(1)
+            limits = upload(plan.budget, roots.device).unsqueeze(1)
             kept = kept.masked_fill(torch.arange(kept.shape[1], device=roots.device) > limits, -1)
         trees = from_parents(torch.cat(tokens, 1)[:, :n_nodes], kept, len(widths))
         return replace(trees, proposals=Proposals(torch.cat(probabilities, 1)[:, :n_nodes], tuple(widths)))
@@ -428,7 +428,7 @@ class PairDrafter:
         self.kv.append(0, *self.head.block.keys_values(u, self._rope(0, width)), counts)
         self.kv.advance(counts)
         if keep_last:
-            last = torch.tensor(counts, device=u.device)
+            last = upload(counts, u.device)
             self.states = self.states.gather(1, last[:, None, None].expand(-1, 1, self.states.shape[-1]))
             self.tokens = self.tokens.gather(1, last[:, None])
             self.waiting = [min(w, 1) for w in self.waiting]
@@ -436,7 +436,7 @@ class PairDrafter:
             if min(counts) == width:
                 self.newest = u[:, width - 1 :]
             else:
-                last = torch.tensor([max(c - 1, 0) for c in counts], device=u.device)
+                last = upload([max(c - 1, 0) for c in counts], u.device)
                 self.newest = u.gather(1, last[:, None, None].expand(-1, 1, u.shape[-1]))
             self.waiting = [0] * len(self.waiting)
 
