@@ -249,14 +249,17 @@ class _Run:
             fresh.drafted = True
         except Exception as error:
             self._lose(fresh, error)
-        gap = scores[0, -1:].topk(2).values
-        news = [self.roots[one].double(), (gap[:, 0] - gap[:, 1]).double()]
+        news = [self.roots[one].double()]
+        if self.want_gaps:
+            top = scores[0, -1:].topk(2).values
+            news.append((top[:, 0] - top[:, 1]).double())
         if self.policy.senses:
             sensed = self.policy.sense(self._first_evidence(one, forward), one)
             news += [] if sensed is None else [sensed[0].double()]
-        token, top2, *self.sensed[row] = torch.cat(news).tolist()
+        token, *rest = torch.cat(news).tolist()
+        gaps, self.sensed[row] = (rest[:1], rest[1:]) if self.want_gaps else ([], rest)
         fresh.ttft = time.perf_counter() - fresh.started
-        fresh.take([int(token)], [top2] if self.want_gaps else [], self.target.stop_ids)
+        fresh.take([int(token)], gaps, self.target.stop_ids)
 
     def plan(self) -> Plan:
         """The policy's plan, without a budget for rows that the drafter has lost."""
@@ -357,8 +360,9 @@ class _Run:
         if P == 1 and not self.want_gaps and sensed is None:  # plain decoding: nothing to tell but the tokens
             new = [[t] if row else [] for row, t in zip(self.rows, accepted.next_tokens.tolist())]
             return _News([0] * len(new), [[0] if row else [] for row in self.rows], new, [[]] * len(new))
-        counts = accepted.n_kept.unsqueeze(1), (trees.parents >= 0).sum(1, keepdim=True)
-        packed = torch.cat([*counts, path, accepted.tokens], 1)
+        counts = [] if trees.full else [(trees.parents >= 0).sum(1, keepdim=True)]
+        packed = torch.cat([path, accepted.tokens, accepted.n_kept.unsqueeze(1), *counts], 1)
+        columns = packed.shape[1]
         if self.want_gaps:
             top = scores.topk(2, dim=-1).values
             packed = torch.cat([packed.double(), (top[..., 0] - top[..., 1]).gather(1, path).double()], 1)
@@ -366,11 +370,11 @@ class _Run:
             packed = torch.cat([packed.double(), sensed.double()], 1)
         nodes, paths, tokens, gaps = [], [], [], []
         for b, line in enumerate(packed.tolist()):
-            kept = int(line[0]) if self.rows[b] else 0
-            nodes.append(int(line[1]))
-            paths.append([int(x) for x in line[2 : 2 + kept]])
-            tokens.append([int(x) for x in line[2 + P : 2 + P + kept]])
-            rest = line[2 + 2 * P :]
+            kept = int(line[2 * P]) if self.rows[b] else 0
+            nodes.append(trees.tokens.shape[1] - 1 if trees.full else int(line[columns - 1]))
+            paths.append([int(x) for x in line[:kept]])
+            tokens.append([int(x) for x in line[P : P + kept]])
+            rest = line[columns:]
             gaps.append(rest[:kept] if self.want_gaps else [])
             self.sensed[b] = rest[P if self.want_gaps else 0 :]
         return _News(nodes, paths, tokens, gaps)

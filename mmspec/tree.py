@@ -69,16 +69,17 @@ def _bare(B: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return parents, torch.zeros_like(parents), torch.ones((B, 1, 1), dtype=torch.bool, device=device)
 
 
-def from_parents(tokens: Tensor, parents: Tensor, max_depth: int) -> Tree:
+def from_parents(tokens: Tensor, parents: Tensor, max_depth: int, full: bool = False) -> Tree:
     """A tree from its tokens and parents; depths are counted from the ancestor matrix.
 
     Args:
         tokens: [B, N] int64, node 0 the root.
         parents: [B, N] int64, -1 for the root and for padding.
         max_depth: upper bound of the depth, at least 1 when there is a node beside the root.
+        full: whether there is no padding.
     """
     ancestors = ancestors_of(parents, max_depth)
-    return Tree(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth)
+    return Tree(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, full=full)
 
 
 def chain(tokens: Tensor) -> Tree:
@@ -90,7 +91,7 @@ def chain(tokens: Tensor) -> Tree:
     B, N = tokens.shape
     depths = torch.arange(N, device=tokens.device).expand(B, N)
     ancestors = torch.ones(N, N, dtype=torch.bool, device=tokens.device).tril().expand(B, N, N)
-    return Tree(tokens, depths - 1, depths, ancestors, N - 1)
+    return Tree(tokens, depths - 1, depths, ancestors, N - 1, full=True)
 
 
 def without_padding(trees: Tree) -> Tree:
@@ -129,7 +130,7 @@ def pruned(trees: Tree, kept: Tensor) -> Tree:
         raise ValueError("drawn trees cannot be pruned: p / q would not be what their candidates were drawn with")
     lost = (trees.ancestors & ~kept.unsqueeze(1))[..., 1:].any(-1)
     parents, depths = trees.parents.masked_fill(lost, -1), trees.depths.masked_fill(lost, 0)
-    trees = replace(trees, parents=parents, depths=depths)
+    trees = replace(trees, parents=parents, depths=depths, full=False)
     return without_padding(trees) if parents.device.type == "cpu" else trees
 
 
@@ -192,8 +193,9 @@ def best_of_pool(
     order = scores.nan_to_num(nan=float("-inf")).sort(dim=1, descending=True, stable=True).indices
     kept, places = order[:, :n], order.argsort(dim=1)
     parents = torch.cat([parents[:, :1], places.gather(1, parents.gather(1, kept[:, 1:]))], 1)
-    if min(budget) + 1 < n:
+    full = min(budget) + 1 >= n
+    if not full:
         ranks, _ = _nodes(n, tokens.device)
         parents = parents.masked_fill(ranks > upload(budget, tokens.device).unsqueeze(1), -1)
-    trees = from_parents(tokens.gather(1, kept), parents, max(max_depth, 1))
+    trees = from_parents(tokens.gather(1, kept), parents, max(max_depth, 1), full)
     return replace(trees, scores=scores.gather(1, kept)) if with_scores else trees

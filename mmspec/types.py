@@ -52,6 +52,7 @@ class Tree:
         proposals: of sampled trees; None where candidates were chosen, not drawn.
         scores: [B, N], cumulative log-probability of the path to each node by the draft's own account; of drafters that
             have one, when the plan prunes.
+        full: whether the host knows that no node is padding.
     """
 
     tokens: Tensor
@@ -61,6 +62,7 @@ class Tree:
     max_depth: int
     proposals: Proposals | None = None
     scores: Tensor | None = None
+    full: bool = False
 
     def __post_init__(self) -> None:
         B, N = self.tokens.shape

@@ -37,7 +37,9 @@ class MatchVerifier:
             zeros = torch.zeros((B, 1), dtype=torch.long, device=chosen.device)
             return Accepted(zeros, zeros[:, 0] + 1, chosen)
         parents = trees.parents
-        missed = (trees.tokens != chosen.gather(1, parents.clamp_min(0))) | (parents < 0)
+        missed = trees.tokens != chosen.gather(1, parents.clamp_min(0))
+        if not trees.full:
+            missed |= parents < 0
         # A node counts unless it or one above it missed; siblings differ, so these nodes form one path from the root,
         # which was chosen before.
         lost, path = (trees.ancestors & missed.unsqueeze(1))[..., 1:].any(-1).sort(dim=1, stable=True)
