@@ -512,7 +512,7 @@ def test_killed_while_writing_with_two_processes_and_finished_with_one(base: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2])
 def test_stored_and_online_features_give_one_curve_on_two_processes(base: Path, zero: int):
-    """As fp32 and as bf16 within the issue's 1e-3 (a thousand times more than fp32 needs). fp8 rounds each value by up
+    """As fp32 and as bf16 within 1e-3 (a thousand times more than fp32 needs). fp8 rounds each value by up
     to 6%, which averages out: 0.006 of a loss of 7 were seen, and 0.03 are allowed."""
     online = trained(base, 2, f"online{zero}", f"deepspeed.zero_stage={zero}")
     for stored_as, tolerance in (("float32", 1e-3), ("bfloat16", 1e-3), ("float8", 0.03)):

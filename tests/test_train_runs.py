@@ -36,7 +36,7 @@ Launch = Callable[..., subprocess.Popen[str]]
 STEPS = 12
 LONG = 200
 TOLERANCE = 1e-3
-"""The issue's own; sums in another order differ by 1e-6, a mean per rank instead of the global one by 1e-2."""
+"""Sums in another order differ by 1e-6, a mean per rank instead of the global one by 1e-2."""
 
 
 @pytest.fixture(scope="module")
