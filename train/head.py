@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmspec import checkpoint
 from mmspec.heads._unrolled import UnrolledHead
+from mmspec.nn import SwiGLU
 from mmspec.recipe import Recipe, Source
 from mmspec.types import Features, InputError, Objective, Target
 from train.corpus import locate
@@ -53,8 +54,9 @@ def train_head(session: Session) -> nn.Module:
             _take_layer(head, target, recipe.head.init_layer)
     if recipe.head.lora.rank:
         adapt(head, recipe.head)
-    if recipe.run.compile:
-        head.block.mlp.compile(dynamic=True)
+    for module in head.modules() if recipe.run.compile else ():
+        if isinstance(module, SwiGLU):
+            module.compile(dynamic=True)
     trainee = Trainee(head, _objective(target, _cost(session, head), recipe.loss.steps))
     fit = Fit(trainee, plan, session.world, session.stopper, session.tracker, lambda lost: loader.quarantine(lost))
     if recipe.run.resume and fit.restore(found):
@@ -62,12 +64,12 @@ def train_head(session: Session) -> nn.Module:
     session.world.lead(lambda: str(locate(Source(recipe.run.eval_data, limit=recipe.run.eval_prompts))))
     validation = held_out(recipe, target, session.world)
 
-    def weights() -> dict[str, Tensor]:
-        return merged(fit.weights(), plain(), recipe.head) if recipe.head.lora.rank else fit.weights()
+    def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return merged(state, plain(), recipe.head) if recipe.head.lora.rank else state
 
     def snapshot() -> nn.Module:
         head = plain()
-        head.load_state_dict(weights())
+        head.load_state_dict(whole(fit.weights()))
         return head.to(target.device, target.dtype).eval().requires_grad_(False)
 
     def score(step: int) -> None:
@@ -88,10 +90,9 @@ def train_head(session: Session) -> nn.Module:
     def save() -> None:
         state = fit.weights()
         if session.world.first:
-            lora, policy = recipe.head.lora.rank, recipe.policy
-            whole = merged(state, plain(), recipe.head) if lora else state
-            checkpoint.save_head(session.folder, whole, config, target)
-            if lora and recipe.head.init_from is not None:
+            policy = recipe.policy
+            checkpoint.save_head(session.folder, whole(state), config, target)
+            if recipe.head.lora.rank and recipe.head.init_from is not None:
                 save_adapters(session.folder, state, plain(), recipe.head, target.fingerprint)
             checkpoint.save_tree(session.folder, checkpoint.DraftTree(policy.depth, policy.width, policy.budget))
         session.world.barrier()

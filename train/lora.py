@@ -80,11 +80,6 @@ def adapt(head: nn.Module, node: HeadNode) -> None:
         parameters[name].requires_grad_(True)
 
 
-def n_adapter_parameters(head: nn.Module, node: HeadNode) -> int:
-    """Parameters of the adapters that a plain head would get."""
-    return sum(node.lora.rank * (m.in_features + m.out_features) for m in adapted_layers(head, node).values())
-
-
 def merged(state: Mapping[str, Tensor], plain: nn.Module, node: HeadNode) -> dict[str, Tensor]:
     """The weights of a plain head that computes what an adapted one does.
 
