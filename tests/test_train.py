@@ -18,6 +18,7 @@ from mmspec.heads import eagle
 from mmspec.recipe import Optim, Source, load
 from mmspec.records import Quarantine
 from mmspec.types import InputError, Output
+from tests import tiny
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
 from train import controller, distill, regenerate
 from train.corpus import Order, check_sources, deal, read
@@ -120,7 +121,12 @@ FLAWS: dict[str, Any] = {
     "number as text": {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": 7}]},
     "blank text": {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\n "}]},
     "wrong speaker": {"id": "a", "image": "0.png", "conversations": [{"from": "gpt", "value": "hi"}]},
-    "list of images": {"id": "a", "image": ["0.png"], "conversations": [{"from": "human", "value": "hi"}]},
+    "number as image": {"id": "a", "image": ["0.png", 1], "conversations": [{"from": "human", "value": "hi"}]},
+    "more marks than images": {
+        "id": "a",
+        "image": ["0.png"],
+        "conversations": [{"from": "human", "value": "<image><image>hi"}],
+    },
     "mark without image": {"id": "a", "conversations": [{"from": "human", "value": "<image>hi"}]},
     "lone surrogate": {"id": "a", "image": "0.png", "conversations": [{"from": "human", "value": "\ud800"}]},
 }
@@ -159,6 +165,17 @@ def test_the_image_mark_says_where_the_picture_stands(tmp_path: Path):
     sample = read_all(save_data(tmp_path, [one])).samples[0]
     kinds = [part.get("text", part["type"]) for part in sample.messages(())[0]["content"]]
     assert kinds == ["before", "image", "after"]
+
+
+def test_several_pictures_stand_at_their_marks_or_in_front(tmp_path: Path):
+    marked, bare = record(0), record(1)
+    marked["image"] = bare["image"] = ["1.png", "0.png"]
+    marked["conversations"][0]["value"] = "one <image> two <image>"
+    bare["conversations"][0]["value"] = "three"
+    first, second = read_all(save_data(tmp_path, [marked, bare])).samples
+    kinds = [[part.get("text", "*") for part in s.messages(())[0]["content"]] for s in (first, second)]
+    assert kinds == [["one", "*", "two", "*"], ["*", "*", "three"]]
+    assert [image.tobytes() for image in first.images()] == [tiny.image(n).tobytes() for n in (1, 0)]
 
 
 def test_order_is_every_sample_once_an_epoch_for_any_batch_size():

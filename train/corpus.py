@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mmspec.recipe import Source
 from mmspec.records import Quarantine, RecordError, open_image
 from mmspec.types import InputError
@@ -26,30 +28,65 @@ HUMAN, TARGET = ("human", "user"), ("gpt", "assistant")
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture of a sample: a file, or the bytes of one.
+
+    Args:
+        name: of the file; "<line>#<k>" where the bytes have none.
+        path: of the file, or None.
+        data: its bytes, or None where it is a file.
+    """
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+
+    def open(self) -> Image.Image:
+        """The picture in RGB. Raises RecordError when it is missing or cannot be decoded."""
+        return open_image(Path(self.name) if self.path is None else self.path, self.data)
+
+    def size(self) -> int:
+        """Bytes; 0 of a file that is missing."""
+        if self.data is not None:
+            return len(self.data)
+        return self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
+
+    def content(self) -> bytes:
+        """Its bytes; none of a file that is missing."""
+        if self.data is not None:
+            return self.data
+        return self.path.read_bytes() if self.path is not None and self.path.is_file() else b""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One conversation.
 
     Args:
         id: of the record.
-        image: its picture, or None.
-        turns: what the user says; `<image>` marks where the picture stands.
+        pictures: in the order of the `<image>` marks.
+        turns: what the user says; each `<image>` marks where a picture stands.
         answers: the file's answers; fewer than turns when the last one is open.
         file, line: where it came from (line: 1-based place in the list).
         topic: the record's, or its category; "" where it has neither.
+        system: what a system message says before the first turn, or None.
     """
 
     id: str
-    image: Path | None
+    pictures: tuple[Picture, ...]
     turns: tuple[str, ...]
     answers: tuple[str, ...]
     file: Path
     line: int
     topic: str = ""
+    system: str | None = None
 
     def messages(self, answers: Sequence[str], n_turns: int | None = None) -> list[dict[str, Any]]:
         """Hugging Face chat messages of the first turns, each but the last followed by its answer (the last too,
-        where there is one)."""
+        where there is one), behind the system message."""
         out: list[dict[str, Any]] = []
+        if self.system is not None:
+            out.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for index, turn in enumerate(self.turns[:n_turns]):
             out.append({"role": "user", "content": _content(turn)})
             if index < len(answers):
@@ -57,8 +94,8 @@ class Sample:
         return out
 
     def images(self) -> list[Any]:
-        """The decoded picture, if any. Raises RecordError when it cannot be read."""
-        return [] if self.image is None else [open_image(self.image)]
+        """The decoded pictures, in order of their marks. Raises RecordError when one cannot be read."""
+        return [picture.open() for picture in self.pictures]
 
 
 @dataclass(frozen=True)
@@ -105,7 +142,7 @@ def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
                 continue
             samples.append(sample)
             weights.append(source.weight)
-            size = sample.image.stat().st_size if sample.image is not None and sample.image.is_file() else 0
+            size = sum(picture.size() for picture in sample.pictures)
             digest.update(json.dumps([sample.id, sample.turns, sample.answers, size]).encode())
     if not samples:
         most = next(iter(quarantine.reasons()), "the files are empty")
@@ -224,20 +261,22 @@ def _sample(record: Any, path: Path, line: int) -> Sample:
     if not isinstance(record, dict):
         raise RecordError(f"record is no object but {type(record).__name__}")
     turns, answers = _conversation(record.get("conversations"))
-    image = record.get("image")
+    pictures = _pictures(record.get("image"), path.parent)
     marks = sum(turn.count(IMAGE_MARK) for turn in turns)
-    if image is None:
-        if marks:
-            raise RecordError("conversation has an <image> but the record names none")
-        return Sample(_id(record) or str(line), None, turns, answers, path, line, _topic(record))
-    if not isinstance(image, str) or not image:
-        raise RecordError(f"image is no file name but {type(image).__name__}")
-    if marks > 1:
-        raise RecordError(f"conversation has {marks} <image> marks for one image")
+    if marks and marks != len(pictures):
+        raise RecordError(f"conversation has <image> marks that are not its pictures: {marks} for {len(pictures)}")
     if not marks:
-        turns = (f"{IMAGE_MARK}\n{turns[0]}", *turns[1:])
-    picture = _image_path(path.parent, image)
-    return Sample(_id(record) or str(line), picture, turns, answers, path, line, _topic(record))
+        turns = (f"{IMAGE_MARK}\n" * len(pictures) + turns[0], *turns[1:])
+    return Sample(_id(record) or str(line), pictures, turns, answers, path, line, _topic(record))
+
+
+def _pictures(named: Any, folder: Path) -> tuple[Picture, ...]:
+    """The pictures of an `image` field: a file name or a list of them. Raises RecordError."""
+    names = named if isinstance(named, list) else [] if named is None else [named]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise RecordError(f"image is no file name but {type(name).__name__}")
+    return tuple(Picture(Path(name).name, _image_path(folder, name)) for name in names)
 
 
 def _conversation(said: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

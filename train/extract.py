@@ -19,7 +19,7 @@ from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Target
-from train.corpus import Corpus
+from train.corpus import Corpus, Picture
 from train.features import (
     COMMAND,
     DTYPES,
@@ -229,17 +229,26 @@ def _partition(session: Session, shard_tokens: int) -> list[list[int]]:
 
 
 def _image_numbers(session: Session) -> dict[int, int]:
-    """A number for the content of each record's image file: 8 bytes of its hash, never 0. Every rank must call."""
-    world, samples = session.world, session.corpus.samples
-    shown = {record: samples[record].image for record in session.prepared.dialogues}
-    paths = sorted({path for path in shown.values() if path is not None})
+    """A number for what each record shows: 8 bytes of the hash of its pictures, never 0. Every rank must call."""
+    world, records = session.world, sorted(session.prepared.dialogues)
+    known: dict[Path, bytes] = {}
     mine = {}
-    for path in paths[world.rank :: world.size]:
+    for record in records[world.rank :: world.size]:
         # A file that has vanished is reported with its record, when that is encoded.
-        content = hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest()
-        mine[path] = int.from_bytes(content[:8], "big", signed=True) or 1
-    numbers: Mapping[Path, int] = {path: number for part in world.gather(mine) for path, number in part.items()}
-    return {record: numbers[path] for record, path in shown.items() if path is not None}
+        hashes = [_hash(picture, known) for picture in session.corpus.samples[record].pictures]
+        if hashes:
+            whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(hashes)).digest()
+            mine[record] = int.from_bytes(whole[:8], "big", signed=True) or 1
+    return {record: number for part in world.gather(mine) for record, number in part.items()}
+
+
+def _hash(picture: Picture, known: dict[Path, bytes]) -> bytes:
+    """The hash of a picture's content; files that several records show are read once."""
+    if picture.path is None:
+        return hashlib.sha256(picture.content()).digest()
+    if picture.path not in known:
+        known[picture.path] = hashlib.sha256(picture.content()).digest()
+    return known[picture.path]
 
 
 def _begin(session: Session, settings: Settings) -> Manifest:

@@ -98,7 +98,7 @@ def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: Wor
     """
     counts = torch.zeros(target.shape.vocab_size, dtype=torch.float64)
     for index in sorted(prepared.dialogues)[world.rank :: world.size]:
-        sample = replace(corpus.samples[index], image=None)
+        sample = replace(corpus.samples[index], pictures=())
         sample = replace(sample, turns=tuple(turn.replace(IMAGE_MARK, "") for turn in sample.turns))
         prompt, answer = encode(sample, prepared.dialogues[index], target, target.max_length)
         counts += corpus.weights[index] * prompt.input_ids[answer > 0].bincount(minlength=len(counts))
