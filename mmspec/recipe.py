@@ -126,6 +126,9 @@ class Data:
     a row each, padded to the longest. What is learned is the same."""
     max_bad_share: float = 0.05
     """The run stops when more than this share of the records is quarantined."""
+    decontaminated: str | None = None
+    """The list of scripts/decontaminate.py of samples that a benchmark holds too: they are not trained on. Training
+    refuses to start without the list that is named here, or with one that was made for other data."""
 
 
 @dataclass

@@ -11,8 +11,8 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,14 @@ class Corpus:
         weights: of each sample's source.
         n_read: records read, the quarantined included.
         digest: hash of the conversations and of the sizes of their images.
+        removed: how many more there were that `train.decontaminate` left out, by rule.
     """
 
     samples: tuple[Sample, ...]
     weights: tuple[float, ...]
     n_read: int
     digest: str
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -79,12 +79,15 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
     Raises:
         InputError: the input is wrong.
     """
+    from train import decontaminate
     from train.corpus import check_sources
     from train.features import read_manifest
     from train.stopping import Stopped, Stopper, default_signals
     from train.tracking import check_trackers
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
+    if recipe.data.decontaminated:
+        decontaminate.check(Path(recipe.data.decontaminated))
     if instead is None:
         check_trackers(recipe.run.trackers)
     if instead is None and recipe.head.init_from is not None:

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
 from mmspec.types import InputError
-from train import placement, regenerate
+from train import decontaminate, placement, regenerate
 from train.controller import rollout, train_controller
 from train.corpus import Corpus, read
 from train.extract import head_taps, origin
@@ -161,18 +161,35 @@ def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:
 def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corpus:
     """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once."""
     corpus: list[Corpus] = []
-    world.lead(lambda: corpus.append(read(recipe.data.sources, quarantine)))
-    return corpus[0] if corpus else read(recipe.data.sources, quarantine)
+    world.lead(lambda: corpus.append(_read(recipe, quarantine)))
+    return corpus[0] if corpus else _read(recipe, quarantine)
+
+
+def _read(recipe: Recipe, quarantine: Quarantine) -> Corpus:
+    corpus = read(recipe.data.sources, quarantine)
+    if recipe.data.decontaminated:
+        corpus = decontaminate.apply(corpus, Path(recipe.data.decontaminated))
+    return corpus
 
 
 def _data_summary(session: Session) -> str:
-    n_used, n_read = len(session.prepared.dialogues), session.corpus.n_read
-    bad = session.quarantine.count
-    why = "; ".join(f"{times}x {reason}" for reason, times in list(session.quarantine.reasons().items())[:3])
-    listed = (
-        f", {bad} quarantined ({why}), listed in {session.folder / 'quarantine.jsonl'}" if bad else ", none quarantined"
-    )
-    return f"data: {n_used} of {n_read} records used{listed}"
+    """One line: what became of all records."""
+    corpus, quarantine = session.corpus, session.quarantine
+    parts = [f"data: {len(session.prepared.dialogues)} of {corpus.n_read} records used"]
+    if session.recipe.data.decontaminated:
+        why = _reasons(corpus.removed)
+        parts.append(f"{sum(corpus.removed.values())} left out by {session.recipe.data.decontaminated}{why}")
+    if quarantine.count:
+        listed = session.folder / "quarantine.jsonl"
+        parts.append(f"{quarantine.count} quarantined{_reasons(quarantine.reasons())}, listed in {listed}")
+    else:
+        parts.append("none quarantined")
+    return ", ".join(parts)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """All of them, the most frequent first."""
+    return f" ({'; '.join(f'{times}x {reason}' for reason, times in counts.items())})" if counts else ""
 
 
 def _leave(world: World) -> None:
