@@ -24,10 +24,11 @@ from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
 from train.clock import StepClock
+from train.encode import encode, length_limit
 from train.features import FeatureStore, StoredRow, state_names, unpack
 from train.fit import Lost, MicroBatch
 from train.order import Order, deal
-from train.regenerate import answers_digest, encode, length_limit
+from train.regenerate import answers_digest
 from train.session import Session
 
 LOST = "lost since it was answered"
