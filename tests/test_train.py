@@ -21,11 +21,12 @@ from mmspec.types import InputError, Output
 from tests import tiny
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
 from train import controller, distill, regenerate
-from train.corpus import Order, check_sources, deal, read
+from train.corpus import check_sources, read
 from train.encode import encode
 from train.engine import engine_settings, learning_rate
 from train.estimate import target_facts
 from train.measure import marked
+from train.order import Order, deal
 from train.session import begin, finished
 from train.stopping import Stopped, Stopper
 from train.tracking import wandb_mode

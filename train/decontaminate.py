@@ -144,8 +144,8 @@ def apply(corpus: Corpus, path: Path) -> Corpus:
     digest = hashlib.sha256(json.dumps([corpus.digest, sorted(out)]).encode()).hexdigest()[:16]
     return replace(
         corpus,
-        samples=tuple(corpus.samples[index] for index in kept),
-        weights=tuple(corpus.weights[index] for index in kept),
+        samples=corpus.samples.pick(kept),
+        weights=corpus.weights[kept],
         digest=digest,
         removed=dict(Counter(out.values()).most_common()),
     )
