@@ -306,7 +306,11 @@ def test_a_store_without_a_tap_of_the_head_is_refused(tmp_path: Path):
 def test_a_store_of_other_answers_is_refused(tmp_path: Path):
     s = opened(tmp_path)
     store = made(s, tmp_path / "f")
-    s.prepared.dialogues[2] = replace(s.prepared.dialogues[2], answers=("w1",))
+    path = next(s.folder.rglob("answers.jsonl"))
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "answers": ["w1"]})
+    path.write_text("\n".join(lines) + "\n")
+    s.prepared = prepare(s)
     with pytest.raises(InputError, match="were made of the answers"):
         Stored(s, store)
 

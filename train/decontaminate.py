@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mmspec.checkpoint import write_json
+from mmspec.recipe import Data
+from mmspec.records import Quarantine
 from mmspec.types import InputError
-from train.corpus import Corpus
+from train.corpus import Corpus, read
 
 VERSION = 1
 
@@ -121,6 +123,12 @@ def check(path: Path) -> None:
             f"data.decontaminated={path} does not exist; make it with `{command('FOLDER')}` (FOLDER: the benchmark in "
             "MMSpec's layout), or train on whatever the data hold with data.decontaminated=null"
         )
+
+
+def read_clean(data: Data, quarantine: Quarantine) -> Corpus:
+    """Reads a recipe's sources, and leaves out what its list names; raises as `train.corpus.read` and `apply` do."""
+    corpus = read(data.sources, quarantine)
+    return apply(corpus, Path(data.decontaminated)) if data.decontaminated else corpus
 
 
 def apply(corpus: Corpus, path: Path) -> Corpus:

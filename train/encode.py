@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,10 +15,8 @@ from mmspec.losses import valid_pairs
 from mmspec.recipe import Data
 from mmspec.records import RecordError
 from mmspec.types import Prompt, Target
+from train.answers import Dialogue
 from train.corpus import Picture, Sample
-
-if TYPE_CHECKING:
-    from train.regenerate import Dialogue
 
 
 def length_limit(data: Data, target: Target) -> int:
