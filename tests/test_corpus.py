@@ -339,6 +339,8 @@ def test_samples_are_a_sequence_over_all_sources(tmp_path: Path):
         assert corpus.samples[index] == sample
     with pytest.raises(IndexError):
         corpus.samples[4]
+    picked = corpus.samples.pick([3, 1])
+    assert [sample.id for sample in picked] == [picked[0].id, picked[-1].id] == ["r2", "r4"]
 
 
 def test_reading_holds_a_few_bytes_a_record(tmp_path: Path):

@@ -12,7 +12,7 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import overload
@@ -41,16 +41,16 @@ class Part:
     Args:
         table: its records.
         layout: `data.sources.format`.
-        rows: of the usable ones.
+        rows: [n] of the usable ones.
     """
 
     table: Table
     layout: str | None
-    rows: Sequence[int]
+    rows: NDArray[np.int64]
 
     def sample(self, number: int) -> Sample:
         """The sample of `rows[number]`."""
-        row = self.rows[number]
+        row = int(self.rows[number])
         return parse(self.table.record(row), self.table.file, self.table.folder, self.table.line(row), self.layout)
 
 
@@ -80,7 +80,16 @@ class Samples(Sequence[Sample]):
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a sample, without decoding it."""
         part, number = self._find(index)
-        return str(part.table.file), part.table.line(part.rows[number])
+        return str(part.table.file), part.table.line(int(part.rows[number]))
+
+    def pick(self, kept: Sequence[int]) -> Samples:
+        """These alone, in their order here."""
+        chosen, parts, start = np.sort(np.asarray(kept, dtype=np.int64)), [], 0
+        for part, end in zip(self._parts, self._ends):
+            inside = chosen[(chosen >= start) & (chosen < end)]
+            parts.append(replace(part, rows=part.rows[inside - start]))
+            start = end
+        return Samples(parts)
 
     def _find(self, index: int) -> tuple[Part, int]:
         if not -len(self) <= index < len(self):
@@ -133,7 +142,7 @@ def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
             sizes = [picture.size() for picture in sample.pictures]
             said = [sample.id, sample.system, sample.turns, sample.answers, sizes, found.sizes]
             digest.update(json.dumps(said).encode())
-        parts.append(Part(table, source.format, rows))
+        parts.append(Part(table, source.format, np.frombuffer(rows, dtype=np.int64)))
     samples = Samples(parts)
     if not samples:
         most = next(iter(quarantine.reasons()), "there are none")

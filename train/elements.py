@@ -25,15 +25,15 @@ _TOKEN = re.compile(rb'"(?:[^"\\\n]++|\\[^\n])*+(?:(")|\\?\Z|(?=\\?\n))|[\[\]{},
 def raw_records(path: Path) -> Iterator[tuple[int, bytes]]:
     """Place and bytes of every record.
 
-    A file that begins with a bracket is a JSON list, whose records are counted from 1; any other is JSONL, whose lines
-    are. Of a list that is not closed, or is followed by something, one record more tells.
+    A file that is not called .jsonl and begins with a bracket is a JSON list, whose records are counted from 1; any
+    other is JSONL, whose lines are. Of a list that is not closed, or is followed by something, one record more tells.
 
     Raises:
         InputError: the file is neither, or cannot be read.
     """
     try:
         with path.open("rb") as file:
-            if _begins_with_a_bracket(file):
+            if _begins_with_a_bracket(file) and path.suffix != ".jsonl":
                 yield from enumerate(_elements(file, path), start=1)
             else:
                 _check_lines(file, path)
