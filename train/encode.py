@@ -1,7 +1,7 @@
 """A sample and its answers as the target reads them: tokens, pictures and answer marks, within the longest length.
 
-Invariant: what is returned has whole pictures only, with exactly their tokens, and at least one pair of answer tokens
-to learn from; everything else is a RecordError with the reason.
+Invariant: what is returned has whole pictures only, with exactly their tokens, and marks to learn from; everything else
+is a RecordError with the reason.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _encode(sample: Sample, dialogue: Dialogue, target: Target, limit: int) -> t
         answer = answer[:limit]
         if not valid_pairs(answer):
             raise RecordError(f"prompt is longer than the context ({limit} tokens)")
-    if not valid_pairs(answer):
-        raise RecordError("answers are too short to learn from")
+    if not bool(answer.any()):
+        raise RecordError("nothing of the answers was written by the target")
     return prompt, answer, turns
 
 
