@@ -8,6 +8,7 @@ MMSpec's layout is `folder/mmspec.jsonl` (one object a line: id, image, turns, c
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -150,11 +151,12 @@ def read_mmspec(folder: Path | str, quarantine: Quarantine) -> list[Record]:
     return records
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, data: bytes | None = None) -> Image.Image:
     """Decode an image wholly, so that a file that is cut off is found here and not in the middle of a run.
 
     Args:
         path: any format that Pillow reads.
+        data: the content, where it is no file; the path is then but its name.
 
     Returns:
         The image in RGB.
@@ -163,7 +165,7 @@ def open_image(path: Path) -> Image.Image:
         RecordError: the file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             image.load()
             return image.convert("RGB")
     except FileNotFoundError:

@@ -24,10 +24,10 @@ from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
-from train.corpus import Order
+from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
+from train.order import Order
 from train.placement import uneven
-from train.regenerate import length_limit
 from train.session import Session
 from train.stopping import Stopped
 
@@ -152,7 +152,7 @@ def _chunks(session: Session) -> list[list[Turn]]:
     """The rollout's turns in chunks; depends on seed and corpus only."""
     turns = [
         Turn(index, turn)
-        for index, dialogue in sorted(session.prepared.dialogues.items())
+        for index, dialogue in session.prepared.dialogues.items()
         for turn in range(len(dialogue.answers))
     ]
     random.Random(f"rollout/{session.recipe.run.seed}").shuffle(turns)

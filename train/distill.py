@@ -38,7 +38,7 @@ PATIENCE_S = 20.0
 
 EPILOG = """\
 overrides: any recipe key, later ones win
-  data.train=PATH            train on this LLaVA-style JSON (short for one entry of data.sources)
+  data.train=PATH            train on this file, folder or hub:org/name (short for one entry of data.sources)
   data.features=DIR          the target's states from scripts/extract_features.py instead of computing them
   head.init_from=DIR         start from the head of this run folder
   head.lora.rank=N           with it, train low-rank adapters alone; what is saved is merged
@@ -69,26 +69,32 @@ def main(argv: list[str] | None = None) -> int:
         return refuse("distill", str(error), rank)
 
 
-def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> int:
+def train(recipe: Recipe, instead: Callable[[Session], None] | None = None, answer: bool = True) -> int:
     """Answers the training questions and trains on them; returns the exit code.
 
     Args:
         recipe: checked settings.
         instead: what to do with the answered questions instead of training.
+        answer: False where that needs no answers.
 
     Raises:
         InputError: the input is wrong.
     """
+    from train import decontaminate
     from train.corpus import check_sources
+    from train.drafting import check_drafting
     from train.features import read_manifest
     from train.stopping import Stopped, Stopper, default_signals
     from train.tracking import check_trackers
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
+    if recipe.data.decontaminated:
+        decontaminate.check(Path(recipe.data.decontaminated))
     if instead is None:
         check_trackers(recipe.run.trackers)
     if instead is None and recipe.head.init_from is not None:
         _check_base(recipe.head.init_from)
+    check_drafting(recipe.data)
     if recipe.data.features:
         read_manifest(Path(recipe.data.features))
     default_signals()
@@ -97,7 +103,7 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
     from train.run import run
 
     try:
-        return run(recipe, stopper, instead)
+        return run(recipe, stopper, instead, answer)
     except Stopped as stop:
         return stop.exit_code
 

@@ -19,7 +19,9 @@ from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Target
-from train.corpus import Corpus
+from train.answers import answers_digest
+from train.corpus import Corpus, Picture
+from train.encode import encode, length_limit, shown
 from train.features import (
     COMMAND,
     DTYPES,
@@ -40,7 +42,7 @@ from train.features import (
     write_shard,
 )
 from train.placement import uneven
-from train.regenerate import answers_digest, answers_folder, answers_key, encode, length_limit
+from train.regenerate import answers_folder, answers_key
 from train.session import Session
 from train.stopping import Stopped
 
@@ -156,7 +158,7 @@ class _Writer:
 
     def tokens(self, number: int) -> int:
         """Tokens of a shard."""
-        return sum(self.session.prepared.dialogues[record].length for record in self.shards[number])
+        return int(self.session.prepared.lengths[self.shards[number]].sum())
 
     def write(self, number: int) -> None:
         """Computes and writes a shard.
@@ -165,9 +167,9 @@ class _Writer:
             InputError: a record cannot be read, or its states are not finite.
             Stopped: asked to stop; nothing of the shard is written.
         """
-        dialogues, rows = self.session.prepared.dialogues, []
+        lengths, rows = self.session.prepared.lengths, []
         images: dict[int, tuple[Tensor, Tensor | None]] = {}
-        ordered = sorted(self.shards[number], key=lambda record: (dialogues[record].length, record))
+        ordered = sorted(self.shards[number], key=lambda record: (lengths[record], record))
         for start in range(0, len(ordered), self.settings.batch):
             self.session.stopper.check()
             records = ordered[start : start + self.settings.batch]
@@ -219,27 +221,37 @@ def _partition(session: Session, shard_tokens: int) -> list[list[int]]:
     """The records of each shard, in the order of the corpus."""
     shards: list[list[int]] = [[]]
     filled = 0
-    for record, dialogue in sorted(session.prepared.dialogues.items()):
+    for record in session.prepared.usable:
         if filled >= shard_tokens:
             shards.append([])
             filled = 0
         shards[-1].append(record)
-        filled += dialogue.length
+        filled += int(session.prepared.lengths[record])
     return shards
 
 
 def _image_numbers(session: Session) -> dict[int, int]:
-    """A number for the content of each record's image file: 8 bytes of its hash, never 0. Every rank must call."""
-    world, samples = session.world, session.corpus.samples
-    shown = {record: samples[record].image for record in session.prepared.dialogues}
-    paths = sorted({path for path in shown.values() if path is not None})
+    """A number for what each record shows: 8 bytes of the hash of its pictures, never 0. Every rank must call."""
+    world, records = session.world, session.prepared.usable
+    known: dict[Path, bytes] = {}
     mine = {}
-    for path in paths[world.rank :: world.size]:
+    for record in records[world.rank :: world.size]:
         # A file that has vanished is reported with its record, when that is encoded.
-        content = hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest()
-        mine[path] = int.from_bytes(content[:8], "big", signed=True) or 1
-    numbers: Mapping[Path, int] = {path: number for part in world.gather(mine) for path, number in part.items()}
-    return {record: numbers[path] for record, path in shown.items() if path is not None}
+        pictures = shown(session.corpus.samples[record], session.prepared.dialogues[record])
+        hashes = [_hash(picture, known) for picture in pictures]
+        if hashes:
+            whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(hashes)).digest()
+            mine[record] = int.from_bytes(whole[:8], "big", signed=True) or 1
+    return {record: number for part in world.gather(mine) for record, number in part.items()}
+
+
+def _hash(picture: Picture, known: dict[Path, bytes]) -> bytes:
+    """The hash of a picture's content; files that several records show are read once."""
+    if picture.path is None:
+        return hashlib.sha256(picture.content()).digest()
+    if picture.path not in known:
+        known[picture.path] = hashlib.sha256(picture.content()).digest()
+    return known[picture.path]
 
 
 def _begin(session: Session, settings: Settings) -> Manifest:

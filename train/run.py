@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
 from mmspec.types import InputError
 from train import placement, regenerate
+from train.answers import DEGENERATE, Prepared
+from train.asking import instructed
 from train.controller import rollout, train_controller
-from train.corpus import Corpus, read
+from train.corpus import Corpus
+from train.decontaminate import read_clean
 from train.extract import head_taps, origin
 from train.features import open_store
 from train.head import check_beginning, load_head, train_head
@@ -32,11 +35,12 @@ from train.tracking import Tracker
 from train.world import World, environment, join
 
 
-def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | None = None) -> int:
+def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | None = None, answer: bool = True) -> int:
     """Runs the phases on this rank; returns the exit code.
 
     Args:
         instead: what to do once every question has its answer, instead of training; it needs no run folder of its own.
+        answer: False where `instead` needs no answers either.
 
     Raises:
         InputError: the input is wrong.
@@ -59,7 +63,8 @@ def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | N
         # Until here there was nothing to save, and a signal ended the process at once.
         stopper.install()
         try:
-            _answer(session)
+            if answer:
+                _answer(session)
             if instead is None:
                 _train(session)
             else:
@@ -139,8 +144,7 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         tracker.say(f"verifying {recipe.data.features}")
         store = open_store(Path(recipe.data.features), wanted, taps, world)
     known = frozenset((entry["source"], entry["line"]) for entry in lost)
-    unanswered = regenerate.Prepared()
-    return Session(recipe, world, stopper, tracker, state, target, corpus, unanswered, quarantine, store, known)
+    return Session(recipe, world, stopper, tracker, state, target, corpus, Prepared(), quarantine, store, known)
 
 
 def _lost_before(folder: Path) -> list[dict[str, Any]]:
@@ -159,20 +163,31 @@ def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:
 
 
 def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corpus:
-    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once."""
+    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once. With the instructions."""
     corpus: list[Corpus] = []
-    world.lead(lambda: corpus.append(read(recipe.data.sources, quarantine)))
-    return corpus[0] if corpus else read(recipe.data.sources, quarantine)
+    world.lead(lambda: corpus.append(read_clean(recipe.data, quarantine)))
+    return instructed(corpus[0] if corpus else read_clean(recipe.data, quarantine), recipe.data)
 
 
 def _data_summary(session: Session) -> str:
-    n_used, n_read = len(session.prepared.dialogues), session.corpus.n_read
-    bad = session.quarantine.count
-    why = "; ".join(f"{times}x {reason}" for reason, times in list(session.quarantine.reasons().items())[:3])
-    listed = (
-        f", {bad} quarantined ({why}), listed in {session.folder / 'quarantine.jsonl'}" if bad else ", none quarantined"
-    )
-    return f"data: {n_used} of {n_read} records used{listed}"
+    """One line: what became of all records."""
+    corpus, quarantine, data = session.corpus, session.quarantine, session.recipe.data
+    parts = [f"data: {len(session.prepared.dialogues)} of {corpus.n_read} records used"]
+    if data.decontaminated:
+        parts.append(f"{sum(corpus.removed.values())} left out by {data.decontaminated}{_reasons(corpus.removed)}")
+    if quarantine.count:
+        listed = session.folder / "quarantine.jsonl"
+        parts.append(f"{quarantine.count} quarantined{_reasons(quarantine.reasons())}, listed in {listed}")
+    else:
+        parts.append("none quarantined")
+    if dropped := session.prepared.reasons(DEGENERATE):
+        parts.append(f"{sum(dropped.values())} dropped{_reasons(dropped)}")
+    return ", ".join(parts)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """All of them, the most frequent first."""
+    return f" ({'; '.join(f'{times}x {reason}' for reason, times in counts.items())})" if counts else ""
 
 
 def _leave(world: World) -> None:
