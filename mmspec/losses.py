@@ -16,6 +16,9 @@ from torch import Tensor
 
 from mmspec.types import Unembed
 
+UNROLLS = ("ttt", "hass", "none")
+"""How draft steps may be simulated in training; `mmspec.heads._unrolled` says what they are."""
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -25,6 +28,9 @@ class LossConfig:
         regression: SmoothL1 between predicted and true last hidden state (EAGLE).
         soft_ce: cross-entropy against the target's distribution (EAGLE, EAGLE-3).
         total_variation: sum of |q - p|: 2 (1 - acceptance probability of a sampled token).
+        unroll: how the steps are simulated. `ttt`: as they are drafted, gradients flowing through all of them
+            (training-time test). `hass`: as they are drafted, but a step takes the one before as given. `none`: the
+            first step alone.
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
         chunk: predictions whose [chunk, V] logits exist at a time.
@@ -35,6 +41,7 @@ class LossConfig:
     regression: float = 0.0
     soft_ce: float = 1.0
     total_variation: float = 0.0
+    unroll: str = "ttt"
     steps: int = 3
     step_decay: float = 0.8
     chunk: int = 1024
@@ -43,6 +50,10 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"loss.steps must be at least 1, got {self.steps}")
+        if self.unroll not in UNROLLS:
+            raise ValueError(f"loss.unroll={self.unroll!r} must be one of: {', '.join(UNROLLS)}")
+        if self.unroll == "none" and self.steps != 1:
+            raise ValueError(f"loss.steps={self.steps}: loss.unroll=none trains one step alone; set loss.steps=1")
         if self.chunk < 1:
             raise ValueError(f"loss.chunk must be at least 1, got {self.chunk}")
         if self.regression + self.soft_ce + self.total_variation <= 0:

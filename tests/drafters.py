@@ -14,9 +14,10 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.drafters.recycling import RecyclingDrafter
 from mmspec.drafters.sam import SamDrafter
-from mmspec.heads import eagle, eagle3
+from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
+from mmspec.recipe import head_kinds, import_head
 from mmspec.static_tree import StaticTree
 from mmspec.tree import from_parents, pruned
 from mmspec.types import Plan
@@ -25,25 +26,30 @@ DRAFT_VOCAB = 40
 """Of the 61 tokens of the random targets."""
 
 
-def eagle_head(target, loss=None):
-    return eagle.Head(eagle.Config().resolve(target.shape), loss)
+def variant(kind, **settings):
+    """A head of `mmspec/heads/<kind>.py` as (target, loss) -> head."""
 
+    def make(target, loss=None):
+        module = import_head(kind)
+        return module.Head(module.Config(**settings).resolve(target.shape), loss)
 
-def eagle3_head(target, loss=None):
-    """With the target's whole vocabulary."""
-    return eagle3.Head(eagle3.Config(taps=(1, 2, 0)).resolve(target.shape), loss)
+    return make
 
 
 def eagle3_small_head(target, loss=None):
     """With a vocabulary of its own, whose ids are not their places in it."""
-    head = eagle3.Head(eagle3.Config(draft_vocab_size=DRAFT_VOCAB).resolve(target.shape), loss)
+    head = variant("eagle3", draft_vocab_size=DRAFT_VOCAB)(target, loss)
     rng = torch.Generator().manual_seed(7)
     head.prepare(target, lambda: torch.rand(target.shape.vocab_size, generator=rng))
     return head
 
 
-HEADS = {"eagle": eagle_head, "eagle3": eagle3_head, "eagle3_small": eagle3_small_head}
-"""Every trained drafter on a random target, fp32, untrained."""
+HEADS = {
+    **{kind: variant(kind) for kind in head_kinds() if issubclass(import_head(kind).Head, UnrolledHead)},
+    "eagle3": variant("eagle3", taps=(1, 2, 0)),
+    "eagle3_small": eagle3_small_head,
+}
+"""Every head over pairs on a random target, fp32, untrained; with its own whole vocabulary where nothing is said."""
 
 
 def make_head(kind, target, seed=1, steps=4):
