@@ -266,7 +266,7 @@ def test_each_image_is_read_by_its_own_length_and_kept_in_mind_until_the_next():
     assert places[shown].tolist() == [place for _, stop in spans for place in (stop - 2, stop - 1)]
     before, between = places < spans[0][0], (places >= spans[0][1]) & (places < spans[1][0])
     behind = places >= spans[1][1]
-    assert before.any() and between.any() and behind.any()
+    assert all(some.any() for some in (before, between, behind))
     assert not prefix.notes[0, before].any()
     for image, (moved, still) in enumerate([(between, behind), (behind, between)]):
         other = vispec_notes(target, prompt, head, image)
