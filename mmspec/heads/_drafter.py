@@ -55,8 +55,6 @@ class PairHead(DraftHead):
 
     block: DecoderBlock
     rotary: RotaryTable
-    draft_ids: Tensor | None
-    """[V'] int64, target ids of a vocabulary of its own, ascending, saved with the weights; None: the target's."""
     placeholder: Tensor | None
     """[D] the target's embedding of an image placeholder, saved with the weights; of heads with `image_input: aux`."""
     notes: bool = False
@@ -65,7 +63,6 @@ class PairHead(DraftHead):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("draft_ids", None)
         self.register_buffer("placeholder", torch.zeros(config.hidden_size) if config.image_input == "aux" else None)
 
     @property
@@ -134,10 +131,6 @@ class PairHead(DraftHead):
     def logits(self, states: Tensor, unembed: Unembed) -> Tensor:
         """Over the head's vocabulary, [..., V']."""
         return unembed(states)
-
-    def target_ids(self, indices: Tensor) -> Tensor:
-        """Indices into the head's vocabulary as the target's token ids."""
-        return indices if self.draft_ids is None else self.draft_ids[indices]
 
     def drafter(
         self,

@@ -21,7 +21,7 @@ from mmspec.types import Prompt, Request
 from tests import families
 from tests.drafters import Erratic, make_head, variant
 
-STEPS, NEW = 4, 11
+STEPS, NEW = 4, 24
 KINDS = [kind for kind in head_kinds() if issubclass(import_head(kind).Head, UnrolledHead)]
 VARIANTS = [(k, i, r) for k in KINDS for i, r in product(import_head(k).Config.image_inputs, ROPES)]
 every_variant = pytest.mark.parametrize(("kind", "image_input", "rope"), VARIANTS)
@@ -76,11 +76,11 @@ class Led(PairDrafter):
         places = self._positions(ahead).flatten().tolist()
         for row, (key, index) in enumerate(zip(self.keys.tolist(), places)):
             truth = self.truth[key]
-            if self.kv.lengths[row] and index < len(truth):
+            third = index - ahead + 3
+            wrong = third % 4 == 0  # every fourth draft has another token there, and is rejected from it on
+            if self.kv.lengths[row] and index < len(truth) and (index <= third or not wrong):
                 self.seen.append((key, index, ahead - 1, logits[row, 0]))
-                # Every third draft goes wrong at its third token.
-                true = int(truth[index])
-                scores[row, 0, true if ahead < 3 or index % 3 else (true + 1) % logits.shape[-1]] = 0.0
+                scores[row, 0, (int(truth[index]) + (wrong and index == third)) % logits.shape[-1]] = 0.0
         return scores
 
 
@@ -114,7 +114,7 @@ def test_teacher_forced_logits_equal_drafting_logits_in_the_loop(kind, image_inp
         assert torch.allclose(found, logits[step][draft], atol=1e-9, rtol=0), (key, index, step)
         compared.add((key, step))
     assert compared >= {(request.key, 0) for request in wanted}
-    assert {step for _, step in compared} == set(range(STEPS))
+    assert {step for _, step in compared} >= set(range(STEPS if len(wanted) > 1 else STEPS - 1))
 
 
 # ---- positions ----
@@ -236,7 +236,8 @@ def test_a_visual_pair_of_msd_is_the_image_feature_and_the_pair_behind_it_has_th
     assert torch.equal(prefix.inputs[0, visual], forward.embeds[0, 1:][visual])
     behind = int(prompt.visual.nonzero().max())
     assert not visual[behind]
-    assert torch.equal(prefix.inputs[0, behind], head.pair(forward.embeds[0, behind + 1], f[behind]))
+    after = head.pair(forward.embeds[0, behind + 1], f[behind])
+    assert torch.allclose(prefix.inputs[0, behind], after, atol=1e-12)
     # Language's projection learns of language alone.
     prefix.inputs[0, visual].sum().backward()
     assert not head.fc.weight.grad.any()
