@@ -96,7 +96,7 @@ class Checkpoint:
         Raises:
             InputError: weights and config disagree.
         """
-        module = build_head(self.kind, self.config, LossConfig())
+        module = build_head(self.kind, self.config)
         return _filled(module, self.folder / "head.safetensors", dtype)
 
     def controller(self, dtype: torch.dtype = torch.float32) -> nn.Module | None:
@@ -107,8 +107,8 @@ class Checkpoint:
         return _filled(module, self.folder / "viskip.safetensors", dtype)
 
 
-def build_head(kind: str, config: Any, loss: LossConfig) -> nn.Module:
-    """A fresh head of `mmspec.heads.<kind>`."""
+def build_head(kind: str, config: Any, loss: LossConfig | None = None) -> nn.Module:
+    """A fresh head of `mmspec.heads.<kind>`; without a loss for drafting alone."""
     head: nn.Module = import_head(kind).Head(config, loss)
     return head
 

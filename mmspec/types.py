@@ -147,6 +147,8 @@ class Forward:
         hidden: tapped layers {index into hidden_states: [B, N, D]}.
         embeds: prefill only, [1, L, D]: input embeddings with image features merged in.
         visual: prefill only, [1, L] bool.
+        positions: prefill only, [3, 1, L] int64, the target's rotary positions (time, height, width); all three are
+            0..L-1 for a target that counts tokens. Text behind the prompt goes on at their largest.
         visual_mass: [B, N] fp32 (prefill: of the last position, [1, 1]), share of its attention that each node gives to
             image positions, mean over the heads of the layer that the state was opened with, else None.
     """
@@ -157,6 +159,7 @@ class Forward:
     embeds: Tensor | None = None
     visual: Tensor | None = None
     visual_mass: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -330,6 +333,8 @@ class Features:
         visual_mass: [B, T, S] fp32, attention mass on image positions of the layers asked for (head mean), or None.
         segment: [B, T] int64, where conversations share rows: the 1-based number in its row of the conversation that
             a token belongs to, 0 at padding; None where each row is one.
+        positions: [3, B, T] int64, the target's rotary positions within each conversation; None where they are not
+            known.
     """
 
     input_ids: Tensor
@@ -341,6 +346,7 @@ class Features:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     visual_mass: Tensor | None = None
     segment: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)

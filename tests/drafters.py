@@ -14,10 +14,12 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.drafters.recycling import RecyclingDrafter
 from mmspec.drafters.sam import SamDrafter
-from mmspec.heads import eagle, eagle3
+from mmspec.heads import medusa
+from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
-from mmspec.static_tree import StaticTree
+from mmspec.recipe import head_kinds, import_head
+from mmspec.static_tree import MEDUSA_63, StaticTree
 from mmspec.tree import from_parents, pruned
 from mmspec.types import Plan
 
@@ -25,31 +27,53 @@ DRAFT_VOCAB = 40
 """Of the 61 tokens of the random targets."""
 
 
-def eagle_head(target, loss=None):
-    return eagle.Head(eagle.Config().resolve(target.shape), loss)
+def variant(kind, **settings):
+    """A head of `mmspec/heads/<kind>.py` as (target, loss) -> head."""
 
+    def make(target, loss=None):
+        module = import_head(kind)
+        return module.Head(module.Config(**settings).resolve(target.shape), loss)
 
-def eagle3_head(target, loss=None):
-    """With the target's whole vocabulary."""
-    return eagle3.Head(eagle3.Config(taps=(1, 2, 0)).resolve(target.shape), loss)
+    return make
 
 
 def eagle3_small_head(target, loss=None):
     """With a vocabulary of its own, whose ids are not their places in it."""
-    head = eagle3.Head(eagle3.Config(draft_vocab_size=DRAFT_VOCAB).resolve(target.shape), loss)
+    head = variant("eagle3", draft_vocab_size=DRAFT_VOCAB)(target, loss)
     rng = torch.Generator().manual_seed(7)
     head.prepare(target, lambda: torch.rand(target.shape.vocab_size, generator=rng))
     return head
 
 
-HEADS = {"eagle": eagle_head, "eagle3": eagle3_head, "eagle3_small": eagle3_small_head}
-"""Every trained drafter on a random target, fp32, untrained."""
+def medusa_head(target, loss=None, **config):
+    """Beyond its beginning, where it is the identity."""
+    n_ahead = loss.steps if loss else 4
+    head = medusa.Head(medusa.Config(n_ahead=n_ahead, **config).resolve(target.shape), loss)
+    for parameter in head.blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    head.prepare(target, None)
+    return head
+
+
+def medusa_own_head(target, loss=None):
+    """With unembeddings of its own, in the depth of two blocks."""
+    return medusa_head(target, loss, own_head=True, n_blocks=2)
+
+
+HEADS = {
+    **{kind: variant(kind) for kind in head_kinds() if issubclass(import_head(kind).Head, UnrolledHead)},
+    "eagle3": variant("eagle3", taps=(1, 2, 0)),
+    "eagle3_small": eagle3_small_head,
+}
+"""Every head over pairs on a random target, fp32, untrained; with its own whole vocabulary where nothing is said."""
+ALL_HEADS = {**HEADS, "medusa": medusa_head, "medusa_own": medusa_own_head}
+"""Every trained drafter."""
 
 
 def make_head(kind, target, seed=1, steps=4):
-    """One of HEADS where the target is, in its dtype."""
+    """One of ALL_HEADS where the target is, in its dtype."""
     torch.manual_seed(seed)
-    return HEADS[kind](target, LossConfig(steps=steps)).to(target.device, target.dtype)
+    return ALL_HEADS[kind](target, LossConfig(steps=steps)).to(target.device, target.dtype)
 
 
 class Scripted:
@@ -190,7 +214,8 @@ def drafters(target, truth):
         "lookahead": LookaheadDrafter(),
         "lade": LadeDrafter(lade.Config(4, 3, 2), target),
         "recycling": RecyclingDrafter(recycling.Config(), target),
-        **{kind: make_head(kind, target).drafter(target, 3) for kind in HEADS},
+        **{kind: make_head(kind, target).drafter(target, 3) for kind in ALL_HEADS},
+        "medusa_static": make_head("medusa", target).drafter(target, 3, shape=MEDUSA_63),
         "eagle_static": make_head("eagle", target).drafter(target, 3, shape=StaticTree.parse("root:3 0:2 1:1 | 01:2")),
         "eagle_chain": make_head("eagle", target).drafter(target, 1),
         "hybrid": HybridDrafter(

@@ -11,8 +11,8 @@ no loss; counted as acceptance it is a miss. The loss is divided by all position
 why): a smaller vocabulary then weighs less, it does not make the others weigh more.
 
 Source: EAGLE-3 (arXiv 2503.01840). Deviations, on purpose: W_d starts as the target's own rows; stop tokens, digits and
-punctuation are always in the draft vocabulary and the image placeholder never is; positions are 1-D pair indices
-whatever the target uses; and those of the training objective (`_unrolled.py`).
+punctuation are always in the draft vocabulary and the image placeholder never is; what it sees of images and which
+positions it counts are settings (`_prefix.py`); and those of the training objective (`_unrolled.py`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmspec.heads._prefix import check_inputs
+from mmspec.heads._unembedding import Unembedding
 from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import Aims, LossConfig, vocabulary_losses
 from mmspec.nn import DecoderBlock, RMSNorm, RotaryTable
 from mmspec.types import Features, Forward, InputError, Target, TargetShape, Unembed
 
-T = TypeVar("T")
 N_TAPS = 3
 
 
@@ -45,11 +45,13 @@ class Config:
         taps: three indices into the target's hidden_states (0 the embeddings, k what leaves the k-th layer); empty is
             (2, L / 2, L - 3), and the three below the last in a target of fewer than 7 layers L.
         intermediate_size, n_heads, n_kv_heads, head_dim: of the block.
-        rope_theta: base of the 1-D rotary positions over pair indices.
+        rope_theta: base of the rotary positions.
         rms_eps: of the norms.
-        image_input: what the head sees at image positions; `embeds` is the projected image feature.
-        rope: `1d`, pair indices.
+        image_input, rope: see `mmspec.heads._prefix`.
     """
+
+    image_inputs: ClassVar[tuple[str, ...]] = ("embeds", "aux", "none")
+    """Values of `image_input` that the head knows."""
 
     hidden_size: int = 0
     vocab_size: int = 0
@@ -65,10 +67,7 @@ class Config:
     rope: str = "1d"
 
     def __post_init__(self) -> None:
-        if self.image_input != "embeds":
-            raise ValueError(f"head.image_input: the eagle3 head knows only 'embeds', got '{self.image_input}'")
-        if self.rope != "1d":
-            raise ValueError(f"head.rope: the eagle3 head knows only '1d', got '{self.rope}'")
+        check_inputs("eagle3", self.image_input, self.image_inputs, self.rope)
         if self.taps and (len(self.taps) != N_TAPS or len(set(self.taps)) != N_TAPS):
             raise ValueError(f"head.taps must be {N_TAPS} different indices, or empty, got {list(self.taps)}")
         if self.draft_vocab_size < 0:
@@ -102,17 +101,6 @@ class Config:
             head_dim=self.head_dim or shape.head_dim,
             rms_eps=self.rms_eps or shape.rms_eps,
         )
-
-
-class Unembedding(nn.Linear):
-    """W_d. Whatever needs the weight itself is done in its forward: elsewhere ZeRO-3 has only a shard of it."""
-
-    def __init__(self, width: int, n_tokens: int) -> None:
-        super().__init__(width, n_tokens, bias=False)
-
-    def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], T] = F.linear) -> T:  # type: ignore[assignment]
-        """Logits of x [..., D], or what else `use` makes of x and the weight."""
-        return use(x, self.weight)
 
 
 class Head(UnrolledHead):
@@ -163,7 +151,7 @@ class Head(UnrolledHead):
         """s = W_fc a."""
         return self.fc(features)
 
-    def pair(self, embeds: Tensor, states: Tensor) -> Tensor:
+    def pair(self, embeds: Tensor, states: Tensor, note: Tensor | None = None) -> Tensor:
         return torch.cat([embeds, states], -1)
 
     def logits(self, states: Tensor, unembed: Unembed) -> Tensor:
@@ -179,14 +167,12 @@ class Head(UnrolledHead):
     @torch.no_grad()
     def prepare(self, target: Target, answer_counts: Callable[[], Tensor]) -> None:
         """Choose the draft vocabulary, and start W_d as the target's own rows."""
+        super().prepare(target, answer_counts)
         ids = torch.arange(self.config.vocab_size)
         if self.draft_ids is not None:
             ids = draft_vocabulary(answer_counts(), self.config.draft_vocab_size, target)
             self.draft_ids.copy_(ids)
-        # A target hands out no weights, but its unembedding of unit vectors is their transpose, exactly.
-        for column in torch.arange(self.config.hidden_size).split(256):
-            units = F.one_hot(column, self.config.hidden_size).to(target.device, target.dtype)
-            self.lm_head.weight[:, column] = target.unembed(units)[:, ids].T.to(self.lm_head.weight)
+        self.lm_head.start_from(target, ids)
 
 
 def draft_vocabulary(counts: Tensor, size: int, target: Target) -> Tensor:
