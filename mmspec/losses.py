@@ -27,6 +27,8 @@ class LossConfig:
         total_variation: sum of |q - p|: 2 (1 - acceptance probability of a sampled token).
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
+        dependence: w, how much more a prediction weighs the more the target's choice there owes to the image
+            (`Features.weight`, made in training by `train/dependence.py`); 0: all weigh alike.
         chunk: predictions whose [chunk, V] logits exist at a time.
         recompute: gradient checkpointing: what is widest in each step (norm and MLP) is computed again in the backward
             pass instead of kept. What is learned is the same.
@@ -37,12 +39,15 @@ class LossConfig:
     total_variation: float = 0.0
     steps: int = 3
     step_decay: float = 0.8
+    dependence: float = 0.0
     chunk: int = 1024
     recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"loss.steps must be at least 1, got {self.steps}")
+        if not 0 <= self.dependence < float("inf"):
+            raise ValueError(f"loss.dependence must be at least 0 (off), got {self.dependence}")
         if self.chunk < 1:
             raise ValueError(f"loss.chunk must be at least 1, got {self.chunk}")
         if self.regression + self.soft_ce + self.total_variation <= 0:

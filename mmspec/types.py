@@ -328,6 +328,8 @@ class Features:
         embeds: [B, T, D] input embeddings, image features merged in.
         hidden: tapped layers {index: [B, T, D]}.
         visual_mass: [B, T, S] fp32, attention mass on image positions of the layers asked for (head mean), or None.
+        weight: [B, T] fp32, factor of the loss of every prediction of a token; None where all are 1. Their mean over
+            the answers of the training data is 1: what losses are divided by stays the number of positions.
         segment: [B, T] int64, where conversations share rows: the 1-based number in its row of the conversation that
             a token belongs to, 0 at padding; None where each row is one.
     """
@@ -341,6 +343,7 @@ class Features:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     visual_mass: Tensor | None = None
     segment: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -422,7 +425,10 @@ class Target(Protocol):
         taps: Sequence[int] = (),
         mass_layers: Sequence[int] = (),
         pack: int = 0,
+        weights: Sequence[Tensor] = (),
+        instead: Tensor | None = None,
     ) -> Features: ...
+    def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor: ...
 
 
 class Drafter(Protocol):
