@@ -1,6 +1,6 @@
 """Trains every head of a target on one token budget, scores them side by side, and writes the tables and plots.
 
-    bash scripts/compare_heads.sh                             # all recipes/<head>_tiny.yaml and their vision-blind twins
+    bash scripts/compare_heads.sh                             # all recipes/<head>_tiny.yaml, and their blind twins
     bash scripts/compare_heads.sh --heads eagle eagle3 --no-blind --data synth:testmini
 
 Heads are the files of mmspec/heads that have a recipe <head>_<target>.yaml, so a new one joins by itself. All train on
@@ -42,6 +42,8 @@ from train.world import free_port
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 120
 """What a stopped training may take to save itself."""
+PORT = "PORT"
+"""Stands for a free port in a command."""
 STATIC = "eagle"
 """The head that EAGLE-1's static tree is shown of, beside the dynamic one."""
 
@@ -116,11 +118,10 @@ def perform(step: Step, ledger: Ledger) -> None:
     print(f"== {step.name}: {' '.join(checkpoint.discreet(word) for word in words)}", flush=True)
     ledger.note(step, seconds=before)
     if known is None:
-        step.makes.unlink(missing_ok=True)
+        _remove(step.makes)
     start = time.monotonic()
-    code, stopped = _command(
-        words, step.limit_s - before if step.limit_s else 0.0, lambda s: ledger.note(step, seconds=before + s)
-    )
+    left_s = step.limit_s - before if step.limit_s else 0.0
+    code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
     seconds = before + time.monotonic() - start
     if not step.makes.exists() or (code != 0 and not stopped):
         ledger.note(step, seconds=seconds)
@@ -128,9 +129,17 @@ def perform(step: Step, ledger: Ledger) -> None:
     ledger.note(step, seconds=seconds, done=True, stopped=stopped)
 
 
+def _remove(path: Path) -> None:
+    """What an earlier command left of a file; folders are shared and stay."""
+    if path.is_file():
+        path.unlink()
+
+
 def _command(words: Sequence[str], limit_s: float, beat: Any) -> tuple[int, bool]:
     """Runs a command to its end or its limit. Returns the exit code, and whether it was stopped at the limit."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # A free port: the launcher's fixed one may be taken by another run on this machine.
+    words = [str(free_port()) if word == PORT else word for word in words]
     process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
     start, end = time.monotonic(), time.monotonic() + limit_s if limit_s else None
     try:
@@ -186,9 +195,8 @@ def entrants(args: argparse.Namespace) -> list[Entrant]:
         InputError: one that is asked for has none.
     """
     found = []
-    wanted = args.heads or [
-        kind for kind in head_kinds() if (ROOT / "recipes" / f"{kind}_{args.suffix}.yaml").is_file()
-    ]
+    with_recipe = [kind for kind in head_kinds() if (ROOT / "recipes" / f"{kind}_{args.suffix}.yaml").is_file()]
+    wanted = args.heads or with_recipe
     for kind in wanted:
         recipe = ROOT / "recipes" / f"{kind}_{args.suffix}.yaml"
         if kind not in head_kinds() or not recipe.is_file():
@@ -243,7 +251,7 @@ def _launched(args: argparse.Namespace, script: str, *words: str) -> tuple[str, 
     if args.procs <= 1:
         return (sys.executable, str(ROOT / script), *words)
     launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.procs))
-    return (*launcher, "--master_port", str(args.port), str(ROOT / script), *words)
+    return (*launcher, "--master_port", PORT, str(ROOT / script), *words)
 
 
 def _answers(args: argparse.Namespace, head: Entrant) -> Step:
@@ -276,9 +284,8 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
     steps.append(evaluation("matched", ["--tree", *tree], after, policies))
     tuned = folder / "tuned_tree.json"
     tuning = ["--data", args.tune_data, "--limit", str(args.tune_limit), "--max-new-tokens", str(args.max_new_tokens)]
-    words = _module(
-        "eval.tune_tree", *ckpt, "--out", str(tuned), *tuning, *(["--grid", *args.grid] if args.grid else [])
-    )
+    grid = ["--grid", *args.grid] if args.grid else []
+    words = _module("eval.tune_tree", *ckpt, "--out", str(tuned), *tuning, *grid)
     steps.append(Step(f"tune {head.name}", words, tuned, (trained,)))
     steps.append(evaluation("tuned", [f"--tree=@{tuned}"], (trained, f"tune {head.name}"), ["fixed"]))
     return steps
@@ -320,14 +327,13 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
                     rows.append(row(label, summary, method, {"tree": tree, **facts}))
     if not args.no_training_free:
         summary = _read(out / "training_free" / "summary.json")
-        best = max(
-            (m for m in summary["methods"] if m != "plain"), key=lambda m: summary["methods"][m]["overall"]["mat"]
-        )
+        mats = {name: m["overall"]["mat"] for name, m in summary["methods"].items() if name != "plain"}
+        best = max(mats, key=lambda name: mats[name])
         for rows in tables.values():
             rows.append(row(f"best training-free ({best})", summary, best, {}))
     dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "results", "port")},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "results", "said")},
         "commit": checkpoint.git_commit(),
         "hardware": hardware(_cpu()),
         **tables,
@@ -373,9 +379,10 @@ def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
     (results / "tables.md").write_text("\n".join(text), encoding="utf-8")
     trained = [f"{entry['head']} {entry['train_s'] / 60:.1f} min" for entry in found["matched"] if "train_s" in entry]
     machine = ", ".join(f"{key} {value}" for key, value in found["hardware"].items())
+    said = " ".join(map(checkpoint.discreet, args.said))
     return (
         f"## {date.today()} · Heads side by side on {args.data}\n\n"
-        f"`bash scripts/compare_heads.sh {' '.join(map(checkpoint.discreet, args.said))}`, commit {found['commit']}, {machine}.\n"
+        f"`bash scripts/compare_heads.sh {said}`, commit {found['commit']}, {machine}.\n"
         f"{args.steps} steps of {args.batch} conversations each, at most {args.minutes:g} minutes; trained: "
         f"{', '.join(trained)}.\n\n" + "\n".join(text)
     )
@@ -437,7 +444,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
         raise InputError(f"--batch {args.batch} must be a multiple of --procs {args.procs}")
     for text in (args.tree, *(args.grid or ())):
         parse_tree(text)
-    args.port, args.said = free_port(), said
+    args.said = said
     return args
 
 
