@@ -29,6 +29,8 @@ from mmspec.types import InputError
 
 HEAD_KEYS = ("kind", "init_from", "init_layer", "lora", "blind")
 """Keys of the `head` node that are no field of the head's `Config`."""
+FORMATS = ("llava", "messages", "sharegpt")
+"""Layouts of conversations that `data.sources.format` may name."""
 TRACKERS = ("wandb", "tensorboard")
 NOT_A_DRAFT_HEAD = ("base", "viskip")
 """Files of `mmspec/heads` that `head.kind` cannot name, besides the `_shared` ones: the base, and the controller."""
@@ -94,15 +96,21 @@ class HeadNode:
 
 @dataclass
 class Source:
-    """One data source: `synth:train`, a LLaVA JSON file, or a folder with `llava.json`."""
+    """One data source."""
 
     path: str = MISSING
+    """`synth:train`; a JSON, JSONL or Parquet file; a folder with Parquet files, `llava.json` or what `datasets` saved;
+    or a set of the Hub, `hub:org/name` or `hub:org/name/configuration`."""
     weight: float = 1.0
     """How often a record is drawn per epoch: 2 twice, 0.5 in every other epoch on average."""
     limit: int | None = None
     """Use the first so many records."""
     topic: str | None = None
     """Of those, use the records of this topic, or category where they name no topic."""
+    format: str | None = None
+    """llava, messages or sharegpt; default: recognised record by record."""
+    split: str | None = None
+    """Of a set that has several; default: train."""
 
 
 @dataclass
@@ -308,6 +316,10 @@ def check(recipe: Recipe) -> None:
     for key, value, allowed in choices:
         if value not in allowed:
             raise InputError(f"{key}={value!r} must be one of: {', '.join(allowed)}{_likely(value, allowed)}")
+    for i, source in enumerate(recipe.data.sources):
+        if source.format is not None and source.format not in FORMATS:
+            likely = _likely(source.format, FORMATS)
+            raise InputError(f"data.sources[{i}].format={source.format!r} must be one of: {', '.join(FORMATS)}{likely}")
     for name in recipe.run.trackers:
         if name not in TRACKERS:
             raise InputError(f"run.trackers names {name!r}; there are: {', '.join(TRACKERS)}{_likely(name, TRACKERS)}")

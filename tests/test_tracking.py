@@ -26,10 +26,10 @@ from tests.tiny import llava
 from tests.training import distill, prepare, record, save_data, save_recipe, save_target, session
 from train import tracking
 from train.corpus import read
+from train.encode import encode
 from train.flops import Work, counted, expected, head_cost, target_cost
 from train.lora import adapt
 from train.measure import held_out, measure
-from train.regenerate import encode
 from train.tracking import Tracker
 from train.usage import memory_gb, named_peak, peak_tflops
 

@@ -21,10 +21,12 @@ from mmspec.types import InputError, Output
 from tests import tiny
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
 from train import controller, distill, regenerate
-from train.corpus import Order, check_sources, deal, read
+from train.corpus import check_sources, read
+from train.encode import encode
 from train.engine import engine_settings, learning_rate
 from train.estimate import target_facts
 from train.measure import marked
+from train.order import Order, deal
 from train.session import begin, finished
 from train.stopping import Stopped, Stopper
 from train.tracking import wandb_mode
@@ -224,8 +226,8 @@ def test_answers_are_the_targets_own_turn_by_turn(tmp_path: Path):
 def test_a_reply_that_was_cut_trains_no_stop_token(tmp_path: Path):
     s = session(tmp_path, [record(0)])
     sample = s.corpus.samples[0]
-    cut = regenerate.encode(sample, regenerate.Dialogue(("w1 w2",), (False,), 0), s.target, 99)[1]
-    whole = regenerate.encode(sample, regenerate.Dialogue(("w1 w2",), (True,), 0), s.target, 99)[1]
+    cut = encode(sample, regenerate.Dialogue(("w1 w2",), (False,), 0), s.target, 99)[1]
+    whole = encode(sample, regenerate.Dialogue(("w1 w2",), (True,), 0), s.target, 99)[1]
     assert int((whole > 0).sum()) - int((cut > 0).sum()) == 1
 
 
@@ -266,7 +268,7 @@ def test_answer_counts_are_those_of_the_tokens_that_are_trained(tmp_path: Path):
     s.corpus = replace(s.corpus, weights=(2.0, *s.corpus.weights[1:]))
     expected = torch.zeros(s.target.shape.vocab_size, dtype=torch.float64)
     for index, sample in enumerate(s.corpus.samples):
-        prompt, answer = regenerate.encode(sample, s.prepared.dialogues[index], s.target, 999)
+        prompt, answer = encode(sample, s.prepared.dialogues[index], s.target, 999)
         for token in prompt.input_ids[answer > 0]:
             expected[token] += s.corpus.weights[index]
     counts = regenerate.answer_counts(s.corpus, s.prepared, s.target, ALONE)

@@ -24,10 +24,10 @@ from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
-from train.corpus import Order
+from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
+from train.order import Order
 from train.placement import uneven
-from train.regenerate import length_limit
 from train.session import Session
 from train.stopping import Stopped
 

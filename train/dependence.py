@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ from mmspec.dependence import (
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt
 from train.corpus import Picture, Sample
+from train.encode import encode, length_limit
 from train.placement import uneven
-from train.regenerate import encode, length_limit
 from train.session import Session
 
 CLIP = 8.0
@@ -112,7 +113,8 @@ class BlurredPicture(Picture):
 
 def image_mean(session: Session) -> Tensor | None:
     """The mean feature [W] fp32 of the images of the first `IMAGES` conversations with one. Every rank must call."""
-    with_image = [k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures][:IMAGES]
+    shown = (k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures)
+    with_image = list(islice(shown, IMAGES))
     mine = with_image[session.world.rank :: session.world.size]
     with uneven(session.target):
         total, n = feature_sum(session.target, (encoded[0] for encoded in _encoded(session, mine)))

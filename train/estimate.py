@@ -292,7 +292,7 @@ def _yaml(recipe: Recipe) -> str:
 
 
 def _presence(path: str) -> str:
-    return "" if path.startswith("synth:") or Path(path).exists() else "   (not here yet)"
+    return "" if path.startswith(("synth:", "hub:")) or Path(path).exists() else "   (not here yet)"
 
 
 def _count(n: int) -> str:

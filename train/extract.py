@@ -20,6 +20,7 @@ from mmspec.recipe import Recipe
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Target
 from train.corpus import Corpus, Picture
+from train.encode import encode, length_limit, shown
 from train.features import (
     COMMAND,
     DTYPES,
@@ -40,7 +41,7 @@ from train.features import (
     write_shard,
 )
 from train.placement import uneven
-from train.regenerate import answers_digest, answers_folder, answers_key, encode, length_limit
+from train.regenerate import answers_digest, answers_folder, answers_key
 from train.session import Session
 from train.stopping import Stopped
 
@@ -235,7 +236,8 @@ def _image_numbers(session: Session) -> dict[int, int]:
     mine = {}
     for record in records[world.rank :: world.size]:
         # A file that has vanished is reported with its record, when that is encoded.
-        hashes = [_hash(picture, known) for picture in session.corpus.samples[record].pictures]
+        pictures = shown(session.corpus.samples[record], session.prepared.dialogues[record])
+        hashes = [_hash(picture, known) for picture in pictures]
         if hashes:
             whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(hashes)).digest()
             mine[record] = int.from_bytes(whole[:8], "big", signed=True) or 1

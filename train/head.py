@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -117,9 +118,9 @@ def train_head(session: Session) -> nn.Module:
 
 def _image_means(session: Session, source: FeatureSource, head: BlindHead) -> Tensor:
     """What a vision-blind twin reads at image positions; the same on every rank. Every rank must call."""
-    records = [k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures][:LOOKED_AT]
+    shown = (k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures)
     total, n = torch.zeros(head.means.shape, dtype=torch.float64), 0
-    for record in records:
+    for record in islice(shown, LOOKED_AT):
         sums, more = image_means(source.batch([record]).features(), head.taps)
         total, n = total + sums.cpu(), n + more
     return total / max(n, 1)

@@ -26,6 +26,7 @@ from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import Output, Prompt, Request, Target
 from train.corpus import IMAGE_MARK, Corpus, Sample
+from train.encode import encode, fitted, length_limit
 from train.placement import uneven
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
@@ -57,38 +58,6 @@ class Prepared:
 
     dialogues: dict[int, Dialogue] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
-
-
-def length_limit(data: Data, target: Target) -> int:
-    """The longest conversation, in tokens."""
-    return min(target.max_length, data.max_length or target.max_length)
-
-
-def encode(sample: Sample, dialogue: Dialogue, target: Target, limit: int) -> tuple[Prompt, Tensor]:
-    """A conversation as the target reads it.
-
-    Args:
-        sample, dialogue: questions and answers.
-        limit: longest sequence; what lies beyond is cut off (it is text, the picture is in front).
-
-    Returns:
-        Prompt of length L and [L] int64 reply numbers, 0 outside replies and at the stop token of a reply that was
-        cut short: the target never wrote that one.
-
-    Raises:
-        RecordError: the picture cannot be read.
-    """
-    n_turns = len(dialogue.answers)
-    prompt, answer = target.encode_dialogue(sample.messages(dialogue.answers, n_turns), sample.images())
-    answer = answer.clone()
-    for number, finished in enumerate(dialogue.finished, start=1):
-        places = (answer == number).nonzero().flatten()
-        if not finished and len(places):
-            answer[places[-1]] = 0
-    if len(prompt) > limit:
-        prompt = Prompt(prompt.input_ids[:limit], prompt.visual[:limit], prompt.pixels)
-        answer = answer[:limit]
-    return prompt, answer
 
 
 def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: World) -> Tensor:
@@ -237,12 +206,9 @@ class _Worker:
         """The dialogue with its length, or the reason why it is no training example."""
         dialogue = Dialogue(tuple(answers), tuple(finished), 0)
         try:
-            prompt, answer = encode(sample, dialogue, self.target, self.limit)
+            return fitted(sample, dialogue, self.target, self.limit)
         except (RecordError, ValueError) as error:
             return _line(error)
-        if not bool((answer > 0).any()):
-            return f"prompt is longer than the context ({self.limit} tokens)"
-        return Dialogue(dialogue.answers, dialogue.finished, len(prompt))
 
     def _answer(self, chunk: Sequence[int]) -> Iterable[tuple[int, Dialogue | str]]:
         """Turn by turn: all first questions together, then all second ones with the target's own answers as history."""

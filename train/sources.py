@@ -25,12 +25,13 @@ from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
 from train.clock import StepClock
-from train.corpus import Order, deal
 from train.dependence import Measured
+from train.encode import encode, length_limit
 from train.features import FeatureStore, StoredRow, state_names, unpack
 from train.fit import Lost, MicroBatch
 from train.labels import Labels, open_labels
-from train.regenerate import answers_digest, encode, length_limit
+from train.order import Order, deal
+from train.regenerate import answers_digest
 from train.session import Session
 
 LOST = "lost since it was answered"
@@ -299,12 +300,12 @@ class Loader:
         if not self.usable:
             raise InputError("no record is left to train on after quarantine")
         corpus = session.corpus
-        self.order = Order([corpus.weights[index] for index in self.usable], session.recipe.run.seed)
+        self.order = Order(corpus.weights[self.usable], session.recipe.run.seed)
         self.lengths = [session.prepared.dialogues[index].length for index in self.usable]
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
         known = session.lost
-        self._lost = {k for k, s in enumerate(corpus.samples) if known and (str(s.file), s.line) in known}
+        self._lost = {k for k in range(len(corpus)) if corpus.samples.place(k) in known} if known else set()
         self._loads: dict[tuple[int, int], Future[None]] = {}
 
     def __enter__(self) -> Loader:

@@ -9,7 +9,7 @@ Every sample is a pure function of (split, index). Splits share no scene.
 
 from mmspec.synth.corpus import CORPUS_VERSION, SPLITS, Fact, Sample, check, sample, scene_of
 from mmspec.synth.lexicon import TOPICS
-from mmspec.synth.store import materialise
+from mmspec.synth.store import cache_folder, materialise
 
 __all__ = [
     "CORPUS_VERSION",
@@ -17,6 +17,7 @@ __all__ = [
     "TOPICS",
     "Fact",
     "Sample",
+    "cache_folder",
     "check",
     "materialise",
     "sample",

@@ -14,6 +14,11 @@ from mmspec.synth.corpus import CORPUS_VERSION, SPLITS, Sample, sample
 _PROGRESS_ABOVE = 500
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: the environment's MMSPEC_CACHE, else ~/.cache/mmspec."""
+    return Path(os.environ.get("MMSPEC_CACHE") or Path.home() / ".cache" / "mmspec")
+
+
 def materialise(split: str, limit: int | None = None, root: str | Path | None = None) -> Path:
     """A folder with the first `limit` samples of a split; made on the first call, found on the next.
 
@@ -24,7 +29,7 @@ def materialise(split: str, limit: int | None = None, root: str | Path | None = 
     Args:
         split: "train", "val", "test" or "testmini".
         limit: Number of samples from the start of the split; None for all.
-        root: Where the cache is; by default the environment's MMSPEC_CACHE, else ~/.cache/mmspec.
+        root: Where the cache is; by default `cache_folder()`.
 
     Returns:
         The folder.
@@ -37,7 +42,7 @@ def materialise(split: str, limit: int | None = None, root: str | Path | None = 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, but at least 1 sample is needed (None means all)")
     number = SPLITS[split] if limit is None else min(limit, SPLITS[split])
-    base = Path(root or os.environ.get("MMSPEC_CACHE") or Path.home() / ".cache" / "mmspec")
+    base = cache_folder() if root is None else Path(root)
     folder = base / f"synth-v{CORPUS_VERSION}-{split}-{number}"
     if folder.is_dir():
         return folder

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoProcessor, GenerationConfig
 from transformers.cache_utils import Cache
 
 from mmspec.cache import RaggedKV
 from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, NodeMass, RaggedLayer
+from mmspec.targets._marks import locate, mark
 from mmspec.targets._rows import Place, fill, lay_out, spread
 from mmspec.targets._static import StaticPasses, padded_slots
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
@@ -127,31 +129,27 @@ class HFTarget:
     def encode_dialogue(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> tuple[Prompt, Tensor]:
         """A finished conversation and, per token, the number of the reply it belongs to.
 
-        The mask comes from the template itself: reply k lies between the render of the messages before it with the
-        generation prompt, and the render with it. Its stop token is included.
+        Replies are marked from the first token that the target would write to the stop token; see `_marks.py`.
+        The processor, which is where images cost, runs once. Nothing is padded, whatever the tokenizer's side for that.
 
         Returns:
             Prompt of length L, and [L] int64: 0 outside replies, else 1-based.
 
         Raises:
-            ValueError: when the template does not render a conversation as an extension of its beginning.
+            ValueError: a reply cannot be located exactly, or the template leaves an image out.
         """
-        prompt = self._encode(self._render(messages, False), images)
+        text, replies = locate(messages, self._render, self._stops(), self.name)
+        wanted, shown = _n_images(messages), text.count(self.processor.image_token)
+        if wanted != shown:
+            raise ValueError(f"the chat template of {self.name} shows {shown} images of a conversation with {wanted}")
+        prompt = self._encode(text, images)
+        ids, numbers = mark(text, replies, self._tokenize, self.name)
+        # Expanding an image repeats its placeholder: all other tokens are the same ones in the same order.
+        others = ids != self.image_token_id
+        if not torch.equal(ids[others], prompt.input_ids[~prompt.visual]):
+            raise ValueError(f"the processor of {self.name} changes other tokens than those of images")
         answer = torch.zeros(len(prompt), dtype=torch.long)
-        reply = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            reply += 1
-            before = self._encode(self._render(messages[:index], True), images).input_ids
-            after = self._encode(self._render(messages[: index + 1], False), images).input_ids
-            start, end = len(before), _trim(after, prompt.input_ids, self.stop_ids)
-            if not torch.equal(prompt.input_ids[:start], before):
-                raise ValueError(
-                    f"the chat template of {self.name} does not extend its own prefix at message {index}: "
-                    "answers cannot be located in the tokens"
-                )
-            answer[start:end] = reply
+        answer[~prompt.visual] = numbers[others]
         return prompt, answer
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -164,11 +162,30 @@ class HFTarget:
                 raise InputError(
                     f"a message with '{kind}' content cannot be encoded; targets take images and text only"
                 )
-        return str(self.processor.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False))
+        try:
+            text = self.processor.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(f"the chat template of {self.name} refuses the conversation: {error}") from error
+        return str(text)
+
+    def _stops(self) -> list[str]:
+        """The stop tokens as text, the tokenizer's end of sequence first."""
+        tokens = self.processor.tokenizer
+        ids = sorted(self.stop_ids, key=lambda token: (token != tokens.eos_token_id, token))
+        return [token for token in tokens.convert_ids_to_tokens(ids) if token]
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text with its placeholders as they are, and each one's characters where the tokenizer knows them."""
+        tokens = self.processor.tokenizer
+        out = tokens(text, add_special_tokens=not self._begun(text), return_offsets_mapping=tokens.is_fast)
+        return out["input_ids"], out.get("offset_mapping", [])
+
+    def _begun(self, text: str) -> bool:
+        """Whether the template has already written the token that begins a sequence."""
+        begin = self.processor.tokenizer.bos_token
+        return bool(begin) and text.startswith(begin)
 
     def _encode(self, text: str, images: Sequence[Any]) -> Prompt:
-        tokens = self.processor.tokenizer
-        prefix = bool(tokens.bos_token) and text.startswith(tokens.bos_token)
         n_images = text.count(self.processor.image_token)
         if n_images > len(images):
             raise InputError(f"the prompt has {n_images} image placeholders but {len(images)} images came with it")
@@ -176,7 +193,7 @@ class HFTarget:
             text=[text],
             images=list(images[:n_images]) or None,
             return_tensors="pt",
-            add_special_tokens=not prefix,
+            add_special_tokens=not self._begun(text),
         )
         ids = out["input_ids"][0]
         pixels = {k: v for k, v in out.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
@@ -474,12 +491,10 @@ def vocabulary_of(tokenizer: Any) -> bytes:
     return repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode()
 
 
-def _trim(after: Tensor, full: Tensor, stop_ids: frozenset[int]) -> int:
-    """End of a reply: what follows its stop token in the template (a newline, say) is not the reply's."""
-    end = len(after)
-    while end > 0 and int(after[end - 1]) not in stop_ids and any(int(t) in stop_ids for t in after[-3:]):
-        end -= 1
-    return min(end, len(full))
+def _n_images(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Images among the content of messages."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return sum(part["type"] == "image" for content in contents for part in content)
 
 
 def _stop_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:
