@@ -31,6 +31,8 @@ HEAD_KEYS = ("kind", "init_from", "init_layer", "lora", "blind")
 """Keys of the `head` node that are no field of the head's `Config`."""
 FORMATS = ("llava", "messages", "sharegpt")
 """Layouts of conversations that `data.sources.format` may name."""
+DROP_RULES = ("empty", "loop", "special", "cut")
+"""Kinds of degenerate answers that `data.drop` may name."""
 TRACKERS = ("wandb", "tensorboard")
 NOT_A_DRAFT_HEAD = ("base", "viskip")
 """Files of `mmspec/heads` that `head.kind` cannot name, besides the `_shared` ones: the base, and the controller."""
@@ -114,14 +116,51 @@ class Source:
 
 
 @dataclass
+class Instruction:
+    """What some conversations are asked for besides, so that answers of several lengths are learned."""
+
+    text: str = ""
+    """Stands on a line of its own behind the first question, as in "Please answer with at least 1000 words."; it is
+    part of the conversation, in training too, for the target's answer is its answer to this. Empty: a limit alone."""
+    share: float = 1.0
+    """Of the conversations; those that are left over are asked as they are. Which ones depends on `data.answer_seed`
+    and their place alone."""
+    max_new_tokens: int | None = None
+    """Limit of their answers; default: `data.max_new_tokens`."""
+
+
+@dataclass
 class Data:
     """What the head is trained on."""
 
     sources: list[Source] = field(default_factory=list)
     answers: str = "regenerated"
-    """regenerated: the target's own greedy answers (recommended); given: the answers of the data file."""
+    """regenerated: the target's own answers (recommended); given: the answers of the data file."""
     max_new_tokens: int = 192
     """Limit of a regenerated answer, in tokens."""
+    instructions: list[Instruction] = field(default_factory=list)
+    """Asked of shares of the conversations, which add up to 1 at most."""
+    sampled_share: float = 0.0
+    """Share of the conversations whose answers are sampled; the others are greedy. Which ones, and with which noise,
+    depends on `data.answer_seed` and their place in the data alone."""
+    temperature: float = 1.0
+    """Of sampled answers."""
+    top_p: float = 1.0
+    """Of sampled answers: from the smallest set of tokens with at least this probability."""
+    answer_seed: int = 0
+    """Of everything that chance decides about answers; not `run.seed`, so that runs of several seeds share answers."""
+    drop: list[str] = field(default_factory=lambda: ["empty", "loop", "special"])
+    """Regenerated answers that are dropped, with their conversation: empty; loop (ends in a block of at most 32 tokens
+    over and over, 4 times and 32 tokens at least); special (holds a special token or an image placeholder); cut
+    (reached its limit before a stop token)."""
+    max_degenerate_share: float = 0.2
+    """The run stops when more than this share of the records is dropped for these reasons. They are listed in the
+    quarantine, but count here, not for `max_bad_share`: it is the target or the settings that need a look, not the
+    data."""
+    answer_head: str | None = None
+    """A run folder whose head drafts the answers: the same ones, sooner."""
+    answer_method: str | None = None
+    """A method without training that drafts them, such as pld or sam; with `answer_head` hybrid, which uses both."""
     answer_batch: int = 16
     """Rows decoded together while answers are regenerated."""
     answers_dir: str | None = None
@@ -332,6 +371,7 @@ def check(recipe: Recipe) -> None:
         )
     if not recipe.data.sources:
         raise InputError("data.sources is empty; give data.train=PATH or a list of {path, weight, limit}")
+    _check_answers(recipe.data)
     name = recipe.run.name
     if not name or name.startswith(".") or "/" in name or "\\" in name:
         raise InputError(f"run.name={name!r} must be a plain folder name; where it goes is run.out")
@@ -349,6 +389,37 @@ def check(recipe: Recipe) -> None:
         raise InputError(
             f"head.init_layer={recipe.head.init_layer} copies weights, which target.quantize={recipe.target.quantize} "
             "does not leave whole; give one of the two"
+        )
+
+
+def _check_answers(data: Data) -> None:
+    for name in data.drop:
+        if name not in DROP_RULES:
+            raise InputError(f"data.drop names {name!r}; there are: {', '.join(DROP_RULES)}{_likely(name, DROP_RULES)}")
+    for i, instruction in enumerate(data.instructions):
+        if not 0 < instruction.share <= 1:
+            raise InputError(f"data.instructions[{i}].share={instruction.share} must be above 0 and at most 1")
+        if "<image>" in instruction.text:
+            raise InputError(f"data.instructions[{i}].text has an <image> mark, but pictures are the records' own")
+    if (total := sum(instruction.share for instruction in data.instructions)) > 1 + 1e-9:
+        raise InputError(f"the shares of data.instructions add up to {total:g}; 1 is all conversations")
+    if not 0 <= data.sampled_share <= 1:
+        raise InputError(f"data.sampled_share={data.sampled_share} must be between 0 (all greedy) and 1")
+    if not data.temperature > 0:
+        raise InputError(f"data.temperature={data.temperature} must be above 0; greedy is data.sampled_share=0")
+    if not 0 < data.top_p <= 1:
+        raise InputError(f"data.top_p={data.top_p} must be above 0 and at most 1 (off)")
+    if data.answers != "regenerated":
+        for key in ("instructions", "sampled_share", "answer_head", "answer_method"):
+            if getattr(data, key):
+                raise InputError(f"data.{key} is about the target's own answers; leave it out, or data.answers=given")
+    if data.answer_head and data.answer_method and data.answer_method != "hybrid":
+        raise InputError(
+            f"data.answer_head and data.answer_method={data.answer_method} both draft; give one, or hybrid for both"
+        )
+    if data.answer_method == "hybrid" and not data.answer_head:
+        raise InputError(
+            "data.answer_method=hybrid needs data.answer_head, which drafts where there is nothing to copy"
         )
 
 
@@ -390,6 +461,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("data.max_length", recipe.data.max_length, 4),
         ("data.pack", recipe.data.pack, 0),
         ("data.max_bad_share", recipe.data.max_bad_share, 0),
+        ("data.max_degenerate_share", recipe.data.max_degenerate_share, 0),
         ("run.max_steps", recipe.run.max_steps, 1),
         ("run.eval_every", recipe.run.eval_every, 0),
         ("run.eval_prompts", recipe.run.eval_prompts, 1),
@@ -397,6 +469,10 @@ def _check_numbers(recipe: Recipe) -> None:
         ("run.samples", recipe.run.samples, 0),
         ("run.save_every", recipe.run.save_every, 0),
         ("run.keep", recipe.run.keep, 1),
+    ]
+    at_least += [
+        (f"data.instructions[{i}].max_new_tokens", instruction.max_new_tokens, 1)
+        for i, instruction in enumerate(recipe.data.instructions)
     ]
     at_least += [(f"data.sources[{i}].limit", source.limit, 1) for i, source in enumerate(recipe.data.sources)]
     for key, value, low in at_least:
@@ -553,6 +629,7 @@ def _assemble(plain: dict[str, Any], head_module: ModuleType) -> Recipe:
     head, data, policy = dict(plain["head"]), dict(plain["data"]), dict(plain["policy"])
     kind, init_from, init_layer, lora, blind = (head.pop(key) for key in HEAD_KEYS)
     data["sources"] = [Source(**source) for source in data["sources"]]
+    data["instructions"] = [Instruction(**instruction) for instruction in data["instructions"]]
     policy["controller"] = _build("policy.controller", viskip.Config, policy["controller"])
     policy["optim"] = _build("policy.optim", Optim, policy["optim"])
     return Recipe(

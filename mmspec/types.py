@@ -399,6 +399,8 @@ class Target(Protocol):
     """Fingerprint of the tokenizer's vocabulary: equal where token ids mean the same."""
     max_length: int
     stop_ids: frozenset[int]
+    special_ids: frozenset[int]
+    """Tokens that `decode` leaves out, stop tokens and image placeholders among them."""
     image_token_id: int
     device: torch.device
     dtype: torch.dtype

@@ -6,7 +6,7 @@ Drafting from it costs no training and no device memory. It pays where answers r
 what the target itself wrote: the answers that a training run regenerated, or logged conversations.
 
 what is read (files and folders, any number of them)
-  a run folder of train/distill.py   its regenerated answers (answers/*/part-*.jsonl)
+  a run folder of train/distill.py   its regenerated answers (answers/*/answers.jsonl, or what there is of them)
   *.jsonl, *.json                    one record a line, or a list of records; of each record the first of these:
                                        output_ids, tokens, input_ids   token ids of this target
                                        answers                         texts of replies
@@ -47,6 +47,8 @@ from mmspec.types import InputError
 
 PROGRAM = "build_sam"
 IDS = ("output_ids", "tokens", "input_ids")
+ANSWERS = ("answers/*/answers.jsonl", "answers.jsonl", "answers/*/part-*.jsonl", "part-*.jsonl")
+"""Where a folder of answers has them, finished ones first."""
 TARGET_SIDE = ("gpt", "assistant", "model", "bot")
 
 
@@ -163,9 +165,9 @@ def find(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            parts = sorted(path.glob("answers/*/part-*.jsonl")) or sorted(path.glob("part-*.jsonl"))
+            parts = next(filter(None, (sorted(path.glob(where)) for where in ANSWERS)), [])
             if not parts:
-                raise InputError(f"{path} holds no answers/*/part-*.jsonl; give a run folder, or the files themselves")
+                raise InputError(f"{path} holds no {ANSWERS[0]}; give a run folder, or the files themselves")
             files += parts
         elif not path.is_file():
             raise InputError(f"{path} does not exist")

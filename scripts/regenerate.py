@@ -1,9 +1,16 @@
 """Answers a recipe's training questions with its target, ahead of train/distill.py, which then finds them.
 
     python scripts/regenerate.py recipes/viskip_tiny.yaml --procs 2
+    python scripts/regenerate.py recipes/eagle3_tiny.yaml --ckpt runs/viskip_tiny              # a head drafts: sooner
+    python scripts/regenerate.py recipes/eagle3_tiny.yaml --ckpt runs/viskip_tiny --compare 96 # by how much
 
 The same function does it inside distill.py, so this is only worth its own command when answers are made elsewhere, or
-before heads of several kinds share them (data.answers_dir). Interrupted, it goes on where it was.
+before heads of several kinds share them (data.answers_dir). Interrupted, even by a kill, it goes on where it was, with
+any number of processes, to the same file.
+
+what is written, in data.answers_dir or <run folder>/answers, in a folder named after data, target and settings
+  answers.jsonl   a line for every sample, in order: its answers, or why it has none
+  manifest.json   what they were made from and by whom, and how many were dropped for which reason
 """
 
 from __future__ import annotations
@@ -36,7 +43,15 @@ def main() -> int:
         recipe = load(arguments.recipe, arguments.overrides)
         if arguments.procs > 1 and "RANK" not in os.environ:
             _relaunch(arguments)
-        return train(recipe, instead=lambda session: None)
+        if not arguments.compare:
+            return train(recipe, instead=lambda session: None)
+        from train.session import Session
+        from train.sooner import compare
+
+        def timed(session: Session) -> None:
+            compare(session, arguments.compare)
+
+        return train(recipe, instead=timed, answer=False)
     except InputError as error:
         return refuse("regenerate", str(error), rank)
 
@@ -44,6 +59,7 @@ def main() -> int:
 def _relaunch(arguments: argparse.Namespace) -> None:
     """Becomes the launcher of several processes of this script; does not return."""
     script = [str(Path(__file__).resolve()), arguments.recipe, *arguments.overrides]
+    script += ["--compare", str(arguments.compare)] if arguments.compare else []
     if THREADS is None:
         os.environ.pop("OMP_NUM_THREADS", None)
     # A free port: the launcher's fixed one may be taken by another run on this machine.
@@ -56,11 +72,22 @@ def _parse() -> argparse.Namespace:
     parser = Parser(
         prog="scripts/regenerate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
-    parser.add_argument("--procs", type=int, default=1, help="processes that share the work (default 1)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args()
+    add = parser.add_argument
+    add("recipe", help="YAML file, as in recipes/")
+    add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add("--procs", type=int, default=1, help="processes that share the work (default 1)")
+    add("--ckpt", metavar="DIR", help="run folder whose head drafts the answers: short for data.answer_head=DIR")
+    add("--method", metavar="NAME", help="method without training that drafts them: short for data.answer_method=NAME")
+    add(
+        "--compare", type=int, default=0, metavar="N", help="answer N samples with and without a drafter, and time both"
+    )
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args()
+    if arguments.compare < 0:
+        raise InputError(f"--compare must not be negative, got {arguments.compare}")
+    for key, value in (("answer_head", arguments.ckpt), ("answer_method", arguments.method)):
+        arguments.overrides += [f"data.{key}={value}"] if value else []
+    return arguments
 
 
 if __name__ == "__main__":

@@ -167,6 +167,20 @@ def test_an_image_is_stored_once_however_many_conversations_show_it(tmp_path: Pa
     assert not any("logits" in name or "embeds" in name for table in tables for name in table)
 
 
+def test_records_that_show_more_and_fewer_of_the_same_pictures_have_their_own_features(tmp_path: Path):
+    """Which pictures a record shows follows from the turns that fit the longest length."""
+    both = record(0, turns=2) | {"image": ["0.png", "2.png"]}
+    both["conversations"][2]["value"] = "<image>\nw5"
+    long = json.loads(json.dumps(both)) | {"id": "long"}
+    long["conversations"][1]["value"] = "w7 " * 30
+    s = opened(tmp_path, [both, both, long], data__answers="given", data__max_length="40")
+    assert [len(s.prepared.dialogues[index].answers) for index in range(3)] == [2, 2, 1]
+    store = made(s, tmp_path / "f")
+    assert len(store.manifest.shards) > 1
+    for index in (0, 1, 2):
+        same(stored(s, store, [index]), live(s, [index]), atol=1e-4, rtol=0.0)
+
+
 def test_the_manifest_says_what_the_store_is(tmp_path: Path):
     s = opened(tmp_path)
     store = made(s, tmp_path / "f")
@@ -306,7 +320,11 @@ def test_a_store_without_a_tap_of_the_head_is_refused(tmp_path: Path):
 def test_a_store_of_other_answers_is_refused(tmp_path: Path):
     s = opened(tmp_path)
     store = made(s, tmp_path / "f")
-    s.prepared.dialogues[2] = replace(s.prepared.dialogues[2], answers=("w1",))
+    path = next(s.folder.rglob("answers.jsonl"))
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "answers": ["w1"]})
+    path.write_text("\n".join(lines) + "\n")
+    s.prepared = prepare(s)
     with pytest.raises(InputError, match="were made of the answers"):
         Stored(s, store)
 

@@ -18,6 +18,8 @@ from mmspec.recipe import load
 from mmspec.records import Quarantine
 from tests import tiny
 from train import regenerate
+from train.answers import Prepared
+from train.asking import instructed
 from train.corpus import read
 from train.session import Session, State
 from train.stopping import Stopper
@@ -64,11 +66,11 @@ def save_data(folder: Path, records: list[Any]) -> Path:
 
 
 def save_recipe(path: Path, target: Path | str, data: Path | str, out: Path, **run: Any) -> Path:
-    """A recipe small enough to run in seconds."""
+    """A recipe small enough to run in seconds; whatever the random target says is kept."""
     recipe = {
         "target": {"name": str(target), "dtype": "float32"},
         "head": {"kind": "eagle"},
-        "data": {"sources": [{"path": str(data)}], "max_new_tokens": 8, "answer_batch": 4},
+        "data": {"sources": [{"path": str(data)}], "max_new_tokens": 8, "answer_batch": 4, "drop": []},
         "loss": {"steps": 2},
         "optim": {"lr": 1e-3, "micro_batch": 4},
         "policy": {
@@ -91,14 +93,14 @@ def session(tmp_path: Path, records: list[Any], **changes: str) -> Session:
     recipe = load(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
     recipe.folder.mkdir(parents=True, exist_ok=True)
     quarantine = Quarantine(recipe.folder / "quarantine.jsonl", fresh=True)
-    corpus = read(recipe.data.sources, quarantine)
+    corpus = instructed(read(recipe.data.sources, quarantine), recipe.data)
     tracker = Tracker(recipe.folder, "t", {}, active=False, record=False, resume_id=None)
     state = State("head", 1, None, None, {})
     target = tiny.llava(dtype="float32")
-    return Session(recipe, ALONE, Stopper(), tracker, state, target, corpus, regenerate.Prepared(), quarantine)
+    return Session(recipe, ALONE, Stopper(), tracker, state, target, corpus, Prepared(), quarantine)
 
 
-def prepare(s: Session) -> regenerate.Prepared:
+def prepare(s: Session) -> Prepared:
     """The answers of a session, made now."""
     return regenerate.prepare(s.recipe, s.corpus, s.target, s.world, s.stopper, s.tracker, s.quarantine)
 

@@ -152,7 +152,7 @@ def _chunks(session: Session) -> list[list[Turn]]:
     """The rollout's turns in chunks; depends on seed and corpus only."""
     turns = [
         Turn(index, turn)
-        for index, dialogue in sorted(session.prepared.dialogues.items())
+        for index, dialogue in session.prepared.dialogues.items()
         for turn in range(len(dialogue.answers))
     ]
     random.Random(f"rollout/{session.recipe.run.seed}").shuffle(turns)

@@ -69,17 +69,19 @@ def main(argv: list[str] | None = None) -> int:
         return refuse("distill", str(error), rank)
 
 
-def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> int:
+def train(recipe: Recipe, instead: Callable[[Session], None] | None = None, answer: bool = True) -> int:
     """Answers the training questions and trains on them; returns the exit code.
 
     Args:
         recipe: checked settings.
         instead: what to do with the answered questions instead of training.
+        answer: False where that needs no answers.
 
     Raises:
         InputError: the input is wrong.
     """
     from train.corpus import check_sources
+    from train.drafting import check_drafting
     from train.features import read_manifest
     from train.stopping import Stopped, Stopper, default_signals
     from train.tracking import check_trackers
@@ -89,6 +91,7 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
         check_trackers(recipe.run.trackers)
     if instead is None and recipe.head.init_from is not None:
         _check_base(recipe.head.init_from)
+    check_drafting(recipe.data)
     if recipe.data.features:
         read_manifest(Path(recipe.data.features))
     default_signals()
@@ -97,7 +100,7 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None) -> i
     from train.run import run
 
     try:
-        return run(recipe, stopper, instead)
+        return run(recipe, stopper, instead, answer)
     except Stopped as stop:
         return stop.exit_code
 

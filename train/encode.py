@@ -1,14 +1,13 @@
 """A sample and its answers as the target reads them: tokens, pictures and answer marks, within the longest length.
 
-Invariant: what is returned has whole pictures only, with exactly their tokens, and at least one pair of answer tokens
-to learn from; everything else is a RecordError with the reason.
+Invariant: what is returned has whole pictures only, with exactly their tokens, and marks to learn from; everything else
+is a RecordError with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,10 +15,8 @@ from mmspec.losses import valid_pairs
 from mmspec.recipe import Data
 from mmspec.records import RecordError
 from mmspec.types import Prompt, Target
+from train.answers import Dialogue
 from train.corpus import Picture, Sample
-
-if TYPE_CHECKING:
-    from train.regenerate import Dialogue
 
 
 def length_limit(data: Data, target: Target) -> int:
@@ -79,8 +76,8 @@ def _encode(sample: Sample, dialogue: Dialogue, target: Target, limit: int) -> t
         answer = answer[:limit]
         if not valid_pairs(answer):
             raise RecordError(f"prompt is longer than the context ({limit} tokens)")
-    if not valid_pairs(answer):
-        raise RecordError("answers are too short to learn from")
+    if not bool(answer.any()):
+        raise RecordError("nothing of the answers was written by the target")
     return prompt, answer, turns
 
 

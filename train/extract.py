@@ -19,6 +19,7 @@ from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Target
+from train.answers import answers_digest
 from train.corpus import Corpus, Picture
 from train.encode import encode, length_limit, shown
 from train.features import (
@@ -41,7 +42,7 @@ from train.features import (
     write_shard,
 )
 from train.placement import uneven
-from train.regenerate import answers_digest, answers_folder, answers_key
+from train.regenerate import answers_folder, answers_key
 from train.session import Session
 from train.stopping import Stopped
 
@@ -157,7 +158,7 @@ class _Writer:
 
     def tokens(self, number: int) -> int:
         """Tokens of a shard."""
-        return sum(self.session.prepared.dialogues[record].length for record in self.shards[number])
+        return int(self.session.prepared.lengths[self.shards[number]].sum())
 
     def write(self, number: int) -> None:
         """Computes and writes a shard.
@@ -166,9 +167,9 @@ class _Writer:
             InputError: a record cannot be read, or its states are not finite.
             Stopped: asked to stop; nothing of the shard is written.
         """
-        dialogues, rows = self.session.prepared.dialogues, []
+        lengths, rows = self.session.prepared.lengths, []
         images: dict[int, tuple[Tensor, Tensor | None]] = {}
-        ordered = sorted(self.shards[number], key=lambda record: (dialogues[record].length, record))
+        ordered = sorted(self.shards[number], key=lambda record: (lengths[record], record))
         for start in range(0, len(ordered), self.settings.batch):
             self.session.stopper.check()
             records = ordered[start : start + self.settings.batch]
@@ -220,18 +221,18 @@ def _partition(session: Session, shard_tokens: int) -> list[list[int]]:
     """The records of each shard, in the order of the corpus."""
     shards: list[list[int]] = [[]]
     filled = 0
-    for record, dialogue in sorted(session.prepared.dialogues.items()):
+    for record in session.prepared.usable:
         if filled >= shard_tokens:
             shards.append([])
             filled = 0
         shards[-1].append(record)
-        filled += dialogue.length
+        filled += int(session.prepared.lengths[record])
     return shards
 
 
 def _image_numbers(session: Session) -> dict[int, int]:
     """A number for what each record shows: 8 bytes of the hash of its pictures, never 0. Every rank must call."""
-    world, records = session.world, sorted(session.prepared.dialogues)
+    world, records = session.world, session.prepared.usable
     known: dict[Path, bytes] = {}
     mine = {}
     for record in records[world.rank :: world.size]:

@@ -224,8 +224,8 @@ def _write_shard(
     session: Session, out: Path, number: int, records: Sequence[int], batch: int, instead: Tensor | None
 ) -> None:
     by_record: dict[int, Dependence] = {}
-    lengths = session.prepared.dialogues
-    for some, found in measured(session, sorted(records, key=lambda k: (lengths[k].length, k)), batch, instead):
+    lengths = session.prepared.lengths
+    for some, found in measured(session, sorted(records, key=lambda k: (int(lengths[k]), k)), batch, instead):
         session.stopper.check()
         by_record |= dict(zip(some, found))
         session.tracker.advance(len(some))

@@ -1,8 +1,9 @@
 """The target's own answers to the training questions: what the head learns to predict.
 
 Invariant: every sample of the corpus ends up either with its answers and its length in tokens, or with the reason why
-it cannot be used, in shards keyed by data, target and settings. Shards are only ever appended to and belong to samples,
-not to processes, so an interrupted pass goes on with any number of processes and nothing is computed twice.
+it cannot be used, in a folder keyed by data, target and settings. Samples are answered in chunks, which depend on data
+and settings alone, so an interrupted pass goes on with any number of processes and ends with the same file, byte for
+byte, as far as the target's arithmetic repeats itself. What is drafted, and by whom, changes no token of it.
 """
 
 from __future__ import annotations
@@ -10,54 +11,46 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmspec.drafters.null import NullDrafter
+from mmspec import checkpoint
 from mmspec.loop import generate
-from mmspec.policy import SkipPolicy
 from mmspec.recipe import Data, Recipe
 from mmspec.records import Quarantine, RecordError
-from mmspec.sampling import GreedySampler
 from mmspec.types import Output, Prompt, Request, Target
+from train.answers import (
+    BAD,
+    DEGENERATE,
+    FINAL,
+    MANIFEST,
+    OPEN,
+    Dialogue,
+    Part,
+    Prepared,
+    merge,
+    read,
+    tidy,
+)
+from train.asking import answer_limit, chunks, is_sampled, sampler_of, settings
 from train.corpus import IMAGE_MARK, Corpus, Sample
+from train.degenerate import fault
+from train.drafting import PLAIN, Drafting, described, drafting
 from train.encode import encode, fitted, length_limit
 from train.placement import uneven
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
 from train.world import World
 
-VERSION = 1
+SCHEMA = 2
+"""Of the folder; another one is another key."""
 CHUNK_BATCHES = 4
 """Samples whose images are open at a time, in decoding batches."""
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """The answers a sample is trained on.
-
-    Args:
-        answers: one per answered turn.
-        finished: whether each ended in a stop token (else it was cut at a limit, and no stop token is trained).
-        length: tokens of the whole conversation.
-    """
-
-    answers: tuple[str, ...]
-    finished: tuple[bool, ...]
-    length: int
-
-
-@dataclass
-class Prepared:
-    """A corpus with answers: `dialogues[k]` belongs to `corpus.samples[k]`; unusable samples are in `bad`."""
-
-    dialogues: dict[int, Dialogue] = field(default_factory=dict)
-    bad: dict[int, str] = field(default_factory=dict)
 
 
 def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: World) -> Tensor:
@@ -76,22 +69,16 @@ def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: Wor
 
 def answers_key(recipe: Recipe, corpus: Corpus, target: Target) -> str:
     """Names exactly this data, target and these settings."""
-    data = recipe.data
-    settings = [VERSION, corpus.digest, target.fingerprint, recipe.target.arithmetic, data.answers, data.max_new_tokens]
-    return hashlib.sha256(json.dumps([*settings, length_limit(data, target)]).encode()).hexdigest()[:12]
+    asked = settings(recipe.data, length_limit(recipe.data, target))
+    told = [SCHEMA, corpus.digest, target.fingerprint, recipe.target.arithmetic, asked]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def answers_folder(recipe: Recipe, corpus: Corpus, target: Target) -> Path:
-    """Where the shards of answers are; stored features bring theirs along."""
+    """Where the answers are; stored features bring theirs along."""
     data = recipe.data
     parent = Path(data.answers_dir) if data.answers_dir else recipe.folder / "answers"
     return (Path(data.features) / "answers" if data.features else parent) / answers_key(recipe, corpus, target)
-
-
-def answers_digest(prepared: Prepared) -> str:
-    """Hash of all conversations' answers and lengths."""
-    entries = [(k, d.answers, d.finished, d.length) for k, d in sorted(prepared.dialogues.items())]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
 
 def prepare(
@@ -103,140 +90,198 @@ def prepare(
     tracker: Tracker,
     quarantine: Quarantine,
 ) -> Prepared:
-    """Answers every sample, this rank its share of what no shard has yet.
+    """Answers every sample, this rank its share of the chunks that are not known whole.
 
     Every rank must call. Unusable samples go to the quarantine.
 
     Raises:
-        InputError: more records are unusable than `data.max_bad_share` allows.
+        InputError: more records are unusable than `data.max_bad_share` allows, or more answers degenerate than
+            `data.max_degenerate_share` does.
         Stopped: asked to stop; what is done is kept.
     """
     folder = answers_folder(recipe, corpus, target)
     folder.mkdir(parents=True, exist_ok=True)
-    done = _read_shards(folder)
-    open_ones = [index for index in range(len(corpus)) if index not in done.dialogues and index not in done.bad]
-    # All ranks have read the shards before any rank appends to them.
-    world.barrier()
-    mine = open_ones[world.rank :: world.size]
-    # Stops at the number of bad samples that no later good one can make up for.
-    tolerated = int(recipe.data.max_bad_share * corpus.n_read)
-    tracker.progress("answers", len(mine), 0, "sample")
-    if open_ones:
-        worker = _Worker(recipe.data, corpus, target, stopper, tracker, quarantine.count + len(done.bad))
-        # A request to stop raises inside the decoding loop; the other ranks hear of it below.
-        with _Shard(folder / f"part-{world.rank}.jsonl") as shard, contextlib.suppress(Stopped), uneven(target):
-            worker.run(mine, shard, tolerated)
-        target.free()
-    tracker.end_progress()
-    stopper.check_together()
-    world.barrier()
-    done = _read_shards(folder)
-    for index in sorted(done.bad):
-        sample = corpus.samples[index]
-        quarantine.add(sample.file, sample.line, sample.id, done.bad[index])
+    known = read(folder, len(corpus))
+    # All ranks have read what is there before any rank appends to it.
+    if world.largest(int(not known.complete)):
+        world.lead(lambda: _begin(folder, recipe, corpus, target))
+        _answer_open(recipe, corpus, target, world, stopper, tracker, known, quarantine.count, folder)
+    world.lead(lambda: _finish(folder, corpus))
+    done = read(folder, len(corpus))
+    dropped = Quarantine(quarantine.path)
+    for index, reason in done.bad.items():
+        file, line = corpus.samples.place(index)
+        listed = dropped if done.status[index] == DEGENERATE else quarantine
+        listed.add(file, line, str(done.entry(index).get("id", "")), reason)
     quarantine.check(corpus.n_read, recipe.data.max_bad_share)
+    dropped.check(corpus.n_read, recipe.data.max_degenerate_share)
     return done
 
 
-class _Shard:
-    """A JSONL file that is appended to; a torn last line of a killed process is closed off first."""
+def _answer_open(
+    recipe: Recipe,
+    corpus: Corpus,
+    target: Target,
+    world: World,
+    stopper: Stopper,
+    tracker: Tracker,
+    known: Prepared,
+    n_quarantined: int,
+    folder: Path,
+) -> None:
+    """Answers the chunks in which a sample is open. Every rank must call.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A chunk of which something is known is answered again as a whole: it is decoded as it would have been at first.
+    """
+    data = recipe.data
+    whole = chunks(corpus, data, data.answer_batch * CHUNK_BATCHES)
+    unfinished = [chunk for chunk in whole if bool((known.status[list(chunk)] == OPEN).any())]
+    mine = unfinished[world.rank :: world.size]
+    tracker.progress("answers", sum(map(len, mine)), 0, "sample")
+    # Stops at the number of bad samples that no later good one can make up for.
+    tolerated = (data.max_bad_share * corpus.n_read, data.max_degenerate_share * corpus.n_read)
+    n_bad = n_quarantined + int((known.status == BAD).sum())
+    # A request to stop raises inside the decoding loop; the other ranks hear of it below.
+    with Part(folder, world.rank) as part, contextlib.suppress(Stopped), uneven(target):
+        how = drafting(data, target) if data.answers == "regenerated" and mine else PLAIN
+        worker = Worker(data, corpus, target, stopper, tracker, how)
+        worker.n_bad, worker.n_dropped = n_bad, int((known.status == DEGENERATE).sum())
+        for chunk in mine:
+            stopper.check()
+            if worker.n_bad > tolerated[0] or worker.n_dropped > tolerated[1]:
+                break
+            for index, id, result in worker.results(chunk):
+                part.write(index, id, result)
+    target.free()
+    tracker.end_progress()
+    stopper.check_together()
+    world.barrier()
 
-    def __enter__(self) -> _Shard:
-        torn = self.path.is_file() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+def _begin(folder: Path, recipe: Recipe, corpus: Corpus, target: Target) -> None:
+    """Notes in the manifest what the answers are made from, and who works on them now beside who did."""
+    data = recipe.data
+    before = _manifest(folder)
+    work = {"drafted_by": described(data), "commit": checkpoint.git_commit()}
+    sources = [{**asdict(source), "path": checkpoint.discreet(source.path)} for source in data.sources]
+    manifest = {
+        "schema": SCHEMA,
+        "complete": False,
+        "target": {
+            "name": checkpoint.discreet(target.name),
+            "fingerprint": target.fingerprint,
+            "arithmetic": recipe.target.arithmetic,
+        },
+        "data": {"digest": corpus.digest, "read": corpus.n_read, "samples": len(corpus), "sources": sources},
+        "settings": settings(data, length_limit(data, target)),
+        "work": [*(done for done in before.get("work", []) if done != work), work],
+    }
+    checkpoint.write_json(folder / MANIFEST, manifest)
 
-    def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
+
+def _finish(folder: Path, corpus: Corpus) -> None:
+    """Makes the final file once every sample is known, and counts in the manifest what is in it."""
+    if not (folder / FINAL).is_file():
+        parts = read(folder, len(corpus))
+        if not parts.complete:
+            return
+        # First: whoever finds the final file finds a manifest that is complete.
+        counts = {"kept": len(parts.usable), "tokens": int(parts.lengths.sum()), "dropped": parts.reasons()}
+        complete = {"complete": True, "counts": counts, "answers": parts.digest}
+        checkpoint.write_json(folder / MANIFEST, _manifest(folder) | complete)
+        merge(folder, parts)
+    tidy(folder)
 
 
-class _Worker:
-    """One rank's share of the answers."""
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+class Worker:
+    """Answers samples, chunk by chunk.
+
+    Args:
+        data: settings.
+        corpus, target: questions, and who answers them.
+        stopper: is asked for after every answer.
+        tracker: is told of each.
+        how: who drafts.
+        on_output: is given every answer as the loop returned it, `Output.id` being the sample's place.
+    """
 
     def __init__(
-        self, data: Data, corpus: Corpus, target: Target, stopper: Stopper, tracker: Tracker, n_bad: int
+        self,
+        data: Data,
+        corpus: Corpus,
+        target: Target,
+        stopper: Stopper,
+        tracker: Tracker,
+        how: Drafting,
+        on_output: Callable[[Output], None] | None = None,
     ) -> None:
-        self.data, self.corpus, self.target = data, corpus, target
-        self.stopper, self.tracker, self.n_bad = stopper, tracker, n_bad
+        self.data, self.corpus, self.target, self.how = data, corpus, target, how
+        self.stopper, self.tracker, self.on_output = stopper, tracker, on_output
         self.limit = length_limit(data, target)
-        self.n_answers = 0
+        self.n_answers = self.n_bad = self.n_dropped = 0
+        self.samples: dict[int, Sample] = {}
 
-    def run(self, mine: Sequence[int], shard: _Shard, tolerated: int) -> None:
-        """Answers samples chunk by chunk; raises Stopped when asked to stop."""
-        size = self.data.answer_batch * CHUNK_BATCHES
-        # Conversations of a kind together: later turns then still fill a batch.
-        ordered = sorted(mine, key=lambda index: len(self.corpus.samples[index].turns))
-        for start in range(0, len(ordered), size):
-            chunk = ordered[start : start + size]
-            self.stopper.check()
-            if self.n_bad > tolerated:
-                return
-            if self.data.answers == "given":
-                results: Iterable[tuple[int, Dialogue | str]] = ((i, self._given(i)) for i in chunk)
-            else:
-                results = self._answer(chunk)
-            for index, result in results:
-                self._note(index, result, shard)
+    def results(self, chunk: Sequence[int]) -> Iterator[tuple[int, str, Dialogue | str]]:
+        """Place and id of each sample of a chunk, with its answers or the reason why there are none.
 
-    def _note(self, index: int, result: Dialogue | str, shard: _Shard) -> None:
-        if isinstance(result, str):
-            self.n_bad += 1
-            shard.write({"index": index, "bad": result})
-        else:
-            entry = {"answers": result.answers, "finished": result.finished, "length": result.length}
-            shard.write({"index": index, "id": self.corpus.samples[index].id, **entry})
-        self.tracker.advance(1, answers=self.n_answers, quarantined=self.n_bad)
+        Raises:
+            Stopped: asked to stop.
+        """
+        self.samples = {index: self.corpus.samples[index] for index in chunk}
+        answered = self._answer(chunk) if self.data.answers == "regenerated" else map(self._given, chunk)
+        for index, result, degenerate in answered:
+            self.n_dropped += degenerate
+            self.n_bad += isinstance(result, str) and not degenerate
+            self.tracker.advance(1, answers=self.n_answers, quarantined=self.n_bad, dropped=self.n_dropped)
+            yield index, self.samples[index].id, result
 
-    def _given(self, index: int) -> Dialogue | str:
-        sample = self.corpus.samples[index]
-        if not sample.answers:
-            return "no given answer"
-        return self._measured(sample, sample.answers, (True,) * len(sample.answers))
+    def _given(self, index: int) -> tuple[int, Dialogue | str, bool]:
+        said = self.samples[index].answers
+        return index, self._measured(index, said, (True,) * len(said)) if said else "no given answer", False
 
-    def _measured(self, sample: Sample, answers: Sequence[str], finished: Sequence[bool]) -> Dialogue | str:
+    def _measured(self, index: int, answers: Sequence[str], finished: Sequence[bool]) -> Dialogue | str:
         """The dialogue with its length, or the reason why it is no training example."""
         dialogue = Dialogue(tuple(answers), tuple(finished), 0)
         try:
-            return fitted(sample, dialogue, self.target, self.limit)
+            return fitted(self.samples[index], dialogue, self.target, self.limit)
         except (RecordError, ValueError) as error:
             return _line(error)
 
-    def _answer(self, chunk: Sequence[int]) -> Iterable[tuple[int, Dialogue | str]]:
+    def _answer(self, chunk: Sequence[int]) -> Iterator[tuple[int, Dialogue | str, bool]]:
         """Turn by turn: all first questions together, then all second ones with the target's own answers as history."""
         answers: dict[int, list[str]] = {index: [] for index in chunk}
         finished: dict[int, list[bool]] = {index: [] for index in chunk}
         live = list(chunk)
-        for turn in range(max(len(self.corpus.samples[index].turns) for index in chunk)):
+        for turn in range(max(len(self.samples[index].turns) for index in chunk)):
             requests: list[Request] = []
-            for index in [i for i in live if len(self.corpus.samples[i].turns) > turn]:
+            for index in [i for i in live if len(self.samples[i].turns) > turn]:
                 prompt = self._prompt(index, answers[index])
                 if isinstance(prompt, Prompt):
-                    requests.append(Request(str(index), prompt, self._room(prompt), index))
+                    room = min(answer_limit(self.data, index), self.limit - len(prompt))
+                    requests.append(Request(str(index), prompt, room, index))
                 elif turn == 0:
-                    yield index, prompt
+                    yield index, prompt, False
                     live.remove(index)
             for output in self._generate(requests):
-                index = int(output.id)
-                if output.error:
-                    yield index, output.error
+                index, text = int(output.id), self._text(output)
+                degenerate = fault(output, text, self.target, self.data.drop) if output.tokens else None
+                if output.finish_reason == "error" or degenerate:
+                    yield index, degenerate or str(output.error), degenerate is not None
                     live.remove(index)
                     continue
                 finished[index].append(output.finish_reason == "stop")
-                answers[index].append(self._text(output))
+                answers[index].append(text)
         for index in live:
-            yield index, self._measured(self.corpus.samples[index], answers[index], finished[index])
+            yield index, self._measured(index, answers[index], finished[index]), False
 
     def _prompt(self, index: int, answers: Sequence[str]) -> Prompt | str:
-        sample = self.corpus.samples[index]
+        sample = self.samples[index]
         try:
             prompt = self.target.encode(sample.messages(answers, len(answers) + 1), sample.images())
         except (RecordError, ValueError) as error:
@@ -245,50 +290,30 @@ class _Worker:
             return f"prompt of {len(prompt)} tokens is longer than the context ({self.limit} tokens)"
         return prompt
 
-    def _room(self, prompt: Prompt) -> int:
-        return min(self.data.max_new_tokens, self.limit - len(prompt))
-
-    def _generate(self, requests: Sequence[Request]) -> list[Output]:
-        if not requests:
-            return []
-        return generate(
-            self.target,
-            requests,
-            NullDrafter(),
-            SkipPolicy(),
-            GreedySampler(),
-            max_batch=self.data.answer_batch,
-            on_output=self._heard,
-        )
+    def _generate(self, requests: Sequence[Request]) -> Iterable[Output]:
+        """Greedy ones first, then sampled ones; chunks are mostly of one kind."""
+        for sampled in (False, True):
+            if batch := [request for request in requests if is_sampled(self.data, request.key) == sampled]:
+                yield from generate(
+                    self.target,
+                    batch,
+                    self.how.drafter,
+                    self.how.policy,
+                    sampler_of(self.data, sampled),
+                    max_batch=self.data.answer_batch,
+                    on_output=self._heard,
+                )
 
     def _heard(self, output: Output) -> None:
         self.n_answers += 1
-        self.tracker.advance(0, answers=self.n_answers, quarantined=self.n_bad)
+        if self.on_output:
+            self.on_output(output)
+        self.tracker.advance(0, answers=self.n_answers, quarantined=self.n_bad, dropped=self.n_dropped)
         self.stopper.check()
 
     def _text(self, output: Output) -> str:
         tokens = output.tokens[:-1] if output.finish_reason == "stop" else output.tokens
         return self.target.decode(tokens).strip()
-
-
-def _read_shards(folder: Path) -> Prepared:
-    """Everything that is known so far, whichever process wrote it."""
-    known = Prepared()
-    for path in sorted(folder.glob("part-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                # The torn last line of a process that was killed: its sample is answered again.
-                continue
-            index = int(entry["index"])
-            if "bad" in entry:
-                known.bad[index] = str(entry["bad"])
-            else:
-                known.dialogues[index] = Dialogue(
-                    tuple(entry["answers"]), tuple(entry["finished"]), int(entry["length"])
-                )
-    return known
 
 
 def _line(error: Exception) -> str:

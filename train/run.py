@@ -20,6 +20,8 @@ from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
 from mmspec.types import InputError
 from train import placement, regenerate
+from train.answers import DEGENERATE, Prepared
+from train.asking import instructed
 from train.controller import rollout, train_controller
 from train.corpus import Corpus, read
 from train.extract import head_taps, origin
@@ -32,11 +34,12 @@ from train.tracking import Tracker
 from train.world import World, environment, join
 
 
-def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | None = None) -> int:
+def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | None = None, answer: bool = True) -> int:
     """Runs the phases on this rank; returns the exit code.
 
     Args:
         instead: what to do once every question has its answer, instead of training; it needs no run folder of its own.
+        answer: False where `instead` needs no answers either.
 
     Raises:
         InputError: the input is wrong.
@@ -59,7 +62,8 @@ def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | N
         # Until here there was nothing to save, and a signal ended the process at once.
         stopper.install()
         try:
-            _answer(session)
+            if answer:
+                _answer(session)
             if instead is None:
                 _train(session)
             else:
@@ -139,8 +143,7 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         tracker.say(f"verifying {recipe.data.features}")
         store = open_store(Path(recipe.data.features), wanted, taps, world)
     known = frozenset((entry["source"], entry["line"]) for entry in lost)
-    unanswered = regenerate.Prepared()
-    return Session(recipe, world, stopper, tracker, state, target, corpus, unanswered, quarantine, store, known)
+    return Session(recipe, world, stopper, tracker, state, target, corpus, Prepared(), quarantine, store, known)
 
 
 def _lost_before(folder: Path) -> list[dict[str, Any]]:
@@ -159,10 +162,10 @@ def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:
 
 
 def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corpus:
-    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once."""
+    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once. With the instructions."""
     corpus: list[Corpus] = []
     world.lead(lambda: corpus.append(read(recipe.data.sources, quarantine)))
-    return corpus[0] if corpus else read(recipe.data.sources, quarantine)
+    return instructed(corpus[0] if corpus else read(recipe.data.sources, quarantine), recipe.data)
 
 
 def _data_summary(session: Session) -> str:
@@ -172,6 +175,8 @@ def _data_summary(session: Session) -> str:
     listed = (
         f", {bad} quarantined ({why}), listed in {session.folder / 'quarantine.jsonl'}" if bad else ", none quarantined"
     )
+    if dropped := session.prepared.reasons(DEGENERATE):
+        listed += f"; dropped {', '.join(f'{times}x {reason}' for reason, times in dropped.items())}"
     return f"data: {n_used} of {n_read} records used{listed}"
 
 

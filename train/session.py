@@ -18,9 +18,9 @@ from mmspec.checkpoint import write_json
 from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
 from mmspec.types import InputError, Target
+from train.answers import Prepared
 from train.corpus import Corpus
 from train.features import FeatureStore
-from train.regenerate import Prepared
 from train.stopping import Stopper
 from train.tracking import Tracker
 from train.world import World
@@ -34,7 +34,8 @@ RESULTS = (
 WORKING = ("state", "rollout", "tensorboard")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
-    "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "data.pack", "loss.chunk", "target.device",
+    "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "data.answer_head",
+    "data.answer_method", "data.pack", "loss.chunk", "target.device",
     "target.placement", "run.trackers", "run.peak_tflops", "loss.recompute",
     "optim.micro_batch", "optim.accumulate", "policy.optim.micro_batch", "policy.optim.accumulate",
     "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param",

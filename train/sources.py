@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
+from train.answers import answers_digest
 from train.clock import StepClock
 from train.dependence import Measured
 from train.encode import encode, length_limit
@@ -31,7 +32,6 @@ from train.features import FeatureStore, StoredRow, state_names, unpack
 from train.fit import Lost, MicroBatch
 from train.labels import Labels, open_labels
 from train.order import Order, deal
-from train.regenerate import answers_digest
 from train.session import Session
 
 LOST = "lost since it was answered"
@@ -296,12 +296,12 @@ class Loader:
 
     def __init__(self, session: Session, source: FeatureSource, clock: StepClock) -> None:
         self.session, self.source, self.clock = session, source, clock
-        self.usable = sorted(session.prepared.dialogues)
+        self.usable = session.prepared.usable
         if not self.usable:
             raise InputError("no record is left to train on after quarantine")
         corpus = session.corpus
         self.order = Order(corpus.weights[self.usable], session.recipe.run.seed)
-        self.lengths = [session.prepared.dialogues[index].length for index in self.usable]
+        self.lengths = session.prepared.lengths[self.usable].tolist()
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
         known = session.lost

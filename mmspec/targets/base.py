@@ -73,6 +73,7 @@ class HFTarget:
         self.image_token_id = int(model.config.image_token_id)
         self.max_length = context_limit(text)
         self.stop_ids = _stop_ids(model.generation_config, processor.tokenizer)
+        self.special_ids = _special_ids(processor.tokenizer) | {self.image_token_id}
         self.device = self.lm_head.weight.device
         self.dtype = self.lm_head.weight.dtype
         vocabulary = vocabulary_of(processor.tokenizer)
@@ -501,6 +502,12 @@ def _stop_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[
     ids = generation.eos_token_id if generation is not None else None
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
     return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that `decode` leaves out."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {int(i) for i, token in added if token.special}
 
 
 def context_limit(text: Any) -> int:
