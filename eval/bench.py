@@ -15,7 +15,7 @@ from typing import Any
 
 from eval.tasks import Dialogues, Task
 from mmspec import metrics
-from mmspec.api import STATIC_TREE, drafter_and_policy, make_drafter, method_and_policy
+from mmspec.api import STATIC, STATIC_TREE, drafter_and_policy, make_drafter, method_and_policy
 from mmspec.checkpoint import Checkpoint
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
@@ -238,7 +238,8 @@ def make_methods(
         target: what is drafted for.
         checkpoint: was checked against the target; costs measured on this machine are kept in its folder. None: no
             head, so neither policies nor the hybrid.
-        policies: of "fixed", "static" (the checkpoint needs a fitted static tree) and "viskip" (it needs a controller).
+        policies: of "fixed", "static" (the checkpoint needs a fitted static tree), the names of published static trees
+            (`mmspec.static_tree.NAMED`), and "viskip" (it needs a controller).
         batch_size: rows decoded together; part of what the cost table is measured for.
         sampler: the run's, for a head that drafts with its noise, or draws.
         widths: of the trees of a head that draws, else empty.
@@ -258,13 +259,15 @@ def make_methods(
         settings[name] = {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}
     if checkpoint:
         kind = checkpoint.kind
-        labels = (("fixed", kind, "fixed"), ("static", f"{kind}_static", "fixed"), ("viskip", "viskip", "learned"))
+        shapes = ((policy, f"{kind}_{policy}", "fixed") for policy in STATIC)
+        labels = (("fixed", kind, "fixed"), *shapes, ("viskip", "viskip", "learned"))
         for policy, label, described in labels:
             if policy in policies:
                 drafter, decides = drafter_and_policy(checkpoint, target, policy, batch_size, head, sampler)
                 methods.append(Method(label, drafter, decides))
-                static = {"tree": STATIC_TREE, "depth": decides.max_depth, "budget": decides.max_budget}
-                tree = static if policy == "static" else asdict(checkpoint.tree)
+                name = STATIC_TREE if policy == "static" else policy
+                static = {"tree": name, "depth": decides.max_depth, "budget": decides.max_budget}
+                tree = static if policy in STATIC else asdict(checkpoint.tree)
                 settings[label] = {"drafter": kind, "policy": described, **tree}
     return methods, settings
 

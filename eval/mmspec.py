@@ -29,7 +29,7 @@ from eval.summary import DEFINITIONS, Contention, clean, hardware, number, summa
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
-from mmspec.api import METHOD_POLICIES, find_device
+from mmspec.api import METHOD_POLICIES, STATIC, find_device
 from mmspec.assets import EMBEDDED
 from mmspec.methods import HYBRID, method_names, read_settings
 from mmspec.records import Quarantine
@@ -170,9 +170,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--policies",
         nargs="+",
-        choices=("fixed", "static", "viskip"),
-        help="what steers the head: its tree.json, the tree that scripts/fit_tree.py fitted, its controller (default: "
-        "fixed, and viskip if the checkpoint has a controller)",
+        choices=("fixed", *STATIC, "viskip"),
+        help="what steers the head: its tree.json, the tree that scripts/fit_tree.py fitted, a published static tree, "
+        "its controller (default: fixed, and viskip if the checkpoint has a controller)",
     )
     add(
         "--system",
@@ -210,8 +210,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
     if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
         raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
-    if args.verifier == "rejection" and "static" in (args.policies or ()):
-        raise InputError("--verifier rejection needs drawn candidates; those of --policies static are chosen")
+    if args.verifier == "rejection" and (chosen := sorted(set(STATIC) & set(args.policies or ()))):
+        raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {chosen[0]} are chosen")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)

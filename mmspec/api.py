@@ -31,11 +31,13 @@ from mmspec.metrics import mat
 from mmspec.policy import AdaptivePolicy, FixedPolicy, LearnedPolicy, SkipPolicy
 from mmspec.records import RecordError, open_image
 from mmspec.sampling import make_sampler
-from mmspec.static_tree import StaticTree
+from mmspec.static_tree import NAMED, StaticTree
 from mmspec.targets import load_target
 from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request, Sampler, Target
 
-POLICIES = ("auto", "viskip", "fixed", "static", "plain")
+STATIC = ("static", *NAMED)
+"""Policies that fill one tree every round: the one fitted to the head, or a published one."""
+POLICIES = ("auto", "viskip", "fixed", *STATIC, "plain")
 METHOD_POLICIES = ("adaptive", "fixed")
 STATIC_TREE = "static_tree.json"
 """In a run folder: a tree that was fitted to its head (scripts/fit_tree.py)."""
@@ -99,8 +101,9 @@ class Speculator:
         Args:
             ckpt: the run folder.
             target: another name or place of the same target.
-            policy: "viskip" (the trained controller), "fixed" (its tree), "static" (the tree fitted to it), "plain" (no
-                drafting), or "auto": the controller where there is one.
+            policy: "viskip" (the trained controller), "fixed" (its tree), "static" (the tree fitted to it), a name of
+                `static_tree.NAMED` (that published tree), "plain" (no drafting), or "auto": the controller where there
+                is one.
             dtype, device: of target and head; "auto" is cuda where there is one.
             max_batch: the largest batch to measure costs for, which the controller decides by.
 
@@ -232,8 +235,8 @@ def drafter_and_policy(
         raise InputError(f"unknown policy {policy!r}; use one of {', '.join(POLICIES)}")
     if policy == "plain":
         return NullDrafter(), SkipPolicy()
-    if policy == "static":
-        shape = StaticTree.load(checkpoint.folder / STATIC_TREE)
+    if policy in STATIC:
+        shape = NAMED.get(policy) or StaticTree.load(checkpoint.folder / STATIC_TREE)
         return make_drafter(checkpoint, target, sampler, shape=shape), FixedPolicy(shape.depth, shape.budget)
     tree = checkpoint.tree
     usual = make_drafter(checkpoint, target)

@@ -99,7 +99,7 @@ class Checkpoint:
         Raises:
             InputError: weights and config disagree.
         """
-        module = build_head(self.kind, self.config, LossConfig(), self.blind)
+        module = build_head(self.kind, self.config, blind=self.blind)
         return _filled(module, self.folder / "head.safetensors", dtype)
 
     def controller(self, dtype: torch.dtype = torch.float32) -> nn.Module | None:
@@ -110,8 +110,8 @@ class Checkpoint:
         return _filled(module, self.folder / "viskip.safetensors", dtype)
 
 
-def build_head(kind: str, config: Any, loss: LossConfig, blind: bool = False) -> nn.Module:
-    """A fresh head of `mmspec.heads.<kind>`, or its vision-blind twin."""
+def build_head(kind: str, config: Any, loss: LossConfig | None = None, blind: bool = False) -> nn.Module:
+    """A fresh head of `mmspec.heads.<kind>`, or its vision-blind twin; without a loss for drafting alone."""
     head = import_head(kind).Head
     built: nn.Module = (blind_twin(head) if blind else head)(config, loss)
     return built

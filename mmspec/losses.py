@@ -16,15 +16,23 @@ from torch import Tensor
 
 from mmspec.types import Unembed
 
+TERMS = ("regression", "soft_ce", "total_variation", "ranking", "top_k", "acceptance")
+"""The losses that an objective is composed of, each with a weight of its name in `LossConfig`."""
+BEST = 10
+"""Tokens of the target that `ranking` and `top_k` look at, or as many as the vocabulary has."""
+
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the objective; a weight of 0 leaves the term out.
+    """Weights of the objective; a weight of 0 leaves the term out, and nothing is computed for it.
 
     Args:
         regression: SmoothL1 between predicted and true last hidden state (EAGLE).
         soft_ce: cross-entropy against the target's distribution (EAGLE, EAGLE-3).
-        total_variation: sum of |q - p|: 2 (1 - acceptance probability of a sampled token).
+        total_variation: sum of |q - p|: 2 (1 - acceptance probability of a sampled token) (ViSpec).
+        ranking: likelihood of the target's order of its 10 best tokens (ViSpec).
+        top_k: the part of the cross-entropy that is about the target's 10 best tokens (HASS).
+        acceptance: -log of the acceptance probability of a sampled token (LK losses).
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
         dependence: w, how much more a prediction weighs the more the target's choice there owes to the image
@@ -37,6 +45,9 @@ class LossConfig:
     regression: float = 0.0
     soft_ce: float = 1.0
     total_variation: float = 0.0
+    ranking: float = 0.0
+    top_k: float = 0.0
+    acceptance: float = 0.0
     steps: int = 3
     step_decay: float = 0.8
     dependence: float = 0.0
@@ -50,8 +61,12 @@ class LossConfig:
             raise ValueError(f"loss.dependence must be at least 0 (off), got {self.dependence}")
         if self.chunk < 1:
             raise ValueError(f"loss.chunk must be at least 1, got {self.chunk}")
-        if self.regression + self.soft_ce + self.total_variation <= 0:
-            raise ValueError("loss: every weight is 0; set soft_ce, regression or total_variation above 0")
+        weights = {name: getattr(self, name) for name in TERMS}
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"loss.{name}={weight} must be at least 0 (0 leaves the term out)")
+        if not any(weights.values()):
+            raise ValueError(f"loss: every weight is 0; set one of {', '.join(TERMS)} above 0")
 
 
 def smooth_l1(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -75,6 +90,50 @@ def total_variation(logits: Tensor, p: Tensor) -> Tensor:
     return (logits.softmax(-1) - p).abs().sum(-1)
 
 
+def ranking(logits: Tensor, p: Tensor) -> Tensor:
+    """-sum_r (u_r - log sum_{s >= r} exp u_s), u the draft's logits of the target's BEST tokens: [M, V], [M, V] -> [M].
+
+    The Plackett-Luce likelihood of the target's order: -log of the chance that tokens drawn from these without
+    replacement, by the draft's probabilities, come in it. Only differences of u count, so it goes beside a loss that
+    sets their level.
+
+    Source: ViSpec (arXiv 2509.15235), L_rank.
+    """
+    u = logits.gather(-1, _best(p))
+    return (u.flip(-1).logcumsumexp(-1).flip(-1) - u).sum(-1)
+
+
+def top_k(logits: Tensor, p: Tensor) -> Tensor:
+    """-sum p(x) log q(x) over the target's BEST tokens x: [M, V], [M, V] -> [M].
+
+    Source: HASS (arXiv 2408.15766), top-K distillation.
+    """
+    best = _best(p)
+    return -(p.gather(-1, best) * logits.log_softmax(-1).gather(-1, best)).sum(-1)
+
+
+def acceptance(logits: Tensor, p: Tensor) -> Tensor:
+    """-log a, a = sum_x min(p(x), q(x)) the chance that a token drawn from q is accepted: [M, V], [M, V] -> [M].
+
+    Its gradient is total variation's over 2a: large where little is accepted, where that of total variation vanishes.
+    Where the target is sure of one token it is the cross-entropy.
+
+    Source: LK losses (arXiv 2602.23881), negative log-likelihood of acceptance. Deviation: a is at least 1e-30, so a
+    draft that gives the target's tokens no probability at all has a finite loss and no gradient.
+    """
+    return -_accepted(logits.softmax(-1), p).log()
+
+
+def _accepted(q: Tensor, p: Tensor) -> Tensor:
+    """sum min(p, q), [M, V] -> [M]; not 1 - variation / 2, which rounds what is small away."""
+    return torch.minimum(p, q).sum(-1).clamp_min(1e-30)
+
+
+def _best(p: Tensor) -> Tensor:
+    """[P, V] -> [P, k <= BEST] int64, the likeliest tokens, in order."""
+    return p.topk(min(BEST, p.shape[-1]), -1).indices
+
+
 def valid_pairs(answer: Tensor) -> int:
     """From how many positions of a conversation a reply goes on: what sums of the loss are divided by.
 
@@ -95,11 +154,13 @@ class Aims:
         truth: [P, D] the target's last hidden states at those positions.
         of: [M] int64, ascending: the row of `truth` that each prediction estimates.
         weight: [M], factors of the losses.
+        steps: [M] int64, the draft step that each prediction is of, for heads whose steps differ in their weights.
     """
 
     truth: Tensor
     of: Tensor
     weight: Tensor
+    steps: Tensor | None = None
 
 
 def vocabulary_losses(
@@ -139,10 +200,12 @@ def vocabulary_losses(
     starts = torch.arange(0, P + size, size, device=predicted.device)
     spans = list(pairwise(torch.searchsorted(aims.of, starts).tolist()))
     scratch, most = _Scratch(predicted.device), max(high - low for low, high in [(0, 0), *spans])
+    ranks = bool(config.ranking or config.top_k)
     for index, (low, high) in enumerate(spans):
         truth, of = aims.truth[index * size : (index + 1) * size], aims.of[low:high] - index * size
         with torch.no_grad():
             p, best, covered = _restricted(_work(unembed(truth)), draft_ids, scratch)
+            ranked = _best(p) if ranks else None
         scale = aims.weight[low:high].to(p.dtype) * covered[of]
         g = predicted[low:high].detach().requires_grad_(grows)
         with torch.set_grad_enabled(grows):
@@ -153,7 +216,7 @@ def vocabulary_losses(
                 torch.mm(g, own.T, out=logits)
             elif recorded is not None:  # copied: the target's unembedding may remember it for its backward pass
                 logits.copy_(recorded)
-            losses, drafted = _logit_losses(logits, p, of, config, grows, scratch)
+            losses, drafted = _logit_losses(logits, p, ranked, of, config, grows, scratch)
             total = total + (losses * scale).sum()
         covers.append(covered[of])
         hits.append(covers[-1] & (drafted == best[of]))
@@ -179,15 +242,17 @@ def vocabulary_losses(
 
 
 def _logit_losses(
-    logits: Tensor, p: Tensor, of: Tensor, config: LossConfig, grows: bool, scratch: _Scratch
+    logits: Tensor, p: Tensor, ranked: Tensor | None, of: Tensor, config: LossConfig, grows: bool, scratch: _Scratch
 ) -> tuple[Tensor, Tensor]:
-    """`soft_cross_entropy` and `total_variation` of one chunk, and their gradient for its logits.
+    """The losses over a vocabulary of one chunk, and their gradient for its logits.
 
-    With q the draft's distribution: soft_cross_entropy has q - p, total_variation has q (s - <q, s>), s = sign(q - p).
+    With q the draft's distribution: soft_cross_entropy has q - p; total_variation has q (s - <q, s>), s = sign(q - p);
+    acceptance has that over 2 sum min(p, q); those of the target's best tokens alone see `_ranked_losses`.
 
     Args:
         logits: [C, V], overwritten: by the gradient of each row's loss where it is wanted.
         p: [P, V] the target's distributions; of: [C], the row that each prediction aims at.
+        ranked: [P, k], the best tokens of p, where losses are about them alone.
         grows: whether the gradient is wanted.
 
     Returns:
@@ -202,20 +267,50 @@ def _logit_losses(
         x.sub_(x.gather(1, top))  # sums of what is large and equal in both would lose digits
         q = torch.softmax(x, -1, out=scratch("q", at_a_time, x.shape[1], x.dtype)[: len(x)])
         aimed = torch.index_select(p, 0, aim, out=scratch("aimed", at_a_time, x.shape[1], x.dtype)[: len(x)])
+        log_top = q.gather(1, top).log()
+        at = None if ranked is None else ranked[aim]
+        few = None if at is None else _ranked_losses(x.gather(1, at), aimed.gather(1, at), log_top, config)
         # log q = x + log q(best): it is never formed, and neither is a second exponential.
-        loss = config.soft_ce * (-x.mul_(aimed).sum(-1) - q.gather(1, top).squeeze(1).log())
+        loss = config.soft_ce * (-x.mul_(aimed).sum(-1) - log_top.squeeze(1))
+        slope: Tensor | float = config.total_variation
+        if config.acceptance:
+            accepted = _accepted(q, aimed)
+            loss = loss - config.acceptance * accepted.log()
+            slope = slope + (config.acceptance / (2 * accepted)).unsqueeze(1)
         apart = torch.sub(q, aimed, out=aimed)
         if config.total_variation:
             loss = loss + config.total_variation * apart.abs().sum(-1)
-        losses.append(loss)
+        losses.append(loss if few is None else loss + few[0])
         if not grows:
             continue
-        if config.soft_ce != 1 or config.total_variation:
-            side = apart.sign()
-            side = (side - (q * side).sum(-1, keepdim=True)).mul_(q)
-            apart.mul_(config.soft_ce).add_(side, alpha=config.total_variation)
+        side = apart.sign() if config.total_variation or config.acceptance else None
+        if config.soft_ce != 1:
+            apart.mul_(config.soft_ce)
+        if side is not None:
+            apart.add_((side - (q * side).sum(-1, keepdim=True)).mul_(q).mul_(slope))
+        if few is not None and at is not None:
+            apart.addcmul_(q, few[2]).scatter_add_(1, at, few[1])
         rows.copy_(apart)
     return torch.cat([p.new_zeros(0), *losses]), torch.cat([of.new_zeros(0), *best])
+
+
+def _ranked_losses(u: Tensor, p: Tensor, log_top: Tensor, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """`ranking` and `top_k` of one chunk, and their gradient for its logits: a term of each best token, a share of q.
+
+    ranking has exp(u_i) sum_{r <= i} 1 / sum_{s >= r} exp(u_s) - 1 at the i-th best token; top_k has P q, and -p at
+    the best tokens, whose probabilities add up to P.
+
+    Args:
+        u: [C, k] logits of the best tokens, in order, less the largest of the row; log_top: [C, 1], log q of that one.
+        p: [C, k], their probabilities.
+
+    Returns:
+        [C] the weighted losses; [C, k] the gradient at the best tokens; [C, 1], the multiple of q beside it.
+    """
+    tails = u.flip(-1).logcumsumexp(-1).flip(-1)
+    loss = config.ranking * (tails - u).sum(-1) - config.top_k * (p * (u + log_top)).sum(-1)
+    share = (u.unsqueeze(2) - tails.unsqueeze(1)).exp().tril().sum(-1)
+    return loss, config.ranking * (share - 1) - config.top_k * p, config.top_k * p.sum(-1, keepdim=True)
 
 
 CACHED = 2**20

@@ -6,7 +6,7 @@ one that reads a KV cache. Everything else is the same code, so that training an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -102,7 +102,7 @@ class SwiGLU(nn.Module):
     def fuse(self) -> None:
         """See `DecoderBlock.fuse`."""
         if _plain(self.gate_proj, self.up_proj):
-            self.fused = _joined([self.gate_proj, self.up_proj])
+            self.fused = joined([self.gate_proj, self.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused is None:
@@ -117,7 +117,7 @@ def _plain(*layers: nn.Module) -> bool:
     return all(isinstance(layer, nn.Linear) for layer in layers)
 
 
-def _joined(layers: list[nn.Linear]) -> Tensor:
+def joined(layers: Sequence[nn.Linear]) -> Tensor:
     """One matrix of several layers' weights, of which they become views."""
     joined = torch.cat([layer.weight.data for layer in layers])
     for layer, part in zip(layers, joined.split([layer.out_features for layer in layers])):
@@ -175,7 +175,7 @@ class DecoderBlock(nn.Module):
         """For drafting: queries, keys and values by one product, gate and up by another. Weights are not copied twice;
         call it when they are where they stay, and not on a block that will be trained. Adapted layers stay single."""
         if _plain(self.q_proj, self.k_proj, self.v_proj):
-            self.fused = _joined([self.q_proj, self.k_proj, self.v_proj])
+            self.fused = joined([self.q_proj, self.k_proj, self.v_proj])
         self.mlp.fuse()
 
     @torch.no_grad()

@@ -144,6 +144,11 @@ class StaticTree:
         return len(self.paths)
 
     @functools.cached_property
+    def n_ranks(self) -> int:
+        """Candidates that are told apart, of any node."""
+        return 1 + max(map(max, self.paths))
+
+    @functools.cached_property
     def growth(self) -> tuple[Growth, ...]:
         """Of each draft level, for drafters that draft level by level."""
         steps: list[Growth] = []
@@ -271,3 +276,6 @@ MEDUSA_63 = StaticTree.parse(
     "root:10 | 0:10 1:7 2:3 3:2 4:1 5:1 6:1 7:1 8:1 9:1 | 00:10 01:3 02:2 03:1 04:1 05:1 06:1 07:1 10:2 20:1 | 000:2"
 )
 """Of Medusa (arXiv 2401.10774) with four heads on Vicuna-7B: 63 nodes on 4 levels."""
+
+NAMED = {"eagle25": EAGLE_25, "medusa63": MEDUSA_63, "recycling80": TOKEN_RECYCLING_80}
+"""Published trees by name: any head can fill them, without being fitted to it."""

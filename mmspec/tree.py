@@ -199,3 +199,53 @@ def best_of_pool(
         parents = parents.masked_fill(ranks > upload(budget, tokens.device).unsqueeze(1), -1)
     trees = from_parents(tokens.gather(1, kept), parents, max(max_depth, 1), full)
     return replace(trees, scores=scores.gather(1, kept)) if with_scores else trees
+
+
+def best_products(
+    roots: Tensor, tokens: Tensor, scores: Tensor, budget: Sequence[int], with_scores: bool = False
+) -> Tree:
+    """The root, and of all paths through the candidates of independent levels those with the best sum of scores.
+
+    Exact: nothing that a heap over all paths would find is missing. A path of ranks (r_1, .., r_d) comes behind all
+    that are no longer and have a higher rank nowhere: with itself these are sum_e prod_{j <= e} (r_j + 1). So the n
+    best are among the paths where that sum is at most n, a few hundred, whatever the scores are.
+
+    Args:
+        roots: [B] int64.
+        tokens: [B, K, k] int64, candidates of each level, best first.
+        scores: [B, K, k], their log-probabilities, at most 0, in falling order.
+        budget: draft nodes per row, as in `best_of_pool`; at least one of them 1.
+        with_scores: whether the tree shall have them.
+    """
+    K, k = tokens.shape[1:]
+    ranks, levels, parents = _products(max(budget), K, k, tokens.device)
+    # Rank k stands for a level that a path does not reach.
+    padded, total = F.pad(scores, (0, 1)), scores.new_zeros(())
+    for level, column in enumerate(ranks):
+        total = total + padded[:, level].index_select(1, column)
+    last = levels * k + ranks.gather(0, levels.unsqueeze(0)).squeeze(0)
+    pool = torch.cat([roots.unsqueeze(1), tokens.flatten(1).index_select(1, last)], 1)
+    total = F.pad(total, (1, 0))
+    return best_of_pool(pool, parents.expand(len(roots), -1), total, budget, K, with_scores)
+
+
+@functools.lru_cache(maxsize=256)
+def _products(n: int, depth: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Paths that may be among the n best: ranks [K, C] (`width` beyond a path's end), level of the last one [C], and
+    parents [C + 1], with the root as node 0 before them."""
+    found: list[tuple[tuple[int, ...], int]] = []  # and the index of the parent
+    level: list[tuple[tuple[int, ...], int, int, int]] = [((), 1, 0, 0)]  # path, product, sum of products, index
+    while level and len(level[0][0]) < depth:
+        below: list[tuple[tuple[int, ...], int, int, int]] = []
+        for path, product, total, index in level:
+            for rank in range(min(width, (n - total) // product)):
+                here = product * (rank + 1)
+                found.append(((*path, rank), index))
+                below.append(((*path, rank), here, total + here, len(found)))
+        level = below
+    ranks = [[*path, *[width] * (depth - len(path))] for path, _ in found]
+    # Outside of inference mode, or they could never be used where gradients are recorded.
+    with torch.inference_mode(False):
+        columns = torch.tensor(ranks, device=device).T.contiguous()
+        ends = torch.tensor([len(path) - 1 for path, _ in found], device=device)
+        return columns, ends, torch.tensor([-1, *(parent for _, parent in found)], device=device)

@@ -33,7 +33,7 @@ from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.drafters import recycling
-from mmspec.heads._unrolled import UnrolledHead
+from mmspec.heads._objective import SteppedHead
 from mmspec.loop import all_complete, generate
 from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine
@@ -88,7 +88,7 @@ class CountingRecycler(recycling.RecyclingDrafter):
 
 
 @torch.inference_mode()
-def count_head(head: UnrolledHead, target: Target, request: Request, tokens: Sequence[int], counts: Counts) -> None:
+def count_head(head: SteppedHead, target: Target, request: Request, tokens: Sequence[int], counts: Counts) -> None:
     """Counts the ranks that a head gives to the target's own answer, having drafted what precedes each token of it."""
     prompt, answer = request.prompt, torch.tensor(tokens)
     ids = torch.cat([prompt.input_ids, answer])
@@ -100,7 +100,7 @@ def count_head(head: UnrolledHead, target: Target, request: Request, tokens: Seq
         truth = ids[len(prompt) + 1 + step :].to(target.device)
         if not len(truth):
             break
-        logits = head.logits(states[: len(truth)], target.unembed)
+        logits = head.step_logits(step, states[: len(truth)], target.unembed)
         # A token outside of the head's own vocabulary is a miss.
         scores = logits.new_full((len(logits), target.shape.vocab_size), float("-inf"))
         scores[:, head.target_ids(torch.arange(logits.shape[1], device=logits.device))] = logits
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
         return target, counts
     checkpoint.check_target(target)
     head: Any = checkpoint.head(target.dtype).to(target.device)
-    if not isinstance(head, UnrolledHead):
+    if not isinstance(head, SteppedHead):
         raise InputError(f"--ckpt {args.ckpt} is a head of kind {checkpoint.kind}, which drafts no trees of ranks")
     shape = checkpoint.tree.depth, checkpoint.tree.budget
     for request, tokens in answers(target, dialogues, make_drafter(checkpoint, target), shape, args.batch_size):

@@ -14,10 +14,10 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.drafters.recycling import RecyclingDrafter
 from mmspec.drafters.sam import SamDrafter
-from mmspec.heads import eagle, eagle3
+from mmspec.heads import eagle, eagle3, medusa
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
-from mmspec.static_tree import StaticTree
+from mmspec.static_tree import MEDUSA_63, StaticTree
 from mmspec.tree import from_parents, pruned
 from mmspec.types import Plan
 
@@ -42,14 +42,31 @@ def eagle3_small_head(target, loss=None):
     return head
 
 
+def medusa_head(target, loss=None, **config):
+    """Beyond its beginning, where it is the identity."""
+    n_ahead = loss.steps if loss else 4
+    head = medusa.Head(medusa.Config(n_ahead=n_ahead, **config).resolve(target.shape), loss)
+    for parameter in head.blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    head.prepare(target, None)
+    return head
+
+
+def medusa_own_head(target, loss=None):
+    """With unembeddings of its own, in the depth of two blocks."""
+    return medusa_head(target, loss, own_head=True, n_blocks=2)
+
+
 HEADS = {"eagle": eagle_head, "eagle3": eagle3_head, "eagle3_small": eagle3_small_head}
-"""Every trained drafter on a random target, fp32, untrained."""
+"""Heads of EAGLE's family on a random target, fp32, untrained."""
+ALL_HEADS = {**HEADS, "medusa": medusa_head, "medusa_own": medusa_own_head}
+"""Every trained drafter."""
 
 
 def make_head(kind, target, seed=1, steps=4):
-    """One of HEADS where the target is, in its dtype."""
+    """One of ALL_HEADS where the target is, in its dtype."""
     torch.manual_seed(seed)
-    return HEADS[kind](target, LossConfig(steps=steps)).to(target.device, target.dtype)
+    return ALL_HEADS[kind](target, LossConfig(steps=steps)).to(target.device, target.dtype)
 
 
 class Scripted:
@@ -190,7 +207,8 @@ def drafters(target, truth):
         "lookahead": LookaheadDrafter(),
         "lade": LadeDrafter(lade.Config(4, 3, 2), target),
         "recycling": RecyclingDrafter(recycling.Config(), target),
-        **{kind: make_head(kind, target).drafter(target, 3) for kind in HEADS},
+        **{kind: make_head(kind, target).drafter(target, 3) for kind in ALL_HEADS},
+        "medusa_static": make_head("medusa", target).drafter(target, 3, shape=MEDUSA_63),
         "eagle_static": make_head("eagle", target).drafter(target, 3, shape=StaticTree.parse("root:3 0:2 1:1 | 01:2")),
         "eagle_chain": make_head("eagle", target).drafter(target, 1),
         "hybrid": HybridDrafter(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from mmspec import losses
-from mmspec.losses import Aims, LossConfig, soft_cross_entropy, total_variation, vocabulary_losses
+from mmspec.losses import TERMS, Aims, LossConfig, soft_cross_entropy, total_variation, vocabulary_losses
 
 V, D, P = 50, 6, 9
 
@@ -41,19 +43,34 @@ def written_out(predicted, aims, unembed, config, weight=None, draft_ids=None):
     logits = unembed(predicted) if weight is None else predicted @ weight.T
     p, covers = truth[:, ids].softmax(-1), torch.isin(best, ids)
     each = config.soft_ce * soft_cross_entropy(logits, p) + config.total_variation * total_variation(logits, p)
+    for term in (losses.ranking, losses.top_k, losses.acceptance):
+        weight = getattr(config, term.__name__)
+        each = each + weight * term(logits, p) if weight else each
     total = (each * aims.weight.to(each.dtype) * covers).sum()
     hits = covers & (ids[logits.argmax(-1)] == best)
     return total.detach(), torch.autograd.grad(total * 2.0, leaves), hits, covers
 
 
-@pytest.mark.parametrize(("soft_ce", "variation"), [(1.0, 0.0), (0.3, 0.0), (1.0, 0.5), (0.0, 1.0)])
+WEIGHTS = [
+    {"soft_ce": 1.0},
+    {"soft_ce": 0.3},
+    {"soft_ce": 1.0, "total_variation": 0.5},
+    {"soft_ce": 0.0, "total_variation": 1.0},
+    {"soft_ce": 0.0, "ranking": 0.7},
+    {"soft_ce": 0.0, "top_k": 1.3},
+    {"soft_ce": 0.0, "acceptance": 0.6},
+    {"soft_ce": 0.2, "total_variation": 0.3, "ranking": 0.4, "top_k": 0.5, "acceptance": 0.6},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda w: "+".join(name for name in w if w[name]))
 @pytest.mark.parametrize("own", ["none", "whole", "restricted"])
 @pytest.mark.parametrize("cached", [1, 3 * V, 10**6])
-def test_value_and_gradients_are_those_of_the_plain_formulas(soft_ce, variation, own, cached, monkeypatch):
+def test_value_and_gradients_are_those_of_the_plain_formulas(weights, own, cached, monkeypatch):
     """In fp64, for every way of cutting: chunks of two positions, and rows of them one, three or all at a time."""
     monkeypatch.setattr(losses, "CACHED", cached)
     predicted, aims, weight, unembed = case(torch.float64)
-    config = LossConfig(soft_ce=soft_ce, total_variation=variation, chunk=6, steps=3)
+    config = LossConfig(**weights, chunk=6, steps=3)
     draft_ids = torch.arange(0, V, 2) if own == "restricted" else None
     own_weight = {"none": None, "whole": weight, "restricted": weight[:25].detach().requires_grad_()}[own]
     ours = found(predicted, aims, unembed, config, own_weight, draft_ids)
@@ -123,3 +140,79 @@ def test_gradients_are_handed_over_once():
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError):
         total.backward()
+
+
+# ---- each loss ----
+
+
+def distributions(k=12):
+    """Logits [4, V] that ask for gradients, and a target's distributions."""
+    generator = torch.Generator().manual_seed(3)
+    logits, theirs = (2 * torch.randn(4, k, generator=generator, dtype=torch.float64) for _ in range(2))
+    return logits.requires_grad_(), theirs.softmax(-1)
+
+
+def test_ranking_is_the_chance_of_the_targets_order_among_its_ten_best():
+    """Drawn one after the other without replacement, each by its probability among those that are left."""
+    logits, p = distributions()
+    q = logits.detach().softmax(-1)
+    for row, order in enumerate(p.argsort(-1, descending=True)[:, :10].tolist()):
+        chance = 1.0
+        for place, token in enumerate(order):
+            chance *= float(q[row, token] / q[row, order[place:]].sum())
+        assert float(losses.ranking(logits.detach(), p)[row]) == pytest.approx(-math.log(chance), rel=1e-12)
+    assert torch.allclose(losses.ranking(logits + 5.0, p), losses.ranking(logits, p))
+
+
+def test_top_k_is_the_cross_entropy_where_the_vocabulary_has_ten_tokens():
+    logits, p = distributions(10)
+    assert torch.allclose(losses.top_k(logits, p), soft_cross_entropy(logits, p))
+    logits, p = distributions(12)
+    least = p.topk(2, largest=False).indices
+    rest = (p * logits.log_softmax(-1)).gather(1, least).sum(-1)
+    assert torch.allclose(losses.top_k(logits, p), soft_cross_entropy(logits, p) + rest)
+
+
+def test_acceptance_is_the_chance_that_a_drawn_token_is_accepted():
+    """Half of the total variation is what is rejected; of a sure target it is the cross-entropy."""
+    logits, p = distributions()
+    assert torch.allclose((-losses.acceptance(logits, p)).exp(), 1 - total_variation(logits, p) / 2)
+    sure = torch.nn.functional.one_hot(torch.tensor([3, 1, 4, 1]), 12).double()
+    assert torch.allclose(losses.acceptance(logits, sure), soft_cross_entropy(logits, sure))
+    assert float(losses.acceptance(p.log(), p).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["ranking", "top_k", "acceptance"])
+def test_gradients_are_those_of_finite_differences(name):
+    logits, p = distributions()
+    term = getattr(losses, name)
+    assert torch.autograd.gradcheck(lambda x: term(x, p), logits)
+
+
+@pytest.mark.parametrize("name", ["ranking", "top_k", "acceptance"])
+def test_a_draft_without_any_overlap_has_a_finite_loss_and_gradient(name):
+    """In fp32, where the target's tokens get probability 0 and the written-out gradient might divide by it."""
+    predicted, aims, weight, unembed = case(torch.float32, spread=1000.0)
+    config = LossConfig(chunk=6, steps=3, soft_ce=0.0, **{name: 20.0})
+    total, gradients, *_ = found(predicted, aims, unembed, config, weight)
+    assert torch.isfinite(total)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_a_term_without_weight_is_not_computed(monkeypatch):
+    def never(*_):
+        raise AssertionError("computed")
+
+    for name in ("_ranked_losses", "_accepted", "_best"):
+        monkeypatch.setattr(losses, name, never)
+    predicted, aims, weight, unembed = case(torch.float64)
+    found(predicted, aims, unembed, LossConfig(total_variation=0.5), weight)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_weights_are_at_least_0_and_not_all_of_them_0(name):
+    with pytest.raises(ValueError, match=rf"loss\.{name}=-1"):
+        LossConfig(**{name: -1.0})
+    with pytest.raises(ValueError, match="every weight is 0"):
+        LossConfig(soft_ce=0.0)
+    assert LossConfig(**{"soft_ce": 0.0, name: 1.0})

@@ -7,12 +7,15 @@ and the vision tower. Costs are linear in the counts of a `Work`, so those of ra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmspec.heads import medusa
+from mmspec.heads._unrolled import UnrolledHead
 from mmspec.types import TargetShape
 
 
@@ -62,8 +65,13 @@ def target_cost(shape: TargetShape) -> Cost:
     return Cost(tokens=2.0 * shape.n_layers * layer, pairs=4.0 * shape.n_layers * width)
 
 
+def is_counted(head: nn.Module) -> bool:
+    """Whether `head_cost` knows how often the layers of a head are applied."""
+    return isinstance(head, (UnrolledHead, medusa.Head))
+
+
 def head_cost(head: nn.Module, shape: TargetShape, steps: int, backward: bool = True) -> Cost:
-    """A step of a head of EAGLE's family, loss and the target's unembedding included.
+    """A step of a head that `is_counted`, loss and the target's unembedding included.
 
     A backward pass costs the forward once for the gradient of what a layer reads, and once for that of its weight where
     it is trained: a frozen layer under an adapter has only the first.
@@ -77,6 +85,8 @@ def head_cost(head: nn.Module, shape: TargetShape, steps: int, backward: bool = 
     config: Any = head.config
     linear = {name: module for name, module in head.named_modules() if isinstance(module, nn.Linear)}
     logits = 2.0 * shape.hidden_size * shape.vocab_size
+    if isinstance(head, medusa.Head):
+        return _medusa_cost(config, linear, logits, backward)
     cost = Cost(drafts=logits)  # the target's distribution, once a position
     if not any("lm_head" in name.split(".") for name in linear):
         cost += Cost(predictions=logits * (1 + backward))
@@ -88,6 +98,25 @@ def head_cost(head: nn.Module, shape: TargetShape, steps: int, backward: bool = 
     # A query sees the prefix, and of each simulated step one key; the backward pass is two of the forward's.
     attended = (1 + 2 * backward) * 4.0 * config.n_heads * config.head_dim
     return cost + Cost(draft_pairs=attended * steps, drafts=attended * steps * (steps - 1) / 2)
+
+
+def _medusa_cost(config: medusa.Config, linear: Mapping[str, nn.Linear], logits: float, backward: bool) -> Cost:
+    """Each block is applied once a draft position; the first one of a head reads what nobody has a gradient of.
+
+    The target's distributions are made once a position, or by each of the heads where they have unembeddings of their
+    own.
+    """
+    cost = Cost(drafts=logits * (config.n_ahead if config.own_head else 1))
+    if not config.own_head:
+        cost += Cost(predictions=logits * (1 + backward))
+    for name, layer in linear.items():
+        once = 2.0 * layer.in_features * layer.out_features
+        own = name.startswith("lm_heads.")  # of one head, so of one in K predictions
+        times = once * (1 / config.n_ahead if own else 1)
+        reads = own or name.split(".")[2] != "0"
+        passes = 1 + backward * (layer.weight.requires_grad + reads)
+        cost += Cost(predictions=times * passes) if own else Cost(drafts=times * passes)
+    return cost
 
 
 def _places(name: str, layer: nn.Linear, pair: int, steps: int) -> tuple[Cost, Cost]:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from mmspec import checkpoint
 from mmspec.heads._blind import BlindHead, image_means
-from mmspec.heads._unrolled import UnrolledHead
 from mmspec.nn import SwiGLU
 from mmspec.recipe import Recipe, Source
 from mmspec.types import Features, InputError, Objective, Target
 from train.corpus import locate
 from train.fit import Fit, Plan, Trainee, find
-from train.flops import Cost, counted, head_cost, target_cost
+from train.flops import Cost, counted, head_cost, is_counted, target_cost
 from train.lora import adapt, adapted_layers, merged, save_adapters
 from train.measure import held_out, measure
 from train.placement import lend
@@ -136,7 +135,7 @@ def load_head(session: Session) -> nn.Module:
 def _cost(session: Session, head: nn.Module) -> Cost | None:
     """Operations of a step: the head's, and the target's where it runs; None for heads that nobody counts for."""
     shape, steps = session.target.shape, session.recipe.loss.steps
-    if not isinstance(head, UnrolledHead):
+    if not is_counted(head):
         return None
     cost = head_cost(head, shape, steps)
     return cost if session.features is not None else cost + target_cost(shape)

@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from mmspec.checkpoint import discreet, write_json, write_tensors
-from mmspec.heads.eagle3 import Unembedding
+from mmspec.heads._unembedding import Unembedding
 from mmspec.recipe import HeadNode, Lora
 from mmspec.types import InputError
 

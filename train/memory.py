@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mmspec.heads import medusa
 from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import CACHED, LossConfig
 from mmspec.recipe import DeepSpeedNode, Optim, Recipe
@@ -74,7 +75,9 @@ class HeadFacts:
         n_taps: hidden states it reads beside the last.
         vocabulary: V' of an unembedding of its own, 0: the target's is used.
         paired, input_norm: see `mmspec.nn.DecoderBlock`.
-        exact: False for a head that is not of EAGLE's family, counted as if it were.
+        exact: False for a head that is neither of EAGLE's family nor Medusa, counted as if it were of the first.
+        n_ahead: heads side by side, each with an unembedding where there is a vocabulary (Medusa), else 0.
+        n_blocks: of each of those.
     """
 
     kind: str
@@ -92,6 +95,8 @@ class HeadFacts:
     paired: bool
     input_norm: bool
     exact: bool
+    n_ahead: int = 0
+    n_blocks: int = 0
 
 
 def head_facts(kind: str, head: nn.Module, facts: TargetFacts) -> HeadFacts:
@@ -100,6 +105,22 @@ def head_facts(kind: str, head: nn.Module, facts: TargetFacts) -> HeadFacts:
     shape, taps = facts.shape, len(set(getattr(head, "taps", ())))
     attention, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     n, largest = sum(sizes), max(sizes)
+    if isinstance(head, medusa.Head):
+        c, no_block = head.config, dict.fromkeys(("attention", "keys", "inner", "n_heads", "head_dim", "n_taps"), 0)
+        return HeadFacts(
+            kind=kind,
+            n=n,
+            largest=largest,
+            width=c.hidden_size,
+            read=c.hidden_size,
+            vocabulary=c.vocab_size if c.own_head else 0,
+            paired=False,
+            input_norm=False,
+            exact=True,
+            n_ahead=c.n_ahead,
+            n_blocks=c.n_blocks,
+            **no_block,
+        )
     if not isinstance(head, UnrolledHead):
         D = shape.hidden_size
         rest = (D, attention, keys, shape.intermediate_size, shape.n_heads, shape.head_dim, max(taps, 1) * D, taps)
@@ -171,7 +192,7 @@ def count(recipe: Recipe, facts: TargetFacts, head: HeadFacts, batch: Batch, pro
     again = recipe.optim.accumulate > 1
     carried = engine.carried if again else 0
     acts = activations(head, batch, recipe.loss, 2 if recipe.deepspeed.bf16 else 4)
-    own = head.vocabulary * head.width * engine.half
+    own = max(head.n_ahead, 1) * head.vocabulary * head.width * engine.half
     scores = chunk_bytes(recipe, head, facts, batch)
     seen = {**lasting, "features": features}
     moments = {
@@ -214,7 +235,14 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
 
     A norm keeps what it read, x, and x / rms(x), in fp32 both; attention the fp32 log-sum-exp of each head. Recomputed,
     the residual's norm and what follows it are there for one step at a time; what is before them, A and D, for each.
+
+    Medusa has the target's states D once, of each block what enters SiLU and what leaves the block, 2D, and of each
+    prediction and truth the same as above; an unembedding of its own is given a copy of its predictions, D.
     """
+    if head.n_ahead:
+        M, R, D = sum(batch.drafts), batch.predictions(loss.steps), head.width
+        kept = M * (1 + 2 * head.n_ahead * head.n_blocks + 1) + R * (3 if head.vocabulary else 2)
+        return kept * D * half
     D, A, K, I = head.width, head.attention, head.keys, head.inner
     norm = 8 * D
     again = 4 * D if half == 4 else 8 * D  # a norm of what is counted as something else already
@@ -240,18 +268,19 @@ def chunk_bytes(recipe: Recipe, head: HeadFacts, facts: TargetFacts, batch: Batc
 
     Held by all chunks: the target's distribution [P, V'] in fp32, the logits [C, V'] and, of as many rows A as a pass
     works on, q and p in fp32. Beside them either the target's logits [P, V] that the distribution is made of, or what
-    the losses take: with 16-bit logits a copy of A rows in fp32, with total variation two more, and where the target
-    unembeds predictions too, what it returned [C, V].
+    the losses take: with 16-bit logits a copy of A rows in fp32, with total variation or acceptance two more, and where
+    the target unembeds predictions too, what it returned [C, V].
     """
     loss, V = recipe.loss, facts.shape.vocab_size
     own, width = head.vocabulary or V, BYTES[recipe.target.dtype]
     half = (2 if recipe.deepspeed.bf16 else 4) if head.vocabulary else width
     positions = min(max(loss.chunk // loss.steps, 1), max(sum(batch.drafts), 1))
-    predictions = min(positions * loss.steps, batch.predictions(loss.steps))
+    at_once = 1 if head.n_ahead and head.vocabulary else loss.steps  # heads that unembed by themselves do it in turn
+    predictions = min(positions * at_once, batch.predictions(loss.steps))
     rows = min(predictions, max(CACHED // own, 1)) if recipe.target.device == "cpu" else predictions
     shared = 4 * positions * own + half * predictions * own + 8 * rows * own
     truth = positions * (V * (width if width == 4 else width + 4) + (4 * own if own < V else 0))
-    losses = rows * own * ((4 if half < 4 else 0) + (8 if loss.total_variation else 0))
+    losses = rows * own * ((4 if half < 4 else 0) + (8 if loss.total_variation or loss.acceptance else 0))
     losses += 0 if head.vocabulary else predictions * V * width
     return shared + max(truth, losses)
 

@@ -40,12 +40,6 @@ class PairHead(DraftHead):
 
     block: DecoderBlock
     rotary: RotaryTable
-    draft_ids: Tensor | None
-    """[V'] int64, target ids of a vocabulary of its own, ascending, saved with the weights; None: the target's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("draft_ids", None)
 
     @property
     def feature_size(self) -> int:
@@ -67,10 +61,6 @@ class PairHead(DraftHead):
     def logits(self, states: Tensor, unembed: Unembed) -> Tensor:
         """Over the head's vocabulary, [..., V']."""
         return unembed(states)
-
-    def target_ids(self, indices: Tensor) -> Tensor:
-        """Indices into the head's vocabulary as the target's token ids."""
-        return indices if self.draft_ids is None else self.draft_ids[indices]
 
     def drafter(
         self,

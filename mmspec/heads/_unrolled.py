@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmspec.heads._drafter import PairHead
+from mmspec.heads._objective import SteppedHead
 from mmspec.heads._packed import Packed, UnrolledAttention, pack
-from mmspec.losses import Aims, LossConfig, vocabulary_losses
-from mmspec.types import Features, InputError, Objective, Target, Unembed
+from mmspec.losses import LossConfig
+from mmspec.types import Features, InputError, Target, Unembed
 
 
-class UnrolledHead(PairHead):
+class UnrolledHead(PairHead, SteppedHead):
     """A PairHead with its objective.
 
     Args:
@@ -50,9 +50,8 @@ class UnrolledHead(PairHead):
         except InputError as error:
             raise InputError(f"{said}: {error}; leave head.init_layer out") from error
 
-    def score(self, states: Tensor, aims: Aims, unembed: Unembed) -> tuple[Tensor, Tensor, Tensor]:
-        """See `vocabulary_losses`, for block outputs [M, D]."""
-        return vocabulary_losses(states, aims, unembed, self.loss)
+    def step_logits(self, step: int, states: Tensor, unembed: Unembed) -> Tensor:
+        return self.logits(states, unembed)
 
     def unroll(self, features: Features, steps: int) -> tuple[Packed, list[Tensor]]:
         """Block outputs of each simulated draft step.
@@ -83,35 +82,3 @@ class UnrolledHead(PairHead):
             states = self.block(self.pair(ahead, states), self.rotary.at(positions + step, bound, dtype), attention)
             outputs.append(states[0])
         return packed, outputs
-
-    def forward(self, features: Features, unembed: Unembed) -> Objective:
-        """Objective over answer tokens.
-
-        Sums: `pos_k` drafts of k tokens that are right to the last one, of those right up to the one before; `tau_sim`
-        mean tokens a round of chains as long as the unroll; `covered` where the head has a vocabulary of its own.
-        """
-        packed, outputs = self.unroll(features, self.loss.steps)
-        valid = packed.left > torch.arange(len(outputs), device=packed.left.device).unsqueeze(1)  # [S, M]
-        steps, drafts = valid.nonzero(as_tuple=True)
-        at = packed.tokens[packed.drafts[drafts]] + steps + 1  # of the state that a prediction estimates
-        order = at.argsort(stable=True)  # predictions that aim at one position together: its distribution is shared
-        places, of = at[order].unique_consecutive(return_inverse=True)
-        truth = features.last_hidden.flatten(0, 1)[places].to(outputs[0].dtype)
-        predicted = torch.cat([states[here] for states, here in zip(outputs, valid)])[order]
-        weight = torch.tensor(self.loss.step_decay, dtype=torch.float64, device=at.device) ** steps[order]
-        if features.weight is not None:  # of the token that a prediction chooses, one behind the state it estimates
-            weight = weight * features.weight.flatten()[at[order] + 1]
-        loss, hits, covers = self.score(predicted, Aims(truth, of, weight), unembed)
-        hit, covered = torch.zeros_like(valid), torch.zeros_like(valid)
-        where = steps[order], drafts[order]
-        hit[where], covered[where] = hits, covers
-        right = hit.cumprod(0).bool()  # all drafts up to this one
-        offered = valid & torch.cat([valid[:1], right[:-1]])
-        n_valid = valid[0].sum().float()
-        sums = {f"pos_{k}": rights.sum().float() for k, rights in enumerate(right, 1)}
-        counts = {f"pos_{k}": tries.sum().float() for k, tries in enumerate(offered, 1)}
-        sums |= {"tau_sim": n_valid + right.sum(), "top1": sums["pos_1"], "loss": loss.detach()}
-        counts |= {"tau_sim": n_valid, "top1": n_valid, "loss": n_valid}
-        if self.draft_ids is not None:
-            sums["covered"], counts["covered"] = covered[0].sum().float(), n_valid
-        return Objective(loss, n_valid, sums, counts)

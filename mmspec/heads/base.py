@@ -18,6 +18,16 @@ class DraftHead(nn.Module, ABC):
     config: Any
     taps: tuple[int, ...] = ()
     """Indices into the target's hidden_states that the head reads, in training and when drafting."""
+    draft_ids: Tensor | None
+    """[V'] int64, target ids of a vocabulary of its own, ascending, saved with the weights; None: the target's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("draft_ids", None)
+
+    def target_ids(self, indices: Tensor) -> Tensor:
+        """Indices into the head's vocabulary as the target's token ids."""
+        return indices if self.draft_ids is None else self.draft_ids[indices]
 
     def prepare(self, target: Target, answer_counts: Callable[[], Tensor]) -> None:
         """Take what training starts from; called once before it, unless it is resumed or starts from another head.

@@ -20,18 +20,16 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmspec.heads._unembedding import Unembedding
 from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import Aims, LossConfig, vocabulary_losses
 from mmspec.nn import DecoderBlock, RMSNorm, RotaryTable
 from mmspec.types import Features, Forward, InputError, Target, TargetShape, Unembed
 
-T = TypeVar("T")
 N_TAPS = 3
 
 
@@ -104,17 +102,6 @@ class Config:
         )
 
 
-class Unembedding(nn.Linear):
-    """W_d. Whatever needs the weight itself is done in its forward: elsewhere ZeRO-3 has only a shard of it."""
-
-    def __init__(self, width: int, n_tokens: int) -> None:
-        super().__init__(width, n_tokens, bias=False)
-
-    def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], T] = F.linear) -> T:  # type: ignore[assignment]
-        """Logits of x [..., D], or what else `use` makes of x and the weight."""
-        return use(x, self.weight)
-
-
 class Head(UnrolledHead):
     """The EAGLE-3 head.
 
@@ -183,10 +170,7 @@ class Head(UnrolledHead):
         if self.draft_ids is not None:
             ids = draft_vocabulary(answer_counts(), self.config.draft_vocab_size, target)
             self.draft_ids.copy_(ids)
-        # A target hands out no weights, but its unembedding of unit vectors is their transpose, exactly.
-        for column in torch.arange(self.config.hidden_size).split(256):
-            units = F.one_hot(column, self.config.hidden_size).to(target.device, target.dtype)
-            self.lm_head.weight[:, column] = target.unembed(units)[:, ids].T.to(self.lm_head.weight)
+        self.lm_head.start_from(target, ids)
 
 
 def draft_vocabulary(counts: Tensor, size: int, target: Target) -> Tensor:

@@ -17,10 +17,12 @@ from mmspec.sampling import GreedySampler
 from mmspec.static_tree import StaticTree
 from mmspec.types import Plan, Prompt, Request
 from tests.dense import dense_unroll
-from tests.drafters import HEADS, make_head
+from tests.drafters import ALL_HEADS, HEADS, make_head
 from tests.tiny import image, llava, prompt
 
 every_head = pytest.mark.parametrize("kind", HEADS)
+any_head = pytest.mark.parametrize("kind", ALL_HEADS)
+"""Of whatever family: what is asked of them knows of no block."""
 
 
 def taught(target, trained, rows):
@@ -154,7 +156,7 @@ def test_a_static_tree_holds_the_candidates_of_its_ranks(kind):
     assert int((tree.parents[1] >= 0).sum()) == 4
 
 
-@every_head
+@any_head
 def test_the_loss_covers_the_first_reply_pair_and_ends_at_the_stop_token(kind):
     """Shift contract: with reply tokens at 5..8 (stop at 8), step 0 predicts tokens 6, 7, 8 and never 5 or 9."""
     target = llava()
@@ -172,7 +174,7 @@ def test_the_loss_covers_the_first_reply_pair_and_ends_at_the_stop_token(kind):
         assert int(objective.count) == 3
 
 
-@every_head
+@any_head
 def test_padding_changes_nothing(kind):
     target = llava()
     trained = make_head(kind, target)
@@ -185,7 +187,7 @@ def test_padding_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("width", [1, 60, 1000])
-@every_head
+@any_head
 def test_packing_changes_nothing(kind, width):
     """Loss, its gradient and every count: rows shared by the target's pass and the head (fp64, 1e-9)."""
     target = llava()
@@ -208,7 +210,7 @@ def test_packing_changes_nothing(kind, width):
         assert packed.counts[name].item() == plain.counts[name].item(), name
 
 
-@every_head
+@any_head
 def test_conversations_that_share_a_row_do_not_meet_even_where_answers_touch(kind):
     """The end of one conversation and the beginning of the next bear the same reply number."""
     target = llava()
@@ -290,7 +292,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less(kind):
     assert all(torch.equal(gradient, found[1][2][name]) for name, gradient in found[0][2].items())
 
 
-@every_head
+@any_head
 def test_a_batch_without_answers_has_a_loss_of_zero_that_reaches_every_weight(kind):
     """Ranks must not skip alone: one without a position to train on takes part in the backward pass."""
     target = llava()
@@ -302,7 +304,7 @@ def test_a_batch_without_answers_has_a_loss_of_zero_that_reaches_every_weight(ki
     assert all(p.grad is not None and not p.grad.any() for p in trained.parameters())
 
 
-@every_head
+@any_head
 def test_the_answer_marks_alone_tell_how_many_positions_there_are(kind):
     """What a step divides by is agreed on before any forward pass."""
     target = llava()
@@ -356,7 +358,7 @@ def test_a_skipped_round_runs_no_head(kind):
     assert not calls
 
 
-@every_head
+@any_head
 def test_a_head_in_training_is_copied_not_frozen(kind):
     target = llava()
     trained = make_head(kind, target)
