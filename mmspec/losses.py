@@ -20,6 +20,8 @@ TERMS = ("regression", "soft_ce", "total_variation", "ranking", "top_k", "accept
 """The losses that an objective is composed of, each with a weight of its name in `LossConfig`."""
 BEST = 10
 """Tokens of the target that `ranking` and `top_k` look at, or as many as the vocabulary has."""
+UNROLLS = ("ttt", "hass", "none")
+"""How draft steps may be simulated in training; `mmspec.heads._unrolled` says what they are."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class LossConfig:
         ranking: likelihood of the target's order of its 10 best tokens (ViSpec).
         top_k: the part of the cross-entropy that is about the target's 10 best tokens (HASS).
         acceptance: -log of the acceptance probability of a sampled token (LK losses).
+        unroll: how the steps are simulated. `ttt`: as they are drafted, gradients flowing through all of them
+            (training-time test). `hass`: as they are drafted, but a step takes the one before as given. `none`: the
+            first step alone.
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
         dependence: w, how much more a prediction weighs the more the target's choice there owes to the image
@@ -48,6 +53,7 @@ class LossConfig:
     ranking: float = 0.0
     top_k: float = 0.0
     acceptance: float = 0.0
+    unroll: str = "ttt"
     steps: int = 3
     step_decay: float = 0.8
     dependence: float = 0.0
@@ -57,6 +63,10 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"loss.steps must be at least 1, got {self.steps}")
+        if self.unroll not in UNROLLS:
+            raise ValueError(f"loss.unroll={self.unroll!r} must be one of: {', '.join(UNROLLS)}")
+        if self.unroll == "none" and self.steps != 1:
+            raise ValueError(f"loss.steps={self.steps}: loss.unroll=none trains one step alone; set loss.steps=1")
         if not 0 <= self.dependence < float("inf"):
             raise ValueError(f"loss.dependence must be at least 0 (off), got {self.dependence}")
         if self.chunk < 1:

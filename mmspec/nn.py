@@ -45,6 +45,22 @@ class RotaryTable:
         self._extend(bound, positions.device, dtype)
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
+    def along(self, axes: Tensor, bound: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotation by positions on three axes, each of which turns a section of the frequencies (`sections`).
+
+        Where a token's three positions are equal it is that of `at`.
+
+        Args:
+            axes: [3, M] int64 (time, height, width), all from 0 and below `bound`.
+
+        Returns:
+            cos, sin, each [1, 1, M, dim].
+        """
+        self._extend(bound, axes.device, dtype)
+        parts = torch.repeat_interleave(torch.arange(3), torch.tensor(sections(self.dim))).repeat(2).to(axes.device)
+        rows, columns = axes[parts].T, torch.arange(self.dim, device=axes.device)
+        return self._cos[rows, columns][None, None], self._sin[rows, columns][None, None]
+
     def span(self, start: int, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Rotation of the positions start..start+n-1 of all rows: views of the table, [1, 1, n, dim]."""
         self._extend(start + n, like.device, like.dtype)
@@ -59,6 +75,16 @@ class RotaryTable:
         angles = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
         angles = torch.cat([angles, angles], -1)
         self._cos, self._sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def sections(dim: int) -> tuple[int, int, int]:
+    """Frequencies of a head dimension that belong to time, height and width: a quarter and three eighths each.
+
+    Source: M-RoPE of Qwen2-VL (arXiv 2409.12191), whose 64 frequencies are split into 16, 24 and 24.
+    """
+    pairs = dim // 2
+    side = 3 * pairs // 8
+    return pairs - 2 * side, side, side
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -173,6 +173,9 @@ class Data:
     step, with the mean image feature in place of the image's."""
     max_length: int | None = None
     """Longer conversations are quarantined; default: the target's context."""
+    text_first: float | None = None
+    """Share of the steps that see samples without a picture alone, as in 0.5; from there on the probability that a
+    sample has one rises to 1 at the last step. None: samples come as their weights say."""
     pack: int = 0
     """Tokens of a row of the target's pass that the conversations of a micro-batch share, each as if it were alone; 0:
     a row each, padded to the longest. What is learned is the same."""
@@ -484,6 +487,11 @@ def _check_numbers(recipe: Recipe) -> None:
     for key, value in above:
         if not value > 0:
             raise InputError(f"{key}={value} must be greater than 0")
+    if recipe.data.text_first is not None and not 0 <= recipe.data.text_first < 1:
+        raise InputError(
+            f"data.text_first={recipe.data.text_first} must be at least 0 and less than 1, the share of the steps that "
+            "see text alone"
+        )
     if not 0 <= recipe.optim.ema < 1:
         raise InputError(f"optim.ema={recipe.optim.ema} must be at least 0 (off) and less than 1, as in 0.999")
     if recipe.policy.optim.ema:

@@ -147,6 +147,8 @@ class Forward:
         hidden: tapped layers {index into hidden_states: [B, N, D]}.
         embeds: prefill only, [1, L, D]: input embeddings with image features merged in.
         visual: prefill only, [1, L] bool.
+        positions: prefill only, [3, 1, L] int64, the target's rotary positions (time, height, width); all three are
+            0..L-1 for a target that counts tokens. Text behind the prompt goes on at their largest.
         visual_mass: [B, N] fp32 (prefill: of the last position, [1, 1]), share of its attention that each node gives to
             image positions, mean over the heads of the layer that the state was opened with, else None.
     """
@@ -157,6 +159,7 @@ class Forward:
     embeds: Tensor | None = None
     visual: Tensor | None = None
     visual_mass: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -328,10 +331,12 @@ class Features:
         embeds: [B, T, D] input embeddings, image features merged in.
         hidden: tapped layers {index: [B, T, D]}.
         visual_mass: [B, T, S] fp32, attention mass on image positions of the layers asked for (head mean), or None.
-        weight: [B, T] fp32, factor of the loss of every prediction of a token; None where all are 1. Their mean over
-            the answers of the training data is 1: what losses are divided by stays the number of positions.
         segment: [B, T] int64, where conversations share rows: the 1-based number in its row of the conversation that
             a token belongs to, 0 at padding; None where each row is one.
+        positions: [3, B, T] int64, the target's rotary positions within each conversation; None where they are not
+            known.
+        weight: [B, T] fp32, factor of the loss of every prediction of a token; None where all are 1. Their mean over
+            the answers of the training data is 1: what losses are divided by stays the number of positions.
     """
 
     input_ids: Tensor
@@ -343,6 +348,7 @@ class Features:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     visual_mass: Tensor | None = None
     segment: Tensor | None = None
+    positions: Tensor | None = None
     weight: Tensor | None = None
 
 

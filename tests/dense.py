@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mmspec.heads._prefix import Pairs
 from mmspec.nn import attend
 
 
@@ -35,14 +36,21 @@ class DenseAttention:
 
 
 def dense_unroll(head, features, steps):
-    """`UnrolledHead.unroll` at all positions: tensors [B, T - 2, D], for rows of one conversation each."""
-    T = features.input_ids.shape[1]
-    index = torch.arange(T - 2)
-    states = head.enter(head.read(features)[:, : T - 2])
-    attention, outputs = DenseAttention(), []
-    for step in range(steps):
-        rope = head.rotary.at((index + step).unsqueeze(0), T + steps, states.dtype)
-        shifted = features.embeds[:, (index + 1 + step).clamp_max(T - 1)]
-        states = head.block(head.pair(shifted, states), rope, attention)
-        outputs.append(states)
-    return outputs
+    """`UnrolledHead.unroll` at all positions that the head reads: tensors [B, T - 2, D], 0 elsewhere.
+
+    For rows of one conversation each, and 1-D positions.
+    """
+    B, T = features.input_ids.shape
+    outputs = [[] for _ in range(steps)]
+    for row in range(B):
+        embeds, visual = features.embeds[row], features.visual[row]
+        prefix = head.prefix(Pairs(embeds[1:-1], head.read(features)[row, :-2], None, T, visual[1:-1]))
+        kept = torch.arange(T - 2) if prefix.kept is None else prefix.kept.nonzero().squeeze(1)
+        attention, states = DenseAttention(), None
+        for step in range(steps):
+            rope = head.rotary.at((kept + step).unsqueeze(0), T + steps, embeds.dtype)
+            shifted = embeds[None, (kept + 1 + step).clamp_max(T - 1)]
+            pairs = prefix.inputs if states is None else head.pair(shifted, states, prefix.notes)
+            states = head.block(pairs, rope, attention)
+            outputs[step].append(states.new_zeros(T - 2, states.shape[-1]).index_copy(0, kept, states[0]))
+    return [torch.stack(rows) for rows in outputs]

@@ -14,9 +14,11 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.drafters.recycling import RecyclingDrafter
 from mmspec.drafters.sam import SamDrafter
-from mmspec.heads import eagle, eagle3, medusa
+from mmspec.heads import medusa
+from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import LossConfig
 from mmspec.policy import FixedPolicy
+from mmspec.recipe import head_kinds, import_head
 from mmspec.static_tree import MEDUSA_63, StaticTree
 from mmspec.tree import from_parents, pruned
 from mmspec.types import Plan
@@ -25,18 +27,19 @@ DRAFT_VOCAB = 40
 """Of the 61 tokens of the random targets."""
 
 
-def eagle_head(target, loss=None):
-    return eagle.Head(eagle.Config().resolve(target.shape), loss)
+def variant(kind, **settings):
+    """A head of `mmspec/heads/<kind>.py` as (target, loss) -> head."""
 
+    def make(target, loss=None):
+        module = import_head(kind)
+        return module.Head(module.Config(**settings).resolve(target.shape), loss)
 
-def eagle3_head(target, loss=None):
-    """With the target's whole vocabulary."""
-    return eagle3.Head(eagle3.Config(taps=(1, 2, 0)).resolve(target.shape), loss)
+    return make
 
 
 def eagle3_small_head(target, loss=None):
     """With a vocabulary of its own, whose ids are not their places in it."""
-    head = eagle3.Head(eagle3.Config(draft_vocab_size=DRAFT_VOCAB).resolve(target.shape), loss)
+    head = variant("eagle3", draft_vocab_size=DRAFT_VOCAB)(target, loss)
     rng = torch.Generator().manual_seed(7)
     head.prepare(target, lambda: torch.rand(target.shape.vocab_size, generator=rng))
     return head
@@ -57,8 +60,12 @@ def medusa_own_head(target, loss=None):
     return medusa_head(target, loss, own_head=True, n_blocks=2)
 
 
-HEADS = {"eagle": eagle_head, "eagle3": eagle3_head, "eagle3_small": eagle3_small_head}
-"""Heads of EAGLE's family on a random target, fp32, untrained."""
+HEADS = {
+    **{kind: variant(kind) for kind in head_kinds() if issubclass(import_head(kind).Head, UnrolledHead)},
+    "eagle3": variant("eagle3", taps=(1, 2, 0)),
+    "eagle3_small": eagle3_small_head,
+}
+"""Every head over pairs on a random target, fp32, untrained; with its own whole vocabulary where nothing is said."""
 ALL_HEADS = {**HEADS, "medusa": medusa_head, "medusa_own": medusa_own_head}
 """Every trained drafter."""
 

@@ -26,6 +26,7 @@ from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
 from train.answers import answers_digest
 from train.clock import StepClock
+from train.curriculum import Curriculum
 from train.dependence import Measured
 from train.encode import encode, length_limit
 from train.features import FeatureStore, StoredRow, state_names, unpack
@@ -300,13 +301,21 @@ class Loader:
         if not self.usable:
             raise InputError("no record is left to train on after quarantine")
         corpus = session.corpus
-        self.order = Order(corpus.weights[self.usable], session.recipe.run.seed)
+        self.order = self._order()
         self.lengths = session.prepared.lengths[self.usable].tolist()
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
         known = session.lost
         self._lost = {k for k in range(len(corpus)) if corpus.samples.place(k) in known} if known else set()
         self._loads: dict[tuple[int, int], Future[None]] = {}
+
+    def _order(self) -> Order | Curriculum:
+        corpus, run, text_first = self.session.corpus, self.session.recipe.run, self.session.recipe.data.text_first
+        weights = corpus.weights[self.usable]
+        if text_first is None:
+            return Order(weights, run.seed)
+        pictured = [bool(corpus.samples[index].pictures) for index in self.usable]
+        return Curriculum(weights, pictured, run.seed, run.max_steps, text_first)
 
     def __enter__(self) -> Loader:
         return self

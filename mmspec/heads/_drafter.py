@@ -11,20 +11,35 @@ import copy
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmspec.cache import RaggedKV, upload
+from mmspec.heads._prefix import Pairs, Prefix, pair_axes
 from mmspec.heads.base import DraftHead
 from mmspec.nn import DecoderBlock, RotaryTable, attend
 from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
 from mmspec.static_tree import StaticTree
 from mmspec.tree import best_of_pool, from_parents, root_only
-from mmspec.types import Features, Forward, Plan, Proposals, Request, Round, Sampler, Target, Tree, Unembed
+from mmspec.types import (
+    Features,
+    Forward,
+    InputError,
+    Plan,
+    Prompt,
+    Proposals,
+    Request,
+    Round,
+    Sampler,
+    Target,
+    Tree,
+    Unembed,
+)
 
 MAX_DEPTH = 32
 """Levels that a draft may have."""
@@ -35,11 +50,20 @@ _FLUSH = 64
 class PairHead(DraftHead):
     """A head over pairs (features of the target at i, embedding of token i + 1) that predicts token i + 2.
 
-    `config` has `hidden_size`, `n_kv_heads` and `head_dim` of the block.
+    `config` has `hidden_size`, `n_kv_heads` and `head_dim` of the block, `image_input` and `rope`.
     """
 
     block: DecoderBlock
     rotary: RotaryTable
+    placeholder: Tensor | None
+    """[D] the target's embedding of an image placeholder, saved with the weights; of heads with `image_input: aux`."""
+    notes: bool = False
+    """Whether `prefix` has notes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("placeholder", torch.zeros(config.hidden_size) if config.image_input == "aux" else None)
 
     @property
     def feature_size(self) -> int:
@@ -55,8 +79,54 @@ class PairHead(DraftHead):
         return features
 
     @abstractmethod
-    def pair(self, embeds: Tensor, states: Tensor) -> Tensor:
-        """Block input of embeddings and states, both [..., D]; states are entered features or outputs of the block."""
+    def pair(self, embeds: Tensor, states: Tensor, note: Tensor | None = None) -> Tensor:
+        """Block input of embeddings and states, both [..., D]; states are entered features or outputs of the block.
+
+        Args:
+            note: [..., D], what the head keeps in mind of the prompt; None for heads without notes.
+        """
+
+    @property
+    def marks_images(self) -> bool:
+        """Whether `prefix` is to know which pairs are visual."""
+        return bool(self.config.image_input != "embeds")
+
+    def prefix(self, pairs: Pairs) -> Prefix:
+        """What the block reads of pairs whose features are the target's: images and positions are settled here, for
+        training and drafting alike. All pairs but those of prompts and finished conversations are text."""
+        kept = None
+        if self.config.image_input == "none" and pairs.visual is not None:
+            kept = ~pairs.visual
+            pairs = pairs.only(kept)
+        embeds = pairs.embeds
+        if self.placeholder is not None:
+            embeds = torch.where(pairs.visual_here(), self.placeholder.to(embeds.dtype), embeds)
+        inputs = self.pair(embeds, self.enter(pairs.features))
+        return Prefix(inputs.unsqueeze(0), self.rope(pairs), kept)
+
+    def rope(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Rotation of the pairs, [1, 1, N, Dh]."""
+        if pairs.axes is not None:
+            return self.rotary.along(pairs.axes, pairs.bound, pairs.embeds.dtype)
+        if pairs.index is None:
+            return self.rotary.span(0, len(pairs.embeds), pairs.embeds)
+        return self.rotary.at(pairs.index.unsqueeze(0), pairs.bound, pairs.embeds.dtype)
+
+    @torch.no_grad()
+    def prepare(self, target: Target, answer_counts: Callable[[], Tensor]) -> None:
+        """Take the placeholder's embedding.
+
+        Raises:
+            InputError: the target has none.
+        """
+        if self.placeholder is None:
+            return
+        if target.image_token_id >= target.shape.vocab_size:
+            raise InputError(
+                f"head.image_input=aux: {target.name} has no embedding of its image placeholder "
+                f"{target.image_token_id}; use embeds or none"
+            )
+        self.placeholder.copy_(target.embed(torch.tensor([target.image_token_id], device=target.device))[0])
 
     def logits(self, states: Tensor, unembed: Unembed) -> Tensor:
         """Over the head's vocabulary, [..., V']."""
@@ -87,9 +157,11 @@ def _pool_constants(B: int, k: int, depth: int, device: torch.device) -> tuple[T
 class PairDrafter:
     """Drafts with a head of EAGLE's family: one catch-up pass, then one pass a level over the `width` best nodes.
 
-    Invariant: `kv` holds keys and values of the pairs 0..m-1 of each row; pairs the target has committed since wait in
-    `pending` (states and next tokens). Their sum is the row's committed length n, and the last waiting pair is always
-    (features of n-1, root). A skipped row only waits: its head is never run to keep it in sync.
+    Invariant: `kv` holds keys and values of the pairs 0..m-1 of each row, less the `dropped` ones that the head leaves
+    out of a prompt; pairs the target has committed since wait in `states` and `tokens`. Together they are the row's
+    committed length n, and the last waiting pair is always (features of n-1, root). What waits is text: it stands at
+    its place in the KV cache plus the row's `shift`, which is what was dropped and, with `rope: mrope`, the target's
+    own offset. A skipped row only waits: its head is never run to keep it in sync.
 
     Args:
         head: in eval mode, on the target's device and dtype.
@@ -144,7 +216,12 @@ class PairDrafter:
         self.tokens = torch.zeros((max_batch, 1), dtype=torch.long, device=device)
         self.waiting = [0] * max_batch
         self.keys = torch.zeros(max_batch, dtype=torch.long, device=device)
-        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prompts: dict[int, tuple[Prompt, Forward, Tensor]] = {}
+        self.dropped, self.shift = [0] * max_batch, [0] * max_batch
+        self.moved = torch.zeros((2, max_batch), dtype=torch.long, device=device)
+        """Both on the device; not looked at while they are 0 everywhere."""
+        noted = (max_batch, 1, c.hidden_size)
+        self.notes = torch.zeros(noted, dtype=self.target.dtype, device=device) if self.head.notes else None
         # Additive mask of the beams of all levels: each sees itself, and what it inherits is filled in level by level.
         own = torch.full((self.width, self.width), float("-inf"), dtype=self.target.dtype, device=device)
         self.own = own.fill_diagonal_(0.0).repeat(1, 1, 1, self.max_depth)
@@ -155,20 +232,28 @@ class PairDrafter:
 
     def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Note a new row; its prompt is run through the head when it is first drafted for."""
-        assert forward.embeds is not None
         self.kv.set_length(row, 0)
-        features = self.head.read(forward)
-        self.states[row, 0] = features[0, -1]
+        self._place(row, 0, 0)
+        if self.notes is not None:
+            self.notes[row] = 0
+        features = self.head.read(forward)[0]
+        self.states[row, 0] = features[-1]
         self.tokens[row, 0] = root
         self.keys[row] = request.key
         self.waiting[row] = 1
         if len(request.prompt) > 1:
-            self.prompts[row] = (forward.embeds[:, 1:], features[:, :-1])
+            self.prompts[row] = request.prompt, forward, features[:-1]
 
     def evict(self, row: int) -> None:
         self.kv.set_length(row, 0)
+        self._place(row, 0, 0)
         self.waiting[row] = 0
         self.prompts.pop(row, None)
+
+    def _place(self, row: int, dropped: int, shift: int) -> None:
+        if (dropped, shift) != (self.dropped[row], self.shift[row]):
+            self.dropped[row], self.shift[row] = dropped, shift
+            self.moved[:, row] = upload([dropped, shift], self.moved.device)
 
     def observe(self, round: Round) -> None:
         """Queue the pairs that the round committed: states at the kept nodes with the tokens that followed them."""
@@ -293,11 +378,18 @@ class PairDrafter:
 
     def _rope(self, offset: int, n: int) -> tuple[Tensor, Tensor]:
         """Rotation of the n positions from `offset` behind each row's stored pairs, [B or 1, 1, n, Dh]."""
-        lengths, rotary = self.kv.lengths, self.head.rotary
+        lengths, rotary, start = self.kv.lengths, self.head.rotary, self.kv.lengths_device
+        if any(self.shift):
+            lengths, start = [m + shift for m, shift in zip(lengths, self.shift)], start + self.moved[1]
         if min(lengths) == max(lengths):
             return rotary.span(lengths[0] + offset, n, self.own)
-        start = (self.kv.lengths_device + offset).clamp_min(0).unsqueeze(1)
+        start = (start + offset).clamp_min(0).unsqueeze(1)
         return rotary.at(start + torch.arange(n, device=start.device), max(lengths) + offset + n, self.own.dtype)
+
+    def _positions(self, ahead: int) -> Tensor:
+        """[B, 1] index of the token `ahead` behind the root, once all that waits is taken in."""
+        lengths = self.kv.lengths_device
+        return ((lengths + self.moved[0] if any(self.dropped) else lengths) + ahead).unsqueeze(1)
 
     def _scored(self, states: Tensor, ahead: int) -> Tensor:
         """Log-probability [B, M, V] that the target will choose each token: log q, or given the noise it chooses with.
@@ -315,7 +407,7 @@ class PairDrafter:
         if self.sampler is None:
             return logits.log_softmax(-1)
         work = logits if logits.dtype == torch.float64 else logits.float()
-        positions = (self.kv.lengths_device + ahead).unsqueeze(1)
+        positions = self._positions(ahead)
         ids = self.head.draft_ids
         width = work.shape[-1] if ids is None else self.target.shape.vocab_size
         noise = gumbel_noise(self.sampler.seed, self.keys, positions, width, work.dtype)
@@ -372,7 +464,7 @@ class PairDrafter:
                 state = self._draft_pass(tokens[-1], state, self._rope(level - 1, 1), self._masks(seen, B))
             weights = self.sampler.weights(self._full(self.head.logits(state, self.target.unembed)))
             probabilities.append(weights.softmax(-1))
-            positions = (self.kv.lengths_device + level + 1).unsqueeze(1)
+            positions = self._positions(level + 1)
             noise = gumbel_noise(
                 self.sampler.seed, self.keys, positions, weights.shape[-1], weights.dtype, DRAFT_STREAM
             )
@@ -403,18 +495,19 @@ class PairDrafter:
             self.kv.offset += k.shape[2]
             return attend(q, keys, values, mask)
 
-        return self.head.block(self.head.pair(self.target.embed(tokens), states), rope, tree_attention)
+        return self.head.block(self.head.pair(self.target.embed(tokens), states, self.notes), rope, tree_attention)
 
     def _take_in(self, keep_last: bool) -> None:
         """Project the waiting pairs to keys and values: all of them, or all but the newest of each row."""
-        for row, (embeds, states) in sorted(self.prompts.items()):
-            self._take_in_prompt(row, embeds, states)
+        for row, (prompt, forward, features) in sorted(self.prompts.items()):
+            self._take_in_prompt(row, prompt, forward, features)
         self.prompts.clear()
         counts = [max(w - keep_last, 0) for w in self.waiting]
         width = max(counts)
         if not width:
             return
-        u = self._pair(self.target.embed(self.tokens[:, :width]), self.states[:, :width])
+        entered = self.head.enter(self.states[:, :width])
+        u = self.head.pair(self.target.embed(self.tokens[:, :width]), entered, self.notes)
         self.kv.append(0, *self.head.block.keys_values(u, self._rope(0, width)), counts)
         self.kv.advance(counts)
         if keep_last:
@@ -430,18 +523,25 @@ class PairDrafter:
                 self.newest = u.gather(1, last[:, None, None].expand(-1, 1, u.shape[-1]))
             self.waiting = [0] * len(self.waiting)
 
-    def _pair(self, embeds: Tensor, features: Tensor) -> Tensor:
-        """Block input of pairs whose features come from the target."""
-        return self.head.pair(embeds, self.head.enter(features))
-
-    def _take_in_prompt(self, row: int, embeds: Tensor, states: Tensor) -> None:
-        """Pairs 0..L-2 of a fresh row, [1, L-1, D] each: keys and values only, nothing else of them is ever used."""
-        n = states.shape[1]
-        rope = self.head.rotary.span(0, n, states)
-        keys, values = self.head.block.keys_values(self._pair(embeds, states), rope)
+    def _take_in_prompt(self, row: int, prompt: Prompt, forward: Forward, features: Tensor) -> None:
+        """Pairs 0..L-2 of a fresh row: keys and values only, nothing else of them is ever used."""
+        assert forward.embeds is not None
+        axes, delta, n_pairs = None, 0, len(prompt) - 1
+        if self.head.config.rope == "mrope":
+            assert forward.positions is not None
+            assert forward.visual is not None
+            axes = pair_axes(forward.positions, forward.visual)[:, 0]
+            delta = int(forward.positions.max()) - n_pairs
+        visual = prompt.visual[1:] if self.head.marks_images else None
+        prefix = self.head.prefix(Pairs(forward.embeds[0, 1:], features, None, n_pairs + 1, visual, axes))
+        keys, values = self.head.block.keys_values(prefix.inputs, prefix.rope)
         self.kv.begin_prefill(row)
         self.kv.write(0, keys, values)
-        self.kv.set_length(row, n)
+        n_kept = keys.shape[2]
+        self.kv.set_length(row, n_kept)
+        self._place(row, n_pairs - n_kept, n_pairs - n_kept + delta)
+        if self.notes is not None and prefix.latest is not None:
+            self.notes[row] = prefix.latest[0]
 
     def _root_state(self) -> Tensor:
         """The head's output [B, 1, D] at each row's newest pair, whose keys and values are stored already."""

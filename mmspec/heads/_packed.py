@@ -54,6 +54,29 @@ class Packed:
     left: Tensor
     runs: tuple[Run, ...]
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Place of each conversation's first token."""
+        return tuple(sorted({run.start for run in self.runs}))
+
+    def only(self, kept: Tensor) -> Packed:
+        """The same conversations without some of their tokens.
+
+        Args:
+            kept: [N] bool on the host, True at every draft position.
+
+        Raises:
+            ValueError: a draft position would be lost.
+        """
+        before = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)])
+        place = before.tolist()
+        if any(place[run.first + run.length] - place[run.first] < run.length for run in self.runs):
+            raise ValueError("a reply holds image positions: drafts that begin there cannot be left out of training")
+        runs = tuple(Run(place[run.start], place[run.first], run.length) for run in self.runs)
+        chosen = kept.nonzero().squeeze(1).to(self.tokens.device)
+        drafts = before.to(self.tokens.device)[self.drafts]
+        return Packed(self.tokens[chosen], self.positions[chosen], drafts, self.left, runs)
+
 
 def pack(features: Features) -> Packed:
     """Finds the replies of a batch.

@@ -11,8 +11,8 @@ no loss; counted as acceptance it is a miss. The loss is divided by all position
 why): a smaller vocabulary then weighs less, it does not make the others weigh more.
 
 Source: EAGLE-3 (arXiv 2503.01840). Deviations, on purpose: W_d starts as the target's own rows; stop tokens, digits and
-punctuation are always in the draft vocabulary and the image placeholder never is; positions are 1-D pair indices
-whatever the target uses; and those of the training objective (`_unrolled.py`).
+punctuation are always in the draft vocabulary and the image placeholder never is; what it sees of images and which
+positions it counts are settings (`_prefix.py`); and those of the training objective (`_unrolled.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmspec.heads._prefix import check_inputs
 from mmspec.heads._unembedding import Unembedding
 from mmspec.heads._unrolled import UnrolledHead
 from mmspec.losses import Aims, LossConfig, vocabulary_losses
@@ -43,11 +45,13 @@ class Config:
         taps: three indices into the target's hidden_states (0 the embeddings, k what leaves the k-th layer); empty is
             (2, L / 2, L - 3), and the three below the last in a target of fewer than 7 layers L.
         intermediate_size, n_heads, n_kv_heads, head_dim: of the block.
-        rope_theta: base of the 1-D rotary positions over pair indices.
+        rope_theta: base of the rotary positions.
         rms_eps: of the norms.
-        image_input: what the head sees at image positions; `embeds` is the projected image feature.
-        rope: `1d`, pair indices.
+        image_input, rope: see `mmspec.heads._prefix`.
     """
+
+    image_inputs: ClassVar[tuple[str, ...]] = ("embeds", "aux", "none")
+    """Values of `image_input` that the head knows."""
 
     hidden_size: int = 0
     vocab_size: int = 0
@@ -63,10 +67,7 @@ class Config:
     rope: str = "1d"
 
     def __post_init__(self) -> None:
-        if self.image_input != "embeds":
-            raise ValueError(f"head.image_input: the eagle3 head knows only 'embeds', got '{self.image_input}'")
-        if self.rope != "1d":
-            raise ValueError(f"head.rope: the eagle3 head knows only '1d', got '{self.rope}'")
+        check_inputs("eagle3", self.image_input, self.image_inputs, self.rope)
         if self.taps and (len(self.taps) != N_TAPS or len(set(self.taps)) != N_TAPS):
             raise ValueError(f"head.taps must be {N_TAPS} different indices, or empty, got {list(self.taps)}")
         if self.draft_vocab_size < 0:
@@ -150,7 +151,7 @@ class Head(UnrolledHead):
         """s = W_fc a."""
         return self.fc(features)
 
-    def pair(self, embeds: Tensor, states: Tensor) -> Tensor:
+    def pair(self, embeds: Tensor, states: Tensor, note: Tensor | None = None) -> Tensor:
         return torch.cat([embeds, states], -1)
 
     def logits(self, states: Tensor, unembed: Unembed) -> Tensor:
@@ -166,6 +167,7 @@ class Head(UnrolledHead):
     @torch.no_grad()
     def prepare(self, target: Target, answer_counts: Callable[[], Tensor]) -> None:
         """Choose the draft vocabulary, and start W_d as the target's own rows."""
+        super().prepare(target, answer_counts)
         ids = torch.arange(self.config.vocab_size)
         if self.draft_ids is not None:
             ids = draft_vocabulary(answer_counts(), self.config.draft_vocab_size, target)

@@ -255,7 +255,9 @@ class HFTarget:
         with self._tapped(taps) as hidden, self._measured(state.mass_layer, mine) as measured:
             last = self._text(embeds, positions, None, state.cache, **deep)
         state.kv.set_length(row, len(prompt))
-        return Forward(self.unembed(last[:, -1:]), last, hidden, embeds, visual, measured.mass if measured else None)
+        mass = measured.mass if measured else None
+        axes = positions.expand(3, 1, -1)
+        return Forward(self.unembed(last[:, -1:]), last, hidden, embeds, visual, mass, axes)
 
     def forward(self, state: HFState, trees: Tree, taps: Sequence[int] = ()) -> Forward:
         """Verify trees: every node sees its row's committed tokens and its own ancestors."""
@@ -398,8 +400,9 @@ class HFTarget:
         embeds, deep = self.merge(rows.input_ids, rows.visual, [prompt.pixels for prompt in in_rows], instead)
         recorder = MassRecorder(mass_layers, rows.visual) if mass_layers else None
         noted = {RECORDER: recorder} if recorder else {SEGMENTS: [place.at for place in places]} if pack else {}
+        positions = self._positions(prompts, places, rows.segment)
         with self._tapped(taps) as hidden, self._noted(noted):
-            last = self._text(embeds, self._positions(prompts, places, rows.segment), None, None, **deep)
+            last = self._text(embeds, positions, None, None, **deep)
         mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
         return Features(
             rows.input_ids,
@@ -411,6 +414,7 @@ class HFTarget:
             hidden,
             mass,
             rows.segment if pack else None,
+            positions.expand(3, *rows.input_ids.shape),
             spread(weights, places, rows.segment) if weights else None,
         )
 

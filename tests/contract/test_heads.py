@@ -42,48 +42,6 @@ def dialogue(target, n_turns=2, images=1):
     return target.encode_dialogue(messages, [image(i) for i in range(images)])
 
 
-@pytest.mark.parametrize("images", [0, 1, 2])
-@pytest.mark.parametrize("batch", [1, 3])
-@every_head
-def test_training_states_equal_drafting_states(kind, images, batch):
-    """Teacher-forced unrolled states equal step-by-step drafting along the same tokens (fp64, 1e-9).
-
-    The unroll feeds the true next tokens, so the drafter is walked along them: a chain whose tokens are forced.
-    """
-    target, steps = llava(), 4
-    trained = make_head(kind, target)
-    rows = [dialogue(target, n_turns=1 + b % 2, images=images) for b in range(batch)]
-    features = taught(target, trained, rows)
-    everywhere = replace(features, answer=features.valid.long())
-    with torch.no_grad():
-        packed, outputs = trained.unroll(everywhere, steps)
-    places = packed.tokens[packed.drafts].tolist()
-    outputs = [dict(zip(places, states)) for states in outputs]
-    drafter = trained.drafter(target, 1)
-    with torch.inference_mode():
-        drafter.open(batch, 64)
-        state = target.open(batch, 64)
-        cut = [len(p) - steps - 2 - b for b, (p, _) in enumerate(rows)]  # ragged prefixes
-        for b, (p, _) in enumerate(rows):
-            prefix = Prompt(p.input_ids[: cut[b]], p.visual[: cut[b]], p.pixels)
-            forward = target.prefill(state, b, prefix, trained.taps)
-            drafter.admit(b, Request("r", prefix, 1), forward, p.input_ids[cut[b]])
-        drafter._take_in(keep_last=False)
-        states = drafter._root_state()
-        stable = max(drafter.kv.lengths)
-        drafter.kv.begin_tree(steps - 1)
-        for step in range(steps):
-            for b in range(batch):
-                expected = outputs[step][b * features.valid.shape[1] + cut[b] - 1]
-                assert torch.allclose(states[b, 0], expected, atol=1e-9, rtol=0), (step, b)
-            if step == steps - 1:
-                break
-            tokens = torch.stack([p.input_ids[cut[b] + step + 1] for b, (p, _) in enumerate(rows)])
-            mask = torch.zeros(batch, 1, 1, stable + step + 1, dtype=torch.float64)
-            mask[..., :stable].masked_fill_(~drafter.kv.visible(stable)[:, None, None], float("-inf"))
-            states = drafter._draft_pass(tokens[:, None], states, drafter._rope(step, 1), mask)
-
-
 @every_head
 def test_tree_drafting_equals_chain_drafting_along_each_path(kind):
     """A node's score in the dynamic tree is the score a chain forced through its ancestors gets."""
@@ -215,7 +173,7 @@ def test_conversations_that_share_a_row_do_not_meet_even_where_answers_touch(kin
     """The end of one conversation and the beginning of the next bear the same reply number."""
     target = llava()
     trained = make_head(kind, target)
-    features = taught(target, trained, [dialogue(target, 2)])
+    features = taught(target, trained, [dialogue(target, 2, images=0)])
     T = features.input_ids.shape[1]
     answer = torch.ones_like(features.answer)
     segment = torch.ones_like(answer)
@@ -252,7 +210,7 @@ def plain_objective(trained, features, target):
 def test_chunked_loss_has_the_value_and_gradient_of_the_written_out_one(kind, chunk):
     target = llava()
     trained = make_head(kind, target)
-    regression = 0.1 if kind == "eagle" else 0.0
+    regression = 0.0 if kind.startswith("eagle3") else 0.1
     trained.loss = LossConfig(chunk=chunk, total_variation=0.5, regression=regression, steps=3, step_decay=0.7)
     features = taught(target, trained, [dialogue(target, 2), dialogue(target, 1)])
     found = []
