@@ -112,8 +112,9 @@ class Checkpoint:
 
 def build_head(kind: str, config: Any, loss: LossConfig | None = None, blind: bool = False) -> nn.Module:
     """A fresh head of `mmspec.heads.<kind>`, or its vision-blind twin; without a loss for drafting alone."""
-    head = import_head(kind).Head
-    built: nn.Module = (blind_twin(head) if blind else head)(config, loss)
+    head: Any = import_head(kind).Head
+    made: Any = blind_twin(head) if blind else head
+    built: nn.Module = made(config, loss)
     return built
 
 

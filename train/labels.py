@@ -21,11 +21,11 @@ from mmspec import checkpoint
 from mmspec.dependence import COUNTERFACTUALS, Dependence, answer_places
 from mmspec.recipe import build_config
 from mmspec.types import InputError
+from train.answers import answers_digest
 from train.dependence import Scale, image_mean, measured
 from train.extract import origin
 from train.features import Origin, checksum
 from train.placement import uneven
-from train.regenerate import answers_digest
 from train.session import Session
 from train.stopping import Stopped
 

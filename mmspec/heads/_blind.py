@@ -34,7 +34,8 @@ class BlindHead(DraftHead):
     """[2 + n_taps, D], saved with the weights: of embeddings, last hidden and tapped states at image positions."""
 
     def __init__(self, config: Any, loss: LossConfig | None = None) -> None:
-        super().__init__(config, loss)
+        # Behind this class comes a head of its own (`blind_twin`), whose arguments these are.
+        super().__init__(config, loss)  # type: ignore[call-arg]
         self.register_buffer("means", torch.zeros(2 + len(self.taps), int(config.hidden_size)))
 
     def blindfold(self, outputs: T) -> T:
