@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -157,6 +158,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="candidates drawn at a node of each level, 1 beyond (default with --verifier rejection: 1, a chain)",
     )
+    add(
+        "--tree",
+        type=int,
+        nargs=3,
+        metavar=("DEPTH", "WIDTH", "NODES"),
+        help="of the head's draft (default: the checkpoint's tree.json)",
+    )
     add("--share-noise", action="store_true", help="the head chooses its candidates with the sampling noise in view")
     add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
     add(
@@ -194,6 +202,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
         raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
+    if args.tree and (min(args.tree) < 1 or not args.ckpt):
+        raise InputError(f"--tree needs --ckpt and numbers of at least 1, got {' '.join(map(str, args.tree))}")
     if args.verifier == "rejection" and args.temperature == 0:
         raise InputError("--verifier rejection needs a --temperature above 0: greedy decoding has nothing to reject")
     if args.share_noise and (args.temperature == 0 or args.verifier == "rejection"):
@@ -309,6 +319,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     named = choose_methods(args)
     given = read_settings(args.method_settings) if args.method_settings else {}
     checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
+    if checkpoint and args.tree:
+        checkpoint = replace(checkpoint, tree=checkpoints.DraftTree(*args.tree))
     policies = choose_policies(args.policies, checkpoint.viskip is not None) if checkpoint else []
     what = ALL if ALL in args.method else "-".join(named)
     usual = Path(args.ckpt) / "eval" if args.ckpt else Path("runs") / f"eval-{what}"

@@ -94,3 +94,40 @@ def _line(one: Series, pixels: Sequence[tuple[float, float]]) -> list[str]:
                 f"<title>{escape(one.name)}: {value:.3f}</title></circle>"
             )
     return parts
+
+
+LIGHT = ("#2563eb", "#d9620b", "#0f8a6d", "#9333c8", "#c29a12", "#c0266b", "#0891b2", "#6b7d1a", "#7a4a2b")
+"""Colours of the classes m0, m1, .. where a chart stands alone; the report's page has its own, for both backgrounds."""
+_ROW = 16
+
+
+def standalone(
+    title: str, series: Sequence[Series], x_label: str, y_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float]
+) -> str:
+    """A chart as a file of its own: colours, title and legend come with it, on white.
+
+    Args:
+        title: above the chart.
+        series: of the classes m0, m1, ..; the other arguments are those of `line_chart`.
+
+    Returns:
+        An `<svg>` document.
+    """
+    chart = line_chart(series, x_label, y_label, x_ticks, y_ticks)
+    inner = chart[chart.index(">") + 1 : -len("</svg>")]
+    colours = "".join(f".m{k}{{--m:{colour}}}" for k, colour in enumerate(LIGHT))
+    style = (
+        "text{font:11.5px system-ui,sans-serif;fill:#5c6470}.grid{stroke:#dfe3e8}.title{font-weight:600;fill:#17191d}"
+        ".line{fill:none;stroke:var(--m);stroke-width:2.2;stroke-linejoin:round}.dot,.key{fill:var(--m)}" + colours
+    )
+    legend = [
+        f'<rect class="key {escape(one.css)}" x="{LEFT}" y="{22 + _ROW * k}" width="10" height="10" rx="2"/>'
+        f'<text x="{LEFT + 16}" y="{31 + _ROW * k}">{escape(one.name)}</text>'
+        for k, one in enumerate(series)
+    ]
+    top = 24 + _ROW * len(series)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + top}"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/><text class="title" x="{LEFT}" y="15">{escape(title)}</text>'
+        f'{"".join(legend)}<g transform="translate(0,{top})">{inner}</g></svg>\n'
+    )

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from mmspec.heads._blind import blind_twin
 from mmspec.losses import LossConfig
 from mmspec.recipe import Recipe, build_config, import_head
 from mmspec.types import InputError, Target, TargetShape
@@ -63,6 +64,7 @@ class Checkpoint:
         target: the target it was made for.
         tree: depth, width and budget to decode with.
         viskip: the controller's `Config`, or None.
+        blind: whether the head is a vision-blind twin.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Checkpoint:
     target: TargetIdentity
     tree: DraftTree
     viskip: Any | None = None
+    blind: bool = False
 
     def check_target(self, target: Target) -> None:
         """Refuses a target this checkpoint was not made for.
@@ -96,7 +99,7 @@ class Checkpoint:
         Raises:
             InputError: weights and config disagree.
         """
-        module = build_head(self.kind, self.config)
+        module = build_head(self.kind, self.config, blind=self.blind)
         return _filled(module, self.folder / "head.safetensors", dtype)
 
     def controller(self, dtype: torch.dtype = torch.float32) -> nn.Module | None:
@@ -107,10 +110,12 @@ class Checkpoint:
         return _filled(module, self.folder / "viskip.safetensors", dtype)
 
 
-def build_head(kind: str, config: Any, loss: LossConfig | None = None) -> nn.Module:
-    """A fresh head of `mmspec.heads.<kind>`; without a loss for drafting alone."""
-    head: nn.Module = import_head(kind).Head(config, loss)
-    return head
+def build_head(kind: str, config: Any, loss: LossConfig | None = None, blind: bool = False) -> nn.Module:
+    """A fresh head of `mmspec.heads.<kind>`, or its vision-blind twin; without a loss for drafting alone."""
+    head: Any = import_head(kind).Head
+    made: Any = blind_twin(head) if blind else head
+    built: nn.Module = made(config, loss)
+    return built
 
 
 def build_controller(config: Any) -> nn.Module:
@@ -119,7 +124,7 @@ def build_controller(config: Any) -> nn.Module:
     return controller
 
 
-def save_head(folder: Path, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
+def save_head(folder: Path, state: Mapping[str, Tensor], config: Any, target: Target, blind: bool = False) -> None:
     """Writes `head.safetensors` and `head.json`.
 
     Args:
@@ -127,8 +132,9 @@ def save_head(folder: Path, state: Mapping[str, Tensor], config: Any, target: Ta
         state: the head's state dict.
         config: its resolved `Config`; the module that defines it is the head's kind.
         target: the target it drafts for.
+        blind: whether it is a vision-blind twin.
     """
-    _save_module(folder, "head", state, config, target)
+    _save_module(folder, "head", state, config, target, {"blind": blind})
 
 
 def save_controller(folder: Path, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
@@ -180,7 +186,7 @@ def load(path: Path | str) -> Checkpoint:
             f"{where} is damaged (its config does not say all of the head's shape); copy or train it again"
         )
     tree = build_config(str(folder / "tree.json"), DraftTree, _read_json(folder / "tree.json"))
-    return Checkpoint(folder, kind, config, target, tree, viskip)
+    return Checkpoint(folder, kind, config, target, tree, viskip, bool(head.get("blind", False)))
 
 
 def save_provenance(folder: Path, recipe: Recipe, target: Target, data_hash: str, argv: Sequence[str]) -> None:
@@ -259,7 +265,14 @@ def _viskip() -> ModuleType:
     return importlib.import_module("mmspec.heads.viskip")
 
 
-def _save_module(folder: Path, stem: str, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
+def _save_module(
+    folder: Path,
+    stem: str,
+    state: Mapping[str, Tensor],
+    config: Any,
+    target: Target,
+    more: Mapping[str, Any] | None = None,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / f"{stem}.safetensors", state, {"format": "pt", "schema": str(SCHEMA)})
     write_json(
@@ -267,6 +280,7 @@ def _save_module(folder: Path, stem: str, state: Mapping[str, Tensor], config: A
         {
             "schema": SCHEMA,
             "kind": type(config).__module__.rsplit(".", 1)[-1],
+            **(more or {}),
             "config": dataclasses.asdict(config),
             "target": {
                 "name": discreet(target.name),

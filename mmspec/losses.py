@@ -40,6 +40,8 @@ class LossConfig:
             first step alone.
         steps: unrolled draft steps; step s sees s of its own predictions, as drafting does.
         step_decay: weight of step s is step_decay ** s.
+        dependence: w, how much more a prediction weighs the more the target's choice there owes to the image
+            (`Features.weight`, made in training by `train/dependence.py`); 0: all weigh alike.
         chunk: predictions whose [chunk, V] logits exist at a time.
         recompute: gradient checkpointing: what is widest in each step (norm and MLP) is computed again in the backward
             pass instead of kept. What is learned is the same.
@@ -54,6 +56,7 @@ class LossConfig:
     unroll: str = "ttt"
     steps: int = 3
     step_decay: float = 0.8
+    dependence: float = 0.0
     chunk: int = 1024
     recompute: bool = False
 
@@ -64,6 +67,8 @@ class LossConfig:
             raise ValueError(f"loss.unroll={self.unroll!r} must be one of: {', '.join(UNROLLS)}")
         if self.unroll == "none" and self.steps != 1:
             raise ValueError(f"loss.steps={self.steps}: loss.unroll=none trains one step alone; set loss.steps=1")
+        if not 0 <= self.dependence < float("inf"):
+            raise ValueError(f"loss.dependence must be at least 0 (off), got {self.dependence}")
         if self.chunk < 1:
             raise ValueError(f"loss.chunk must be at least 1, got {self.chunk}")
         weights = {name: getattr(self, name) for name in TERMS}

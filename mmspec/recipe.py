@@ -27,7 +27,7 @@ import mmspec.heads
 from mmspec.losses import LossConfig
 from mmspec.types import InputError
 
-HEAD_KEYS = ("kind", "init_from", "init_layer", "lora")
+HEAD_KEYS = ("kind", "init_from", "init_layer", "lora", "blind")
 """Keys of the `head` node that are no field of the head's `Config`."""
 FORMATS = ("llava", "messages", "sharegpt")
 """Layouts of conversations that `data.sources.format` may name."""
@@ -92,6 +92,8 @@ class HeadNode:
     """A decoder layer of the target that the head's block starts as a copy of; 0 is the first, -1 the last."""
     lora: Lora = field(default_factory=Lora)
     """With `init_from` adapters are all that is trained; with `init_layer` they stand for the block's matrices."""
+    blind: bool = False
+    """Train the vision-blind twin: it reads means wherever an image stands (`mmspec/heads/_blind.py`)."""
 
 
 @dataclass
@@ -166,6 +168,9 @@ class Data:
     features: str = ""
     """A folder of scripts/extract_features.py with the target's states, which brings its answers along; empty: the
     target computes its states anew at every step."""
+    dependence: str = ""
+    """A folder of scripts/measure_dependence.py, for `loss.dependence`; empty: a second pass of the target at every
+    step, with the mean image feature in place of the image's."""
     max_length: int | None = None
     """Longer conversations are quarantined; default: the target's context."""
     text_first: float | None = None
@@ -558,6 +563,7 @@ def _schema(head_module: ModuleType) -> dict[str, Any]:
             ("init_from", str | None, None),
             ("init_layer", int | None, None),
             ("lora", Lora, dataclasses.field(default_factory=Lora)),
+            ("blind", bool, False),
         ],
         bases=(_thawed(head_module.Config),),
     )
@@ -632,14 +638,14 @@ def _assemble(plain: dict[str, Any], head_module: ModuleType) -> Recipe:
     """Plain containers to the dataclasses; heads' own checks speak here."""
     viskip = importlib.import_module("mmspec.heads.viskip")
     head, data, policy = dict(plain["head"]), dict(plain["data"]), dict(plain["policy"])
-    kind, init_from, init_layer, lora = (head.pop(key) for key in HEAD_KEYS)
+    kind, init_from, init_layer, lora, blind = (head.pop(key) for key in HEAD_KEYS)
     data["sources"] = [Source(**source) for source in data["sources"]]
     data["instructions"] = [Instruction(**instruction) for instruction in data["instructions"]]
     policy["controller"] = _build("policy.controller", viskip.Config, policy["controller"])
     policy["optim"] = _build("policy.optim", Optim, policy["optim"])
     return Recipe(
         target=TargetNode(**plain["target"]),
-        head=HeadNode(kind, init_from, _build("head", head_module.Config, head), init_layer, Lora(**lora)),
+        head=HeadNode(kind, init_from, _build("head", head_module.Config, head), init_layer, Lora(**lora), blind),
         data=Data(**data),
         loss=_build("loss", LossConfig, plain["loss"]),
         optim=_build("optim", Optim, plain["optim"]),

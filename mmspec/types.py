@@ -335,6 +335,8 @@ class Features:
             a token belongs to, 0 at padding; None where each row is one.
         positions: [3, B, T] int64, the target's rotary positions within each conversation; None where they are not
             known.
+        weight: [B, T] fp32, factor of the loss of every prediction of a token; None where all are 1. Their mean over
+            the answers of the training data is 1: what losses are divided by stays the number of positions.
     """
 
     input_ids: Tensor
@@ -347,6 +349,7 @@ class Features:
     visual_mass: Tensor | None = None
     segment: Tensor | None = None
     positions: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -430,7 +433,10 @@ class Target(Protocol):
         taps: Sequence[int] = (),
         mass_layers: Sequence[int] = (),
         pack: int = 0,
+        weights: Sequence[Tensor] = (),
+        instead: Tensor | None = None,
     ) -> Features: ...
+    def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor: ...
 
 
 class Drafter(Protocol):

@@ -13,6 +13,7 @@ from mmspec.losses import LossConfig
 from mmspec.recipe import Recipe, head_kinds, load
 from mmspec.types import InputError
 from tests.training import save_recipe
+from train import distill
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -27,6 +28,13 @@ def test_every_shipped_recipe_loads(recipe: Path):
     loaded = load(recipe)
     assert loaded.run.name == recipe.stem
     assert "train/distill.py" in recipe.read_text().split("\ntarget:")[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_planned_offline(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    """Its target's shape is known without weights, and its head fits it."""
+    assert distill.main([str(recipe), "--dry-run"]) == 0
+    assert "memory per process" in capsys.readouterr().out
 
 
 def test_load_returns_plain_objects_with_overrides(path: Path):
@@ -94,6 +102,8 @@ def test_yaml_round_trip_keeps_layout(path: Path):
         ("head.lora.alpha=0", ["head.lora.alpha=0", "greater than 0"]),
         ("head.lora.modules=[]", ["head.lora.modules", "q_proj"]),
         ("head.init_layer=first", ["head.init_layer"]),
+        ("head.blind=maybe", ["head.blind"]),
+        ("loss.dependence=-1", ["loss.dependence", "at least 0"]),
         ("head=3", ["head must be a mapping"]),
         ("optim=3", ["optim must be a mapping"]),
         ("resume", ["'resume'", "key=value"]),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmspec import checkpoint
+from mmspec.heads._blind import BlindHead, image_means
 from mmspec.nn import SwiGLU
 from mmspec.recipe import Recipe, Source
 from mmspec.types import Features, InputError, Objective, Target
@@ -21,10 +23,12 @@ from train.measure import held_out, measure
 from train.placement import lend
 from train.regenerate import answer_counts
 from train.session import Session
-from train.sources import Loader, open_source
+from train.sources import FeatureSource, Loader, open_source
 from train.stopping import Stopped
 from train.usage import peak_tflops
 
+LOOKED_AT = 64
+"""Conversations with an image, from which a vision-blind twin's means are taken."""
 METRICS = {"tau_sim": "accept/tau_sim", "top1": "accept/top1"}
 """Names that the objective's sums are logged under; `pos_<k>` become `accept/pos_<k>`."""
 
@@ -40,9 +44,10 @@ def train_head(session: Session) -> nn.Module:
     torch.manual_seed(recipe.run.seed)
 
     def plain() -> nn.Module:
-        return checkpoint.build_head(recipe.head.kind, config, recipe.loss)
+        return checkpoint.build_head(recipe.head.kind, config, recipe.loss, recipe.head.blind)
 
     head = plain()
+    source = open_source(session, head.taps)  # type: ignore[arg-type]
     plan = _plan(session)
     found = find(plan, session.world, session.tracker.say) if recipe.run.resume else None
     if recipe.head.init_from is not None:
@@ -51,6 +56,8 @@ def train_head(session: Session) -> nn.Module:
         head.prepare(target, lambda: answer_counts(session.corpus, session.prepared, target, session.world))
         if recipe.head.init_layer is not None:
             _take_layer(head, target, recipe.head.init_layer)
+        if isinstance(head, BlindHead):
+            head.means.copy_(_image_means(session, source, head))
     if recipe.head.lora.rank:
         adapt(head, recipe.head)
     for module in head.modules() if recipe.run.compile else ():
@@ -90,13 +97,13 @@ def train_head(session: Session) -> nn.Module:
         state = fit.weights()
         if session.world.first:
             policy = recipe.policy
-            checkpoint.save_head(session.folder, whole(state), config, target)
+            checkpoint.save_head(session.folder, whole(state), config, target, recipe.head.blind)
             if recipe.head.lora.rank and recipe.head.init_from is not None:
                 save_adapters(session.folder, state, plain(), recipe.head, target.fingerprint)
             checkpoint.save_tree(session.folder, checkpoint.DraftTree(policy.depth, policy.width, policy.budget))
         session.world.barrier()
 
-    with Loader(session, open_source(session, head.taps), fit.clock) as loader:  # type: ignore[arg-type]
+    with Loader(session, source, fit.clock) as loader:
         try:
             fit.run(loader.micro_batches, METRICS, evaluate, lambda metrics: _shown(metrics, session))
             fit.save()
@@ -106,6 +113,16 @@ def train_head(session: Session) -> nn.Module:
             raise
     save()
     return snapshot()
+
+
+def _image_means(session: Session, source: FeatureSource, head: BlindHead) -> Tensor:
+    """What a vision-blind twin reads at image positions; the same on every rank. Every rank must call."""
+    shown = (k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures)
+    total, n = torch.zeros(head.means.shape, dtype=torch.float64), 0
+    for record in islice(shown, LOOKED_AT):
+        sums, more = image_means(source.batch([record]).features(), head.taps)
+        total, n = total + sums.cpu(), n + more
+    return total / max(n, 1)
 
 
 def load_head(session: Session) -> nn.Module:
@@ -164,7 +181,7 @@ def check_beginning(recipe: Recipe, target: Target) -> None:
         _base(recipe, target)
     config = node.config.resolve(target.shape)
     with torch.device("meta" if node.init_layer is None else "cpu"):
-        head = checkpoint.build_head(node.kind, config, recipe.loss)
+        head = checkpoint.build_head(node.kind, config, recipe.loss, node.blind)
     if node.init_layer is not None:
         _take_layer(head, target, node.init_layer)
     if node.lora.rank:
@@ -188,6 +205,11 @@ def _base(recipe: Recipe, target: Target) -> checkpoint.Checkpoint:
     other.check_target(target)
     if other.kind != node.kind:
         raise InputError(f"head.init_from={node.init_from} holds a {other.kind} head, not head.kind={node.kind}")
+    if other.blind != node.blind:
+        raise InputError(
+            f"head.init_from={node.init_from} was trained with head.blind={str(other.blind).lower()}, not "
+            f"{str(node.blind).lower()}; set head.blind={str(other.blind).lower()}"
+        )
     mine, its = asdict(node.config.resolve(target.shape)), asdict(other.config)
     for key in (key for key in mine if mine[key] != its[key]):
         raise InputError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +27,11 @@ from mmspec.types import Features, InputError, Prompt, Target
 from train.answers import answers_digest
 from train.clock import StepClock
 from train.curriculum import Curriculum
+from train.dependence import Measured
 from train.encode import encode, length_limit
 from train.features import FeatureStore, StoredRow, state_names, unpack
 from train.fit import Lost, MicroBatch
+from train.labels import Labels, open_labels
 from train.order import Order, deal
 from train.session import Session
 
@@ -69,26 +72,47 @@ class FeatureSource(Protocol):
 
 
 def open_source(session: Session, taps: Sequence[int]) -> FeatureSource:
-    """The source that a session's recipe names.
+    """The source that a session's recipe names. Every rank must call.
 
     Args:
         taps: hidden states of the target that the head reads, beside the last.
+
+    Raises:
+        InputError: the features or the labels that it names are of other data.
     """
-    return Live(session, taps) if session.features is None else Stored(session, session.features)
+    data, weighs = session.recipe.data, session.recipe.loss.dependence > 0
+    labels = open_labels(session, Path(data.dependence)) if weighs and data.dependence else None
+    if session.features is not None:
+        if weighs and labels is None:
+            raise InputError(
+                f"loss.dependence={session.recipe.loss.dependence} with data.features needs data.dependence=DIR: "
+                "no image is at hand to leave out (scripts/measure_dependence.py)"
+            )
+        return Stored(session, session.features, labels)
+    return Live(session, taps, labels, Measured(session) if weighs and labels is None else None)
 
 
 # ---- online ----
 
 
 class Live:
-    """The frozen target computes its states when they are needed."""
+    """The frozen target computes its states when they are needed.
 
-    def __init__(self, session: Session, taps: Sequence[int]) -> None:
+    Args:
+        labels: of the loss weights, where they are stored.
+        measured: of the loss weights, where they are measured in every step.
+    """
+
+    def __init__(
+        self, session: Session, taps: Sequence[int], labels: Labels | None = None, measured: Measured | None = None
+    ) -> None:
         self.session, self.taps = session, tuple(taps)
+        self.labels, self.measured = labels, measured
         self._limit = length_limit(session.recipe.data, session.target)
 
     def batch(self, records: Sequence[int]) -> LiveBatch:
         rows: list[tuple[Prompt, Tensor]] = []
+        weights: list[Tensor] = []
         lost: list[Lost] = []
         for record in records:
             encoded = self._encode(record)
@@ -96,7 +120,9 @@ class Live:
                 lost.append(encoded)
             else:
                 rows.append(encoded)
-        return LiveBatch(self.session.target, self.taps, rows, self.session.recipe.data.pack, lost)
+                weights += [self.labels.of(record, encoded[1])] if self.labels else []
+        pack = self.session.recipe.data.pack
+        return LiveBatch(self.session.target, self.taps, rows, pack, lost, weights, self.measured)
 
     def _encode(self, record: int) -> tuple[Prompt, Tensor] | Lost:
         session = self.session
@@ -115,6 +141,8 @@ class LiveBatch:
         rows: prompt and answer marks of each.
         pack: tokens of a row that several share in the target's pass; 0: none do.
         lost: samples that are not in the rows.
+        weights: [L] of each row, loss weights; empty: none.
+        measured: makes them of the batch instead.
     """
 
     def __init__(
@@ -124,18 +152,22 @@ class LiveBatch:
         rows: Sequence[tuple[Prompt, Tensor]],
         pack: int = 0,
         lost: Sequence[Lost] = (),
+        weights: Sequence[Tensor] = (),
+        measured: Measured | None = None,
     ) -> None:
         self._target, self._taps, self._pack = target, taps, pack
         self.lost = lost
         self.count = sum(valid_pairs(answer) for _, answer in rows)
         self._rows = rows or [_stand_in(target)]
+        self._weights, self._measured = weights, measured
 
     def load(self) -> None:
         """Nothing: the target's states are computed on its device, where training keeps it busy."""
 
     def features(self) -> Features:
         prompts, answers = [prompt for prompt, _ in self._rows], [answer for _, answer in self._rows]
-        return self._target.teacher(prompts, answers, self._taps, pack=self._pack)
+        made = self._target.teacher(prompts, answers, self._taps, pack=self._pack, weights=self._weights)
+        return made if self._measured is None else self._measured.weigh(made, prompts, answers, self._pack)
 
 
 def _stand_in(target: Target) -> tuple[Prompt, Tensor]:
@@ -150,12 +182,15 @@ def _stand_in(target: Target) -> tuple[Prompt, Tensor]:
 class Stored:
     """States from a FeatureStore; of the target only the embedding (here) and unembedding (in the loss) are used.
 
+    Args:
+        labels: of the loss weights; None: all weigh alike.
+
     Raises:
         InputError: the store's conversations are not the session's.
     """
 
-    def __init__(self, session: Session, store: FeatureStore) -> None:
-        self.target, self.store = session.target, store
+    def __init__(self, session: Session, store: FeatureStore, labels: Labels | None = None) -> None:
+        self.target, self.store, self.labels = session.target, store, labels
         dialogues = session.prepared.dialogues
         found, wanted = store.manifest.answers, answers_digest(session.prepared)
         if found != wanted or any(record not in store for record in dialogues):
@@ -164,14 +199,23 @@ class Stored:
         self._stream = torch.cuda.Stream(self.target.device) if self.target.device.type == "cuda" else None
 
     def batch(self, records: Sequence[int]) -> StoredBatch:
-        return StoredBatch(self.target, self.store, records, self._stream)
+        weights = [self.labels.of(record, self.store.answer(record)) for record in records] if self.labels else []
+        return StoredBatch(self.target, self.store, records, self._stream, weights)
 
 
 class StoredBatch:
     """Rows of a store; padding is zero."""
 
-    def __init__(self, target: Target, store: FeatureStore, records: Sequence[int], stream: Any) -> None:
+    def __init__(
+        self,
+        target: Target,
+        store: FeatureStore,
+        records: Sequence[int],
+        stream: Any,
+        weights: Sequence[Tensor] = (),
+    ) -> None:
         self._target, self._store, self._records, self._stream = target, store, records, stream
+        self._weights = weights
         self.count = sum(valid_pairs(store.answer(record)) for record in records)
         self.lost: Sequence[Lost] = ()
         self._tensors: dict[str, Tensor] = {}
@@ -179,6 +223,8 @@ class StoredBatch:
     def load(self) -> None:
         """Reads and pads, and starts the copies to the device."""
         tensors = _collate([self._store.read(record) for record in self._records])
+        if self._weights:
+            tensors["weight"] = pad_sequence(list(self._weights), batch_first=True)
         if self._stream is None:
             self._tensors = tensors
             return
@@ -200,7 +246,8 @@ class StoredBatch:
         images = self._states(tensors, "images") if "images" in tensors else None
         embeds = self._target.place(ids, visual, images)
         last, *tapped = (self._states(tensors, name) for name in state_names(self._store.taps))
-        return Features(ids, valid, answer, visual, last, embeds, dict(zip(self._store.taps, tapped)))
+        hidden = dict(zip(self._store.taps, tapped))
+        return Features(ids, valid, answer, visual, last, embeds, hidden, weight=tensors.get("weight"))
 
     def _states(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         return unpack(tensors[name], tensors.get(f"{name}.scale"), self._target.dtype)

@@ -59,6 +59,8 @@ class SteppedHead(DraftHead):
         truth = features.last_hidden.flatten(0, 1)[places].to(outputs[0].dtype)
         predicted = torch.cat([states[here] for states, here in zip(outputs, valid)])[order]
         weight = torch.tensor(self.loss.step_decay, dtype=torch.float64, device=at.device) ** steps[order]
+        if features.weight is not None:  # of the token that a prediction chooses, one behind the state it estimates
+            weight = weight * features.weight.flatten()[at[order] + 1]
         loss, hits, covers = self.score(predicted, Aims(truth, of, weight, steps[order]), unembed)
         hit, covered = torch.zeros_like(valid), torch.zeros_like(valid)
         where = steps[order], drafts[order]

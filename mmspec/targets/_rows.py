@@ -66,3 +66,11 @@ def fill(prompts: Sequence[Prompt], answers: Sequence[Tensor], places: Sequence[
         ids[place.at], answer[place.at], visual[place.at] = prompt.input_ids, marks, prompt.visual
         segment[place.at] = numbers[place.row]
     return Rows(*(x.to(device) for x in (ids, answer, visual, segment)))
+
+
+def spread(values: Sequence[Tensor], places: Sequence[Place], segment: Tensor) -> Tensor:
+    """Values [L] of each conversation at its place: [B, T] fp32 where `segment` is, 0 at padding."""
+    out = torch.zeros(segment.shape, dtype=torch.float32)
+    for place, value in zip(places, values, strict=True):
+        out[place.at] = value
+    return out.to(segment.device)

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 from mmspec.cache import RaggedKV
 from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, NodeMass, RaggedLayer
 from mmspec.targets._marks import locate, mark
-from mmspec.targets._rows import Place, fill, lay_out
+from mmspec.targets._rows import Place, fill, lay_out, spread
 from mmspec.targets._static import StaticPasses, padded_slots
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
 
@@ -340,10 +340,21 @@ class HFTarget:
         return {name: weight.detach() for name, weight in layers[index].state_dict().items()}
 
     def merge(
-        self, ids: Tensor, visual: Tensor, pixels: Sequence[Mapping[str, Tensor]]
+        self,
+        ids: Tensor,
+        visual: Tensor,
+        pixels: Sequence[Mapping[str, Tensor]],
+        instead: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Input embeddings [B, T, D] with image features at the placeholders, and the family's `deep_inputs`."""
-        features = [self.image_features(p) for p in pixels if p]
+        """Input embeddings [B, T, D] with image features at the placeholders, and the family's `deep_inputs`.
+
+        Args:
+            instead: [W], stands at every placeholder in place of the images' features.
+        """
+        if instead is None:
+            features = [self.image_features(p) for p in pixels if p]
+        else:
+            features = [instead.to(self.device).expand(int(visual.sum()), -1)] * bool(visual.any())
         if not features:
             return self.place(ids, visual), {}
         stacked, D = torch.cat(features), self.shape.hidden_size
@@ -367,6 +378,8 @@ class HFTarget:
         taps: Sequence[int] = (),
         mass_layers: Sequence[int] = (),
         pack: int = 0,
+        weights: Sequence[Tensor] = (),
+        instead: Tensor | None = None,
     ) -> Features:
         """Teacher-forced states of finished conversations, right-padded: causal attention needs no padding mask then.
 
@@ -375,6 +388,8 @@ class HFTarget:
             taps: indices into hidden_states to return as well.
             mass_layers: decoder layers (0-based) whose visual attention mass is wanted; not of packed rows.
             pack: tokens of a row that several conversations share, each as if it were alone; 0: one a row.
+            weights: [L] of each conversation, handed on as `Features.weight`; empty: none.
+            instead: [W], a feature that stands at every image position: what would the target do without the image?
         """
         if pack and mass_layers:
             raise ValueError(f"visual attention mass is measured in rows of one conversation, not with pack={pack}")
@@ -382,17 +397,26 @@ class HFTarget:
         rows = fill(prompts, answers, places, self.device)
         # Image features are merged row by row.
         in_rows = [prompts[i] for i in sorted(range(len(prompts)), key=lambda i: (places[i].row, places[i].start))]
-        embeds, deep = self.merge(rows.input_ids, rows.visual, [prompt.pixels for prompt in in_rows])
+        embeds, deep = self.merge(rows.input_ids, rows.visual, [prompt.pixels for prompt in in_rows], instead)
         recorder = MassRecorder(mass_layers, rows.visual) if mass_layers else None
         noted = {RECORDER: recorder} if recorder else {SEGMENTS: [place.at for place in places]} if pack else {}
         positions = self._positions(prompts, places, rows.segment)
         with self._tapped(taps) as hidden, self._noted(noted):
             last = self._text(embeds, positions, None, None, **deep)
         mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
-        shared = rows.segment if pack else None
-        axes = positions.expand(3, *rows.input_ids.shape)
-        valid = rows.segment > 0
-        return Features(rows.input_ids, valid, rows.answer, rows.visual, last, embeds, hidden, mass, shared, axes)
+        return Features(
+            rows.input_ids,
+            rows.segment > 0,
+            rows.answer,
+            rows.visual,
+            last,
+            embeds,
+            hidden,
+            mass,
+            rows.segment if pack else None,
+            positions.expand(3, *rows.input_ids.shape),
+            spread(weights, places, rows.segment) if weights else None,
+        )
 
     def _positions(self, prompts: Sequence[Prompt], places: Sequence[Place], segment: Tensor) -> Tensor:
         """Position ids of a batch; padding stands at 0, where no token before it looks."""

@@ -1,0 +1,388 @@
+"""Where seeing the image pays: acceptance by decile of visual dependence, of a head and its blind twin side by side.
+
+    python -m eval.dependence --ckpt runs/eagle3_tiny --ckpt runs/eagle3_tiny_blind --data synth:test --out runs/where
+
+Every checkpoint decodes the same prompts with its own tree, untimed and one at a time; all emit the target's own text.
+Then the target reads each answer once more with its image features replaced (`mmspec/dependence.py`), which gives each
+generated token its visual dependence. A token counts as offered where the draft had candidates for its place, and as
+accepted where one of them was right.
+
+Invariant: deciles are of all generated tokens but the first of each answer, which nobody drafts; they are the same for
+every checkpoint and every topic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from eval.mmspec import DTYPES, OneLineParser, open_target, output_folder
+from eval.plots import Series, standalone
+from eval.summary import clean, hardware, versions
+from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, load_records
+from mmspec import checkpoint as checkpoints
+from mmspec.api import find_device, make_drafter
+from mmspec.assets import EMBEDDED
+from mmspec.checkpoint import Checkpoint, write_json
+from mmspec.dependence import COUNTERFACTUALS, blurred, mean_feature, of_conversations
+from mmspec.loop import all_complete, generate
+from mmspec.policy import FixedPolicy
+from mmspec.records import Quarantine, Record, RecordError, open_image
+from mmspec.sampling import GreedySampler
+from mmspec.types import Drafter, Forward, InputError, Output, Plan, Prompt, Request, Round, Target, Tree
+
+PROGRAM = "eval.dependence"
+SCHEMA = "mmspec-dependence/1"
+N_DECILES = 10
+RESAMPLES = 1000
+IMAGES = 256
+"""Images of the data that the mean feature is taken of."""
+NOT_OFFERED, REJECTED, ACCEPTED = -1, 0, 1
+DEFINITIONS = {
+    "dependence": "KL(p || q) in nats of the target's distributions of a token with the image (p) and without (q)",
+    "decile": "of all generated tokens by dependence, the first token of each answer left out; 1 depends least",
+    "offered": "tokens of whose place the draft had candidates, all before it being right",
+    "acceptance": "accepted / offered",
+    "gain": "acceptance of the first checkpoint less that of this one, with a 95% bootstrap interval over records",
+}
+
+
+@dataclass
+class Answered:
+    """One request, decoded by every checkpoint.
+
+    Args:
+        id, topic: of its record.
+        kl: [n] dependence of the generated tokens behind the first.
+        outcomes: by checkpoint, of the same tokens.
+    """
+
+    id: str
+    topic: str
+    kl: Tensor
+    outcomes: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Watched:
+    """A drafter whose trees are kept on the host."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self.taps = drafter.taps
+        self.trees: list[tuple[list[int], list[int]]] = []
+
+    def open(self, max_batch: int, max_tokens: int) -> None:
+        self._drafter.open(max_batch, max_tokens)
+
+    def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
+        self._drafter.admit(row, request, forward, root)
+
+    def propose(self, roots: Tensor, plan: Plan) -> Tree:
+        tree = self._drafter.propose(roots, plan)
+        self.trees.append((tree.tokens[0].tolist(), tree.parents[0].tolist()))
+        return tree
+
+    def observe(self, round: Round) -> None:
+        self._drafter.observe(round)
+
+    def evict(self, row: int) -> None:
+        self._drafter.evict(row)
+
+
+def outcomes(output: Output, trees: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """What the draft had for each generated token behind the first, [n] int8.
+
+    Args:
+        output: of a request that was decoded alone.
+        trees: (tokens, parents) of its rounds that drafted, in order; a padding node has the parent -1.
+    """
+    said, at, left = [], 1, list(trees)
+    for action, _, _, emitted in output.rounds:
+        tokens, parents = left.pop(0) if action == "draft" else ([0], [-1])
+        node: int | None = 0
+        for token in output.tokens[at : at + emitted]:
+            children = [child for child in range(1, len(tokens)) if parents[child] == node] if node is not None else []
+            node = next((child for child in children if tokens[child] == token), None)
+            said.append(ACCEPTED if node is not None else REJECTED if children else NOT_OFFERED)
+        at += emitted
+    return torch.tensor(said, dtype=torch.int8)
+
+
+def deciles(kl: Tensor) -> Tensor:
+    """The decile 0..9 of each of N values: their ranks in ten equal parts, ties in order."""
+    ranks = kl.argsort(stable=True).argsort(stable=True)
+    return (ranks * N_DECILES).div(max(len(kl), 1), rounding_mode="floor")
+
+
+def table(answers: Sequence[Answered], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Acceptance by decile, overall and by topic; see DEFINITIONS.
+
+    Args:
+        answers: of all requests.
+        names: of the checkpoints; gains are of the first over each other one.
+    """
+    kl = torch.cat([answer.kl for answer in answers])
+    place = deciles(kl).split([len(answer.kl) for answer in answers])
+    whole = list(zip(answers, place))
+    return {
+        "overall": _rows(whole, names, seed),
+        "topics": {
+            topic: _rows([(a, p) for a, p in whole if a.topic == topic], names, seed)
+            for topic in dict.fromkeys(answer.topic for answer in answers)
+        },
+    }
+
+
+def _rows(members: Sequence[tuple[Answered, Tensor]], names: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    rows = []
+    records = list(dict.fromkeys(answer.id for answer, _ in members))
+    index = {record: k for k, record in enumerate(records)}
+    draws = _draws(len(records), seed)
+    for decile in range(N_DECILES):
+        kl = torch.cat([answer.kl[place == decile] for answer, place in members])
+        row: dict[str, Any] = {"decile": decile + 1, "tokens": len(kl)}
+        if len(kl):
+            row |= {"dependence": float(kl.mean()), "from": float(kl.min()), "to": float(kl.max())}
+        counts = {name: torch.zeros(len(records), 2, dtype=torch.float64) for name in names}
+        for answer, place in members:
+            for name in names:
+                found = answer.outcomes[name][place == decile]
+                counts[name][index[answer.id]] += torch.tensor([(found == ACCEPTED).sum(), (found >= REJECTED).sum()])
+        row["checkpoints"] = {name: _cell(counts[name], counts[names[0]], draws) for name in names}
+        rows.append(row)
+    return rows
+
+
+def _cell(mine: Tensor, first: Tensor, draws: Tensor) -> dict[str, Any]:
+    """Figures of one checkpoint in one decile; counts [records, 2] are accepted and offered."""
+    accepted, offered = mine.sum(0).tolist()
+    cell: dict[str, Any] = {"offered": int(offered), "acceptance": accepted / offered if offered else None}
+    if mine is not first and offered and first[:, 1].sum():
+        again, base = draws @ mine, draws @ first
+        usable = (again[:, 1] > 0) & (base[:, 1] > 0)
+        gains = (base[:, 0] / base[:, 1] - again[:, 0] / again[:, 1])[usable]
+        lo, hi = gains.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        whole = first.sum(0)
+        cell |= {"gain": float(whole[0] / whole[1]) - accepted / offered, "gain_lo": lo, "gain_hi": hi}
+    return cell
+
+
+def _draws(n: int, seed: int) -> Tensor:
+    """How often each of n records is drawn in each resample, [RESAMPLES, n] float64."""
+    chosen = torch.randint(0, max(n, 1), (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
+    return counts.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64))
+
+
+class Decoder:
+    """Decodes requests with every checkpoint and measures the dependence of what came out.
+
+    Args:
+        target: frozen.
+        loaded: checkpoints by name, checked against the target.
+        instead: the mean image feature; None: images are blurred.
+    """
+
+    def __init__(self, target: Target, loaded: dict[str, Checkpoint], instead: Tensor | None) -> None:
+        self.target, self.instead = target, instead
+        self.drafters = {name: Watched(make_drafter(ckpt, target)) for name, ckpt in loaded.items()}
+        self.policies = {name: FixedPolicy(ckpt.tree.depth, ckpt.tree.budget) for name, ckpt in loaded.items()}
+
+    def answer(self, task: Task, unseen: Prompt) -> tuple[Answered | None, list[int]]:
+        """One request by all checkpoints, and its tokens; None where these differ (a tie of the target's logits).
+
+        Args:
+            unseen: the request's prompt, encoded with blurred images where these stand for the mean.
+        """
+        found: dict[str, Tensor] = {}
+        tokens: list[int] = []
+        for name, drafter in self.drafters.items():
+            drafter.trees.clear()
+            [output] = all_complete(
+                generate(self.target, [task.request], drafter, self.policies[name], GreedySampler(), max_batch=1)
+            )
+            if tokens and output.tokens != tokens:
+                return None, tokens
+            tokens = output.tokens
+            found[name] = outcomes(output, drafter.trees)
+        prompt = task.request.prompt
+        marks = torch.cat([torch.zeros(len(prompt), dtype=torch.long), torch.ones(len(tokens), dtype=torch.long)])
+        whole, other = (_longer(p, tokens) for p in (prompt, unseen))
+        blind = [] if self.instead is not None else [other]
+        [measured] = of_conversations(self.target, [whole], [marks], self.instead, blind)
+        return Answered(task.record.id, task.record.topic, measured.kl[1:], found), tokens
+
+
+def _longer(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+    ids = torch.cat([prompt.input_ids, torch.tensor(tokens)])
+    visual = torch.cat([prompt.visual, torch.zeros(len(tokens), dtype=torch.bool)])
+    return replace(prompt, input_ids=ids, visual=visual)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Decode, measure and write everything; returns what was written to `dependence.json`.
+
+    Raises:
+        InputError: the input is wrong.
+    """
+    loaded = {Path(path).name: checkpoints.load(path) for path in args.ckpt}
+    if len(loaded) < len(args.ckpt):
+        raise InputError("--ckpt: the folders need different names, by which they are reported")
+    first = next(iter(loaded.values()))
+    out = output_folder(Path(args.out))
+    quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
+    read = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    records = [record for record in read if record.image is not None]
+    if not records:
+        raise InputError(f"--data {args.data} has no record with an image: nothing depends on one")
+    target = open_target(first, args.target, args.dtype, args.device)
+    for ckpt in loaded.values():
+        ckpt.check_target(target)
+    system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
+    dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
+    blur = args.counterfactual == "blur"
+    instead = None if blur else mean_feature(target, (_alone(target, record) for record in records[:IMAGES]))
+    decoder = Decoder(target, loaded, instead)
+    answers: list[Answered] = []
+    differing = 0
+    for [task] in track(dialogues.groups(1), "decoding", total=dialogues.n_turns, console=console):
+        unseen = _unseen(dialogues, task) if blur else task.request.prompt
+        answered, tokens = decoder.answer(task, unseen)
+        dialogues.answer(task, target.decode(tokens))
+        differing += answered is None
+        answers += [answered] if answered is not None and len(answered.kl) else []
+    if not answers:
+        raise InputError(f"no usable record in {args.data} has an answer of more than one token")
+    result = {
+        "schema": SCHEMA,
+        "checkpoints": {n: {"kind": c.kind, "blind": c.blind, "tree": c.tree.__dict__} for n, c in loaded.items()},
+        **table(answers, list(loaded), args.seed),
+        "n_requests": len(answers),
+        "n_differing": differing,
+        "settings": {
+            "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
+            "counterfactual": args.counterfactual, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
+            "dtype": args.dtype, "seed": args.seed, "fingerprint": target.fingerprint, "system": system,
+        },
+        "definitions": DEFINITIONS,
+        "versions": versions(),
+        "hardware": hardware(target.device),
+    }  # fmt: skip
+    write_results(out, clean(result), answers)
+    return result
+
+
+def _alone(target: Target, record: Record) -> Prompt:
+    """A prompt that is a record's image and nothing else."""
+    assert record.image is not None
+    return target.encode([{"role": "user", "content": [{"type": "image"}]}], [open_image(record.image)])
+
+
+def _unseen(dialogues: Dialogues, task: Task) -> Prompt:
+    """The prompt of a task with its image blurred."""
+    record = task.record
+    assert record.image is not None
+    try:
+        return dialogues.target.encode(dialogues.messages(record, task.turn), [blurred(open_image(record.image))])
+    except RecordError as error:
+        raise InputError(f"record {record.id} could be read a moment ago: {error}") from error
+
+
+def write_results(out: Path, result: dict[str, Any], answers: Sequence[Answered]) -> None:
+    """Write `dependence.json`, `tokens.jsonl` (every token) and the plots, as SVG and on one page."""
+    with (out / "tokens.jsonl").open("w", encoding="utf-8") as file:
+        for answer in answers:
+            line = {"id": answer.id, "topic": answer.topic, "kl": [round(v, 5) for v in answer.kl.tolist()]}
+            found = {name: said.tolist() for name, said in answer.outcomes.items()}
+            file.write(json.dumps({**line, "outcomes": found}) + "\n")
+    write_json(out / "dependence.json", result)
+    charts = [chart(result["overall"], list(result["checkpoints"]), "all topics")]
+    charts += [chart(rows, list(result["checkpoints"]), topic) for topic, rows in result["topics"].items()]
+    (out / "dependence.svg").write_text(charts[0], encoding="utf-8")
+    title = f"Acceptance by visual dependence: {', '.join(result['checkpoints'])}"
+    words = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in DEFINITIONS.items())
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="color-scheme" content="light dark"><style>body{font:15px/1.5 system-ui,sans-serif;margin:24px}'
+        "section{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}</style>"
+        f"<h1>{escape(title)}</h1><section>{''.join(charts)}</section><dl>{words}</dl></html>\n"
+    )
+    (out / "dependence.html").write_text(page, encoding="utf-8")
+
+
+def chart(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str) -> str:
+    """Acceptance over the deciles, one line a checkpoint; places without an offered token are left out."""
+    lines = []
+    for k, name in enumerate(names):
+        cells = [(row["decile"], row["checkpoints"][name]["acceptance"]) for row in rows]
+        lines.append(Series(name, f"m{k}", [(float(x), y) for x, y in cells if y is not None]))
+    ticks = [float(x) for x in range(1, N_DECILES + 1)]
+    return standalone(title, lines, "decile of visual dependence", "acceptance", ticks, [0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The overall table on the terminal."""
+    names = list(result["checkpoints"])
+    console.print("decile  KL nats   " + "  ".join(f"{name:>22}" for name in names) + "   gain of the first")
+    for row in result["overall"]:
+        cells = [row["checkpoints"][name] for name in names]
+        words = "  ".join("-".rjust(22) if c["acceptance"] is None else f"{c['acceptance']:22.3f}" for c in cells)
+        last = cells[-1]
+        gain = f"{last['gain']:+.3f} [{last['gain_lo']:+.3f}, {last['gain_hi']:+.3f}]" if "gain" in last else ""
+        console.print(f"{row['decile']:>6}  {row.get('dependence', 0):7.4f}   {words}   {gain}", highlight=False)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = OneLineParser(
+        prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--ckpt", action="append", required=True, metavar="DIR", help="a run folder; again for each further one")
+    add("--out", required=True, metavar="DIR", help="where the results go")
+    add("--data", default="synth:testmini", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
+    add("--counterfactual", choices=COUNTERFACTUALS, default="mean", help="what stands for the image (default: mean)")
+    add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add("--target", metavar="NAME", help="to decode with (default: the first checkpoint's)")
+    add("--dtype", choices=DTYPES, default="float32", help="of target and heads (default: float32)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--system", metavar="TEXT", help="system text (default: as of eval.mmspec)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    args = build_parser().parse_args(argv)
+    console = Console()
+    try:
+        for name in ("limit", "max_new_tokens"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        args.device = find_device(args.device)
+        result = run(args, console)
+    except InputError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    show(result, console)
+    console.print(f"report: {Path(args.out) / 'dependence.html'}", soft_wrap=True, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

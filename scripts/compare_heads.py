@@ -1,0 +1,452 @@
+"""Trains every head of a target on one token budget, scores them side by side, and writes the tables and plots.
+
+    bash scripts/compare_heads.sh                             # all recipes/<head>_tiny.yaml, and their blind twins
+    bash scripts/compare_heads.sh --heads eagle eagle3 --no-blind --data synth:testmini
+
+Heads are the files of mmspec/heads that have a recipe <head>_<target>.yaml, so a new one joins by itself. All train on
+the same regenerated answers, for as many steps of as many conversations, at most --minutes each; a head that does not
+get there is scored as far as it got, and the table shows its steps. Two tables: `matched` has one tree for all heads
+(--tree), `tuned` each head's own, chosen by speedup on --tune-data. A twin reads means in place of the image
+(mmspec/heads/_blind.py); eval.dependence says at which tokens that costs acceptance.
+
+Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
+step before it has changed. Results: --results (tables, CSV, JSON, plots) and a paragraph on the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eval.head_tables import as_csv, depth_plot, gains, markdown, row
+from eval.summary import clean, hardware
+from eval.tune_tree import parse_tree
+from mmspec import checkpoint
+from mmspec.recipe import head_kinds, load
+from mmspec.types import InputError
+from train.world import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE_S = 120
+"""What a stopped training may take to save itself."""
+PORT = "PORT"
+"""Stands for a free port in a command."""
+STATIC = "eagle"
+"""The head that EAGLE-1's static tree is shown of, beside the dynamic one."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Args:
+        name: as it is printed and remembered.
+        words: what is run.
+        makes: a file that exists when it is done.
+        after: names of the steps whose results it reads.
+        limit_s: it is stopped then, and counts as done when it left `makes`; 0: none.
+        resume: words to add when it goes on with what an interruption left.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    makes: Path
+    after: tuple[str, ...] = ()
+    limit_s: float = 0.0
+    resume: tuple[str, ...] = ()
+
+
+class Ledger:
+    """What was done, with which command, in `steps.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "steps.json"
+        self._entries: dict[str, dict[str, Any]] = {}
+        if self._path.is_file():
+            self._entries = json.loads(self._path.read_text(encoding="utf-8"))
+
+    def key(self, step: Step) -> str:
+        """Of the command and of all it depends on."""
+        parts = [*step.words, str(step.limit_s), *(str(self._entries.get(name, {}).get("key")) for name in step.after)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def entry(self, step: Step) -> dict[str, Any] | None:
+        """What is known of a step with this very command, or None."""
+        found = self._entries.get(step.name)
+        return found if found is not None and found["key"] == self.key(step) else None
+
+    def note(self, step: Step, **facts: Any) -> None:
+        self._entries[step.name] = {**(self.entry(step) or {"key": self.key(step)}), **facts}
+        checkpoint.write_json(self._path, self._entries)
+
+    def seconds(self, name: str) -> float:
+        return float(self._entries.get(name, {}).get("seconds", 0.0))
+
+
+def perform(step: Step, ledger: Ledger) -> None:
+    """Runs a step unless it is done.
+
+    Raises:
+        InputError: it failed, or left nothing.
+    """
+    known = ledger.entry(step)
+    if known is not None and known.get("done") and step.makes.exists():
+        print(f"== {step.name}: done already", flush=True)
+        return
+    words = [*step.words, *(step.resume if known is not None else ())]
+    before = float(known.get("seconds", 0.0)) if known else 0.0
+    print(f"== {step.name}: {' '.join(checkpoint.discreet(word) for word in words)}", flush=True)
+    ledger.note(step, seconds=before)
+    if known is None:
+        _remove(step.makes)
+    start = time.monotonic()
+    left_s = step.limit_s - before if step.limit_s else 0.0
+    code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
+    seconds = before + time.monotonic() - start
+    if not step.makes.exists() or (code != 0 and not stopped):
+        ledger.note(step, seconds=seconds)
+        raise InputError(f"{step.name} ended with exit code {code}; the same command again goes on with it")
+    ledger.note(step, seconds=seconds, done=True, stopped=stopped)
+
+
+def _remove(path: Path) -> None:
+    """What an earlier command left of a file; folders are shared and stay."""
+    if path.is_file():
+        path.unlink()
+
+
+def _command(words: Sequence[str], limit_s: float, beat: Any) -> tuple[int, bool]:
+    """Runs a command to its end or its limit. Returns the exit code, and whether it was stopped at the limit."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # A free port: the launcher's fixed one may be taken by another run on this machine.
+    words = [str(free_port()) if word == PORT else word for word in words]
+    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
+    start, end = time.monotonic(), time.monotonic() + limit_s if limit_s else None
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=5.0), False
+            beat(time.monotonic() - start)
+            if end is not None and time.monotonic() >= end:
+                print(f"   its {limit_s / 60:.0f} minutes are over: it saves what it has", flush=True)
+                _stop(process)
+                return process.returncode, True
+    except BaseException:
+        _stop(process)
+        raise
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Asks a command and its workers to end, and waits until all are gone; kills what is left after GRACE_S."""
+    end = time.monotonic() + GRACE_S
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < end:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# ---- what is done ----
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One head, or its twin.
+
+    Args:
+        name: of its run folder, and in the tables.
+        kind: file name under `mmspec/heads`.
+        recipe: it is trained by.
+    """
+
+    name: str
+    kind: str
+    recipe: Path
+    blind: bool
+
+
+def entrants(args: argparse.Namespace) -> list[Entrant]:
+    """The heads that have a recipe for the target, each followed by its twin.
+
+    Raises:
+        InputError: one that is asked for has none.
+    """
+    found = []
+    with_recipe = [kind for kind in head_kinds() if (ROOT / "recipes" / f"{kind}_{args.suffix}.yaml").is_file()]
+    wanted = args.heads or with_recipe
+    for kind in wanted:
+        recipe = ROOT / "recipes" / f"{kind}_{args.suffix}.yaml"
+        if kind not in head_kinds() or not recipe.is_file():
+            raise InputError(f"--heads {kind}: there is no recipes/{kind}_{args.suffix}.yaml of a head of that name")
+        found.append(Entrant(kind, kind, recipe, False))
+        found += [] if args.no_blind else [Entrant(f"{kind}_blind", kind, recipe, True)]
+    return found
+
+
+def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
+    """All steps, in order."""
+    out = Path(args.out)
+    steps = [_answers(args, heads[0])]
+    for head in heads:
+        steps += _of_head(args, head)
+    for head in heads:
+        if head.blind:
+            folder = out / "dependence" / head.kind
+            both = ("--ckpt", str(out / head.kind), "--ckpt", str(out / head.name))
+            words = _module("eval.dependence", *both, "--out", str(folder), *_scored(args))
+            after = (f"train {head.kind}", f"train {head.name}")
+            steps.append(Step(f"dependence {head.kind}", words, folder / "dependence.json", after))
+    if not args.no_training_free:
+        folder = out / "training_free"
+        words = _module("eval.mmspec", "--method", "all", "--out", str(folder), *_scored(args))
+        steps.append(Step("training-free methods", words, folder / "summary.json"))
+    return steps
+
+
+def _shared(args: argparse.Namespace) -> list[str]:
+    """Overrides that make one budget of all recipes."""
+    source = f"data.sources=[{{path: '{args.train}', limit: {args.limit}}}]"
+    micro = args.batch // max(args.procs, 1)
+    return [
+        source, f"data.answers_dir={Path(args.out) / 'answers'}", f"run.out={args.out}", f"run.seed={args.seed}",
+        f"run.max_steps={args.steps}", f"optim.micro_batch={micro}", "optim.accumulate=1", "policy.kind=fixed",
+        "run.eval_every=0", "run.trackers=[]", *args.set,
+    ]  # fmt: skip
+
+
+def _scored(args: argparse.Namespace) -> list[str]:
+    limit = ["--limit", str(args.data_limit)] if args.data_limit else []
+    return ["--data", args.data, "--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed), *limit]
+
+
+def _module(name: str, *words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *words)
+
+
+def _launched(args: argparse.Namespace, script: str, *words: str) -> tuple[str, ...]:
+    """A script on `--procs` processes; one needs no launcher."""
+    if args.procs <= 1:
+        return (sys.executable, str(ROOT / script), *words)
+    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.procs))
+    return (*launcher, "--master_port", PORT, str(ROOT / script), *words)
+
+
+def _answers(args: argparse.Namespace, head: Entrant) -> Step:
+    words = _launched(args, "scripts/regenerate.py", str(head.recipe), "run.name=answers", *_shared(args))
+    return Step("answers", words, Path(args.out) / "answers")
+
+
+def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
+    """Training, tuning and both evaluations of one head."""
+    folder = Path(args.out) / head.name
+    trained = f"train {head.name}"
+    own = [f"run.name={head.name}", f"head.blind={str(head.blind).lower()}"]
+    words = _launched(args, "train/distill.py", str(head.recipe), *_shared(args), *own)
+    weights = folder / "head.safetensors"
+    steps = [Step(trained, words, weights, ("answers",), args.minutes * 60, ("run.resume=true",))]
+    ckpt = ("--ckpt", str(folder))
+    tree = [str(n) for n in _numbers(args.tree)]
+
+    def evaluation(name: str, words: Sequence[str], after: tuple[str, ...], policies: Sequence[str]) -> Step:
+        where = folder / name
+        said = _module("eval.mmspec", *ckpt, "--policies", *policies, *words, "--out", str(where), *_scored(args))
+        return Step(f"{name} {head.name}", said, where / "summary.json", after)
+
+    policies, after = ["fixed"], (trained,)
+    if head.name == STATIC:
+        budget = ("--budget", tree[2])
+        static = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, *budget, "--data", args.tune_data)
+        steps.append(Step(f"static tree {head.name}", static, folder / "static_tree.json", after))
+        policies, after = ["fixed", "static"], (trained, f"static tree {head.name}")
+    steps.append(evaluation("matched", ["--tree", *tree], after, policies))
+    tuned = folder / "tuned_tree.json"
+    tuning = ["--data", args.tune_data, "--limit", str(args.tune_limit), "--max-new-tokens", str(args.max_new_tokens)]
+    grid = ["--grid", *args.grid] if args.grid else []
+    words = _module("eval.tune_tree", *ckpt, "--out", str(tuned), *tuning, *grid)
+    steps.append(Step(f"tune {head.name}", words, tuned, (trained,)))
+    steps.append(evaluation("tuned", [f"--tree=@{tuned}"], (trained, f"tune {head.name}"), ["fixed"]))
+    return steps
+
+
+def _numbers(text: str) -> tuple[int, int, int]:
+    tree = parse_tree(text)
+    return tree.depth, tree.width, tree.budget
+
+
+def _ready(step: Step) -> Step:
+    """The step with what an earlier one found put in place of `--tree=@FILE`."""
+    words: list[str] = []
+    for word in step.words:
+        if word.startswith("--tree=@"):
+            best = json.loads(Path(word.removeprefix("--tree=@")).read_text(encoding="utf-8"))["best"]
+            words += ["--tree", *(str(best[key]) for key in ("depth", "width", "budget"))]
+        else:
+            words.append(word)
+    return Step(step.name, tuple(words), step.makes, step.after, step.limit_s, step.resume)
+
+
+# ---- what came of it ----
+
+
+def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) -> dict[str, Any]:
+    """Rows of both tables, and what the twins say."""
+    out = Path(args.out)
+    tables: dict[str, list[dict[str, Any]]] = {"matched": [], "tuned": []}
+    for head in heads:
+        facts = {"steps": _steps(out / head.name), "train_s": ledger.seconds(f"train {head.name}"), "blind": head.blind}
+        for table, rows in tables.items():
+            summary = _read(out / head.name / table / "summary.json")
+            for method in summary["methods"]:
+                if method != "plain":
+                    how = summary["settings"]["methods"][method]
+                    tree = f"{how['depth']},{how.get('width', '-')},{how['budget']}"
+                    label = head.name + method.removeprefix(head.kind)
+                    rows.append(row(label, summary, method, {"tree": tree, **facts}))
+    if not args.no_training_free:
+        summary = _read(out / "training_free" / "summary.json")
+        mats = {name: m["overall"]["mat"] for name, m in summary["methods"].items() if name != "plain"}
+        best = max(mats, key=lambda name: mats[name])
+        for rows in tables.values():
+            rows.append(row(f"best training-free ({best})", summary, best, {}))
+    dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
+    return {
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "results", "said")},
+        "commit": checkpoint.git_commit(),
+        "hardware": hardware(_cpu()),
+        **tables,
+        "dependence": {kind: {"overall": d["overall"], "topics": d["topics"]} for kind, d in dependence.items()},
+    }
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def _steps(folder: Path) -> int | None:
+    """Optimizer steps that a run made."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    made = [entry["step"] for entry in map(json.loads, lines) if "train/loss" in entry]
+    return max(made, default=None)
+
+
+def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
+    """Tables, CSV, JSON and plots; returns the paragraph for RESULTS.md."""
+    results, out = Path(args.results), Path(args.out)
+    results.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(results / "heads.json", clean(found))
+    titles = {
+        "matched": f"Matched budget: depth, width, nodes {args.tree}",
+        "tuned": f"Tuned: each head's best tree on {args.tune_data}",
+    }
+    text = []
+    for table, title in titles.items():
+        (results / f"{table}.csv").write_text(as_csv(found[table]), encoding="utf-8")
+        (results / f"{table}.svg").write_text(depth_plot(title, found[table]), encoding="utf-8")
+        text.append(markdown(title, found[table]))
+    for kind, dependence in found["dependence"].items():
+        shutil.copy(out / "dependence" / kind / "dependence.svg", results / f"dependence_{kind}.svg")
+        text.append(f"- Acceptance that seeing adds to {kind}: {gains(dependence, f'{kind}_blind')}.\n")
+    (results / "tables.md").write_text("\n".join(text), encoding="utf-8")
+    trained = [f"{entry['head']} {entry['train_s'] / 60:.1f} min" for entry in found["matched"] if "train_s" in entry]
+    machine = ", ".join(f"{key} {value}" for key, value in found["hardware"].items())
+    said = " ".join(map(checkpoint.discreet, args.said))
+    return (
+        f"## {date.today()} · Heads side by side on {args.data}\n\n"
+        f"`bash scripts/compare_heads.sh {said}`, commit {found['commit']}, {machine}.\n"
+        f"{args.steps} steps of {args.batch} conversations each, at most {args.minutes:g} minutes; trained: "
+        f"{', '.join(trained)}.\n\n" + "\n".join(text)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    said = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(said)
+        heads = entrants(args)
+        for head in heads:
+            load(head.recipe, [*_shared(args), f"head.blind={str(head.blind).lower()}"])
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(Path(args.out))
+        for step in plan(args, heads):
+            perform(_ready(step), ledger)
+        print(write(args, collect(args, heads, ledger)))
+    except InputError as error:
+        print(f"compare_heads: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare_heads: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(said: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="scripts/compare_heads.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suffix", default="tiny", metavar="TARGET", help="of the recipes: <head>_TARGET.yaml (default: tiny)")
+    add("--heads", nargs="+", metavar="KIND", help="only these (default: all that have a recipe)")
+    add("--no-blind", action="store_true", help="without vision-blind twins")
+    add("--no-training-free", action="store_true", help="without the best training-free method")
+    add("--out", default="runs/heads", metavar="DIR", help="run folders and evaluations (default: %(default)s)")
+    add("--results", default="recipes/results/heads", metavar="DIR", help="tables and plots (default: %(default)s)")
+    add("--train", default="synth:train", metavar="DATA", help="training questions (default: %(default)s)")
+    add("--limit", type=int, default=1600, metavar="N", help="of them (default: 1600)")
+    add("--steps", type=int, default=600, metavar="N", help="optimizer steps of each head (default: 600)")
+    add("--batch", type=int, default=16, metavar="N", help="conversations a step (default: 16)")
+    add("--minutes", type=float, default=20, metavar="M", help="of training for each head (default: 20)")
+    add("--procs", type=int, default=2, metavar="N", help="processes that train (default: 2)")
+    add("--tree", default="7,2,10", metavar="D,W,N", help="of the matched table (default: %(default)s)")
+    add("--grid", nargs="+", metavar="D,W,N", help="trees to tune over (default: those of eval.tune_tree)")
+    add("--data", default="synth:test", metavar="DATA", help="what is reported on (default: %(default)s)")
+    add("--data-limit", type=int, metavar="N", help="records of it (default: all)")
+    add("--tune-data", default="synth:val", metavar="DATA", help="what is tuned on (default: %(default)s)")
+    add("--tune-limit", type=int, default=60, metavar="N", help="records of it (default: 60)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add("--seed", type=int, default=0, help="of training and bootstrap (default: 0)")
+    add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all heads")
+    args = parser.parse_args(said)
+    for name in ("limit", "steps", "batch", "procs", "tune_limit", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.batch % args.procs:
+        raise InputError(f"--batch {args.batch} must be a multiple of --procs {args.procs}")
+    for text in (args.tree, *(args.grid or ())):
+        parse_tree(text)
+    args.said = said
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Visual dependence in training: measured once and stored, or in every step; and the loss weights made of it.
+
+A prediction of a token with dependence c (KL in nats, `mmspec/dependence.py`) weighs
+
+    (1 + w d) / (1 + w m),    d = min(c / s, CLIP)
+
+where w is `loss.dependence`, s the mean of c and m that of d over the answer tokens of the training data. So d has a
+mean of 1 but for what is clipped, and the weights have a mean of exactly 1 over the data: the learning rate means what
+it meant, and since s and m are constants of the data, not of a batch, the loss is still divided by the number of
+positions and is one sum however the batch is split. Where it is measured in every step, s and m are those of the first
+`SAMPLED` conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmspec.dependence import (
+    Dependence,
+    answer_places,
+    blurred,
+    feature_sum,
+    of_conversations,
+    of_passes,
+)
+from mmspec.records import RecordError
+from mmspec.types import Features, InputError, Prompt
+from train.corpus import Picture, Sample
+from train.encode import encode, length_limit
+from train.placement import uneven
+from train.session import Session
+
+CLIP = 8.0
+"""Times the mean dependence that a weight takes notice of."""
+IMAGES = 256
+"""Conversations whose images the mean feature is taken of."""
+SAMPLED = 64
+"""Conversations that tell s and m where dependence is measured in every step."""
+
+
+# ---- weights ----
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Constants of the data that weights are normalised by.
+
+    Args:
+        mean: s, of the dependence of all answer tokens, in nats.
+        clipped: m, the mean of min(c / s, CLIP).
+    """
+
+    mean: float
+    clipped: float
+
+    @classmethod
+    def of(cls, kl: Tensor) -> Scale:
+        """From the dependence [N] of the answer tokens; of data whose answers owe nothing to images all weigh 1."""
+        mean = float(kl.double().mean()) if len(kl) else 0.0
+        return cls(mean, float((kl.double() / mean).clamp_max(CLIP).mean()) if mean > 0 else 0.0)
+
+    def weights(self, kl: Tensor, w: float) -> Tensor:
+        """The factor of each prediction of a token of that dependence; both of any shape, fp32."""
+        share = (kl.float() / self.mean).clamp_max(CLIP) if self.mean > 0 else torch.zeros_like(kl, dtype=torch.float32)
+        return (1 + w * share) / (1 + w * self.clipped)
+
+
+class Measured:
+    """Loss weights from a second pass of the target in every step, with the mean image feature for the image's.
+
+    Args:
+        session: with its answers. Every rank must make one, as the scale is measured by all together.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._target, self._w = session.target, session.recipe.loss.dependence
+        self._instead = image_mean(session)
+        records = sorted(session.prepared.dialogues)[:SAMPLED]
+        found: list[Tensor] = []
+        if self._instead is not None:
+            # Every rank measures all of them: passes of a sharded target are every rank's.
+            for _, parts in measured(session, records, 1, self._instead):
+                found += [part.kl for part in parts]
+        self._scale = Scale.of(torch.cat(found) if found else torch.zeros(0))
+
+    def weigh(self, features: Features, prompts: Sequence[Prompt], answers: Sequence[Tensor], pack: int) -> Features:
+        """The batch with its weights; it was made of these conversations."""
+        if self._instead is None:
+            return features
+        unseen = self._target.teacher(prompts, answers, pack=pack, instead=self._instead)
+        kl = of_passes(features, unseen, self._target.unembed).kl
+        weight = torch.ones(features.answer.shape, device=kl.device)
+        weight[answer_places(features.answer)] = self._scale.weights(kl, self._w)
+        return replace(features, weight=weight)
+
+
+# ---- measuring ----
+
+
+@dataclass(frozen=True)
+class BlurredPicture(Picture):
+    """A picture of a sample that opens blurred."""
+
+    def open(self) -> Any:
+        return blurred(super().open())
+
+
+def image_mean(session: Session) -> Tensor | None:
+    """The mean feature [W] fp32 of the images of the first `IMAGES` conversations with one. Every rank must call."""
+    shown = (k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures)
+    with_image = list(islice(shown, IMAGES))
+    mine = with_image[session.world.rank :: session.world.size]
+    with uneven(session.target):
+        total, n = feature_sum(session.target, (encoded[0] for encoded in _encoded(session, mine)))
+    found = [part for part in session.world.gather((total, n)) if part[0] is not None]
+    if not found:
+        return None
+    return (torch.stack([total for total, _ in found]).sum(0) / sum(n for _, n in found)).float()
+
+
+def measured(
+    session: Session, records: Sequence[int], batch: int, instead: Tensor | None
+) -> Iterator[tuple[Sequence[int], list[Dependence]]]:
+    """The dependence of conversations, `batch` of them a pass.
+
+    Args:
+        instead: the mean image feature; None: images are blurred.
+
+    Raises:
+        InputError: a picture can no longer be read.
+    """
+    for start in range(0, len(records), batch):
+        some = records[start : start + batch]
+        seen = list(_encoded(session, some))
+        unseen = [prompt for prompt, _ in _encoded(session, some, blur=True)] if instead is None else []
+        prompts, answers = [prompt for prompt, _ in seen], [answer for _, answer in seen]
+        yield some, of_conversations(session.target, prompts, answers, instead, unseen)
+
+
+def _encoded(session: Session, records: Iterable[int], blur: bool = False) -> Iterator[tuple[Prompt, Tensor]]:
+    limit = length_limit(session.recipe.data, session.target)
+    for record in records:
+        sample = session.corpus.samples[record]
+        try:
+            shown = _blurred(sample) if blur else sample
+            yield encode(shown, session.prepared.dialogues[record], session.target, limit)
+        except (RecordError, ValueError) as error:
+            raise InputError(
+                f"record {sample.id} ({sample.file}:{sample.line}) could be read when it was answered: {error}"
+            ) from error
+
+
+def _blurred(sample: Sample) -> Sample:
+    return replace(sample, pictures=tuple(BlurredPicture(p.name, p.path, p.data) for p in sample.pictures))
