@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from mmspec.targets._rows import Place, fill, lay_out
 from mmspec.targets.base import HFTarget
@@ -185,6 +186,20 @@ def test_the_tokenizers_own_padding_changes_no_mark(name: str):
         prompt, answer = target.encode_dialogue(*conversation())
         assert torch.equal(prompt.input_ids, expected[0].input_ids)
         assert torch.equal(answer, expected[1])
+
+
+@pytest.mark.parametrize("name", [*families.MROPE, "tiny_llava"])
+def test_marks_need_no_white_space_in_the_spans_of_tokens(name: str):
+    """Some tokenizers report a token without the space before it, some report nothing: then beginnings are tried."""
+    plain = build(name)
+    messages, images = conversation()
+    expected = plain.encode_dialogue(messages, images)[1]
+    target = other(plain)
+    raw = target.processor.tokenizer.backend_tokenizer
+    raw.post_processor = processors.Sequence([raw.post_processor, processors.ByteLevel(trim_offsets=True)])
+    spaced = target._tokenize("A kite.")[1]
+    assert spaced != plain._tokenize("A kite.")[1]
+    assert torch.equal(target.encode_dialogue(messages, images)[1], expected)
 
 
 def other(target: HFTarget, template: str | None = None) -> HFTarget:

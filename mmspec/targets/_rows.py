@@ -47,7 +47,7 @@ def lay_out(lengths: Sequence[int], width: int) -> list[Place]:
 
 @dataclass(frozen=True)
 class Rows:
-    """A right-padded batch on the device; see Features for the tensors."""
+    """A padded batch on the device; see Features for the tensors."""
 
     input_ids: Tensor
     answer: Tensor
@@ -56,7 +56,7 @@ class Rows:
 
 
 def fill(prompts: Sequence[Prompt], answers: Sequence[Tensor], places: Sequence[Place], device: torch.device) -> Rows:
-    """The tensors of conversations at their places."""
+    """The tensors of conversations at their places; what no place covers is padding, on whichever side that is."""
     shape = 1 + max(place.row for place in places), max(place.stop for place in places)
     ids, answer, segment = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     visual = torch.zeros(shape, dtype=torch.bool)
