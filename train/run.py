@@ -143,8 +143,7 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         tracker.say(f"verifying {recipe.data.features}")
         store = open_store(Path(recipe.data.features), wanted, taps, world)
     known = frozenset((entry["source"], entry["line"]) for entry in lost)
-    asked = instructed(corpus, recipe.data)
-    return Session(recipe, world, stopper, tracker, state, target, asked, Prepared(), quarantine, store, known)
+    return Session(recipe, world, stopper, tracker, state, target, corpus, Prepared(), quarantine, store, known)
 
 
 def _lost_before(folder: Path) -> list[dict[str, Any]]:
@@ -163,10 +162,10 @@ def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:
 
 
 def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corpus:
-    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once."""
+    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once. With the instructions."""
     corpus: list[Corpus] = []
     world.lead(lambda: corpus.append(read(recipe.data.sources, quarantine)))
-    return corpus[0] if corpus else read(recipe.data.sources, quarantine)
+    return instructed(corpus[0] if corpus else read(recipe.data.sources, quarantine), recipe.data)
 
 
 def _data_summary(session: Session) -> str:
