@@ -310,7 +310,7 @@ def test_a_short_question_counts_with_a_picture_that_looks_alike(tmp_path: Path,
 
 def test_a_question_that_the_corpus_asks_of_many_pictures_belongs_to_none(tmp_path: Path):
     bench = Benchmark(str(benchmark_folder(tmp_path / "b", [("one.png", [LONG])])))
-    pictures = [encoded(picture(50 + n, (60, 60))) for n in range(GENERIC_PICTURES + 1)]
+    pictures = [encoded(picture(50 + n, (80, 80))) for n in range(GENERIC_PICTURES + 1)]
     many = training_set(tmp_path / "many", [(one, [LONG]) for one in pictures])
     few = training_set(tmp_path / "few", [(one, [LONG]) for one in pictures[:-1]])
     texts = training_set(tmp_path / "texts", [(None, [LONG])] * 30)
