@@ -122,6 +122,7 @@ class Speculator:
         dtype: str = "float32",
         device: str = "auto",
         max_batch: int = 1,
+        policy: str = "adaptive",
     ) -> Speculator:
         """Load a target and decode with a training-free method, or with the hybrid of one and a checkpoint's head.
 
@@ -131,9 +132,11 @@ class Speculator:
             settings: fields of the method's `Config`; what is not given has its default.
             ckpt: run folder of train/distill.py.
             dtype, device, max_batch: as for `from_pretrained`.
+            policy: "adaptive" (the budget that pays on this machine) or "fixed" (the method's whole budget).
 
         Raises:
-            InputError: an unknown method, key or value; a checkpoint as for `from_pretrained`, or none for the hybrid.
+            InputError: an unknown method, policy, key or value; a checkpoint as for `from_pretrained`, or none for the
+                hybrid.
         """
         resolved(name, settings)  # what is wrong is said before a large target is loaded
         loaded = checkpoints.load(ckpt) if ckpt is not None else None
@@ -142,7 +145,7 @@ class Speculator:
         model = load_target(target or (loaded.target.name if loaded else EMBEDDED), dtype, find_device(device))
         if loaded:
             loaded.check_target(model)
-        return cls(model, *method_and_policy(name, model, settings, loaded, max_batch=max_batch))
+        return cls(model, *method_and_policy(name, model, settings, loaded, policy=policy, max_batch=max_batch))
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -15,10 +16,15 @@ from pathlib import Path
 import torch
 
 from mmspec.tree import chain
-from mmspec.types import Drafter, Plan, Prompt, Request, Target
+from mmspec.types import Choices, Drafter, Plan, Prompt, Request, State, Target, Tree
+from mmspec.verify import MatchVerifier
 
-_NODES = (1, 2, 4, 8, 16, 32)
+_SCHEMA = 2
+_NODES = (1, 2, 3, 5, 9, 17, 33)
+"""Nodes of a round that drafts nothing, 1, 2, 4, .. nodes."""
 _CONTEXT = 128
+_IN_A_ROW = 4
+"""Calls of one kind, the first of which is not counted."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class CostTable:
 
     Args:
         hardware: what it was measured on, in words without host names.
-        verify_s: {batch: {nodes per row, root included: seconds}}.
+        verify_s: {batch: {nodes per row, root included: seconds}} of a round without its draft.
         draft_s: {batch: {depth: seconds}}, catch-up and tree building included.
     """
 
@@ -44,12 +50,15 @@ class CostTable:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(asdict(self), indent=1))
+        scratch.write_text(json.dumps({"schema": _SCHEMA, **asdict(self)}, indent=1))
         os.replace(scratch, path)
 
     @staticmethod
     def load(path: Path) -> CostTable:
+        """Raises ValueError when the file is damaged, or its numbers meant something else."""
         raw = json.loads(path.read_text())
+        if raw.get("schema") != _SCHEMA:
+            raise ValueError(f"{path} has schema {raw.get('schema')}, not {_SCHEMA}: measure it again")
         tables = [
             {int(b): {int(k): float(s) for k, s in row.items()} for b, row in raw[name].items()}
             for name in ("verify_s", "draft_s")
@@ -83,7 +92,7 @@ def hardware(target: Target) -> str:
 
 @torch.inference_mode()
 def measure(target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int, repeats: int = 7) -> CostTable:
-    """Time verification over nodes and drafting over depth, at batch sizes 1, 2, 4, .. up to `max_batch`.
+    """Time rounds over nodes and drafting over depth, at batch sizes 1, 2, 4, .. up to `max_batch`.
 
     The rows hold arbitrary text: what a pass costs does not depend on what the tokens say.
     """
@@ -95,35 +104,52 @@ def measure(target: Target, drafter: Drafter, max_batch: int, depth: int, budget
 def _measure_batch(
     target: Target, drafter: Drafter, batch: int, depth: int, budget: int, repeats: int
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds of a verification by nodes, and of drafting by depth, at one batch size."""
+    """Seconds of a round by nodes, and of drafting by depth, at one batch size."""
     ids = torch.arange(_CONTEXT) % min(97, target.shape.vocab_size)
     ids = ids.masked_fill(ids == target.image_token_id, 0)
     prompt = Prompt(ids, torch.zeros(_CONTEXT, dtype=torch.bool))
     request = Request("costs", prompt, 1)
-    capacity = _CONTEXT + 2 * budget + depth + 8
+    sizes = sorted({*(n for n in _NODES if n <= budget), budget + 1})
+    capacity = _CONTEXT + 2 * budget + depth + 8 + len(sizes) * _IN_A_ROW * (repeats + 1)
     state = target.open(batch, capacity)
     drafter.open(batch, capacity)
     roots = torch.zeros(batch, dtype=torch.long, device=target.device)
     for row in range(batch):
         drafter.admit(row, request, target.prefill(state, row, prompt, drafter.taps), roots[row])
-    trees = {n: chain(roots.unsqueeze(1).repeat(1, n)) for n in {*(n for n in _NODES if n <= budget), budget + 1}}
+    trees = {n: chain(roots.unsqueeze(1).repeat(1, n)) for n in sizes}
     plans = {d: Plan(d, (budget,) * batch) for d in {1, max(depth // 2, 1), depth}}
-    verify = _times(target, lambda n: target.forward(state, trees[n], ()), sorted(trees), repeats)
     draft = _times(target, lambda d: drafter.propose(roots, plans[d]), sorted(plans), repeats)
+    verify = _times(target, lambda n: _round(target, state, trees[n]), sizes, repeats)
     return verify, draft
 
 
+def _round(target: Target, state: State, trees: Tree) -> None:
+    """What a round costs besides its draft: the target's pass, the walk along the trees, the transfer to the host and
+    the commit, here of the roots alone."""
+    forward = target.forward(state, trees, ())
+    keys = torch.zeros_like(trees.tokens[:, 0])
+    choices = Choices(forward.logits, keys, state.lengths_device.unsqueeze(1) + trees.depths + 1, None)
+    accepted = MatchVerifier().accept(trees, forward.logits, choices)
+    torch.cat([accepted.path, accepted.tokens, accepted.n_kept.unsqueeze(1)], 1).tolist()
+    target.keep(state, accepted, [(0,)] * len(keys))
+
+
 def _times(target: Target, call: Callable[[int], object], keys: Sequence[int], repeats: int) -> dict[int, float]:
-    """Median seconds of `call(key)`, the keys interleaved so that drift hits all alike; never falling with the key."""
+    """Median seconds of `call(key)`; never falling with the key.
+
+    Calls of a kind follow one another, as they do while decoding: a small pass behind a large one finds cold caches and
+    takes up to a third longer. The kinds take turns, so that drift hits all alike.
+    """
     taken: dict[int, list[float]] = {key: [] for key in keys}
     for repeat in range(repeats + 1):
         for key in keys:
-            _settle(target)
-            start = time.perf_counter()
-            call(key)
-            _settle(target)
-            if repeat:  # the first is a warm-up
-                taken[key].append(time.perf_counter() - start)
+            for number in range(_IN_A_ROW):
+                _settle(target)
+                start = time.perf_counter()
+                call(key)
+                _settle(target)
+                if repeat and number:  # the first round of all is a warm-up
+                    taken[key].append(time.perf_counter() - start)
     medians = [statistics.median(taken[key]) for key in keys]
     # More nodes or levels are never cheaper; a table that says so has measured noise, and a policy would chase it.
     return dict(zip(keys, accumulate(medians, max)))
@@ -137,9 +163,9 @@ def _settle(target: Target) -> None:
 def load_or_measure(
     folder: Path, target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int
 ) -> CostTable:
-    """The cost table of this hardware from `folder/<hardware>.json`; measured and stored when absent or too small."""
+    """The cost table of this hardware from `folder/<hardware>.json`; measured and stored when that one will not do."""
     path = folder / f"{hardware(target)}.json"
-    if path.is_file():
+    with contextlib.suppress(FileNotFoundError, ValueError):
         table = CostTable.load(path)
         if max(table.verify_s) >= max_batch and max(table.draft_s[1]) >= depth:
             return table

@@ -164,7 +164,7 @@ class AdaptivePolicy(FixedPolicy):
 
     For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms: what their rounds emitted, and
     what these cost by the table, are kept as fading sums, and the arm with the most tokens per second is pulled.
-    Another one gets a round whenever all such rounds together have lost less than a hundredth of the time. Measured
+    Another one gets a round whenever all such rounds together have lost less than a two-hundredth of the time. Measured
     times stay out of it, so that one table always gives one sequence of plans.
 
     Args:
@@ -174,7 +174,7 @@ class AdaptivePolicy(FixedPolicy):
 
     _MEMORY = 0.96
     """Weight that a round keeps with each further round of its arm."""
-    _LOSS = 0.01
+    _LOSS = 0.005
     """Share of the time that looking at other arms may lose."""
     _PRIOR = 0.4
     """Chance that a draft token goes on being right, of an arm that was never pulled."""
@@ -185,13 +185,22 @@ class AdaptivePolicy(FixedPolicy):
         self.arms = sorted({0, *(2**i for i in range(budget.bit_length())), budget})
         self.rounds = [2.0] * len(self.arms)
         self.tokens = [2 * sum(self._PRIOR**k for k in range(1 + min(n, depth))) for n in self.arms]
+        self._known: dict[tuple[int, int, int], float] = {}
         self.seconds = [2 * self._cost(1, 1 + n, depth) for n in self.arms]
+        self.rates = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds)]
+        self.best = max(range(len(self.arms)), key=self.rates.__getitem__)
         self.pulled_at = [0] * len(self.arms)
         self.turn, self.arm, self.spent, self.lost = 0, 0, 0.0, 0.0
+        self._look_at = 0.0
+        """Seconds spent from which on another arm may be due."""
 
     def _cost(self, batch: int, nodes: int, depth: int) -> float:
         """Seconds of a round by the table."""
-        return self.costs.verify(batch, nodes) + (self.costs.draft(batch, max(depth, 1)) if nodes > 1 else 0.0)
+        cell = batch, nodes, depth if nodes > 1 else 0
+        if cell not in self._known:
+            drafting = self.costs.draft(batch, max(depth, 1)) if nodes > 1 else 0.0
+            self._known[cell] = self.costs.verify(batch, nodes) + drafting
+        return self._known[cell]
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         full = super().plan(sensed, remaining)
@@ -200,32 +209,31 @@ class AdaptivePolicy(FixedPolicy):
             return Plan(0, (0,) * len(remaining))
         return Plan(full.depth, tuple(min(n, self.arms[self.arm]) for n in full.budget))
 
-    def _best(self) -> tuple[int, float]:
-        """The arm with the most tokens per second, and how many these are."""
-        rates = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds)]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        return best, rates[best]
-
     def _choose(self) -> int:
-        best, rate = self._best()
+        best = self.best
+        if self.spent < self._look_at:
+            return best
+        rate = self.rates[best]
         losses = [(s - t / rate) / n for s, t, n in zip(self.seconds, self.tokens, self.rounds)]
         others = [arm for arm in range(len(self.arms)) if arm != best]
         # Dear arms are looked at less often than cheap ones, in proportion.
         due = max(others, key=lambda arm: (self.turn + 1 - self.pulled_at[arm]) / max(losses[arm], 1e-12), default=best)
-        return due if losses[due] <= self._LOSS * self.spent - self.lost else best
+        self._look_at = (self.lost + losses[due]) / self._LOSS
+        return due if self.spent >= self._look_at else best
 
     def observe(self, trace: StepTrace) -> None:
         arm, n_active = self.arm, sum(trace.active)
         tokens = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active)
         seconds = self._cost(n_active, trace.n_nodes, trace.plan.depth)
-        best, rate = self._best()
         self.turn += 1
         self.pulled_at[arm] = self.turn
         self.spent += seconds
-        if arm != best:
-            self.lost += seconds - tokens / rate
+        if arm != self.best:
+            self.lost += seconds - tokens / self.rates[self.best]
         for sums, new in ((self.rounds, 1.0), (self.tokens, tokens), (self.seconds, seconds)):
             sums[arm] = self._MEMORY * sums[arm] + new
+        self.rates[arm] = self.tokens[arm] / self.seconds[arm]
+        self.best = max(range(len(self.rates)), key=self.rates.__getitem__)
 
 
 class RecordingPolicy(FixedPolicy):

@@ -93,9 +93,9 @@ def test_the_one_line_form_and_its_refusals(run_folder, picture):
 def test_a_method_needs_no_checkpoint_and_a_hybrid_does(models, run_folder):
     pictures = [sample("val", i).image for i in range(3)]
     plain = models["plain"].generate(PROMPTS, pictures, max_new_tokens=20)
-    alone = mmspec.Speculator.from_method("pld", dtype="float64")
+    alone = mmspec.Speculator.from_method("pld", dtype="float64", policy="fixed")
     mixed = {"retrieval": "pld", "min_match": 2}
-    both = mmspec.Speculator.from_method("hybrid", ckpt=run_folder, settings=mixed, dtype="float64")
+    both = mmspec.Speculator.from_method("hybrid", ckpt=run_folder, settings=mixed, dtype="float64", policy="fixed")
     for model in (alone, both):
         answers = model.generate(PROMPTS, pictures, max_new_tokens=20, max_batch=2)
         assert [a.output.tokens for a in answers] == [a.output.tokens for a in plain]
