@@ -158,6 +158,9 @@ def test_known_pictures_are_not_decoded_again_and_a_torn_record_is_forgotten(tmp
         ("textvqa/train_images/0054c91397f2fe05.jpg", "openimages:0054c91397f2fe05"),
         ("ocr_vqa/images/140031996X.jpg", None),
         ("mmspec_313.jpg", None),
+        ("202401011230/images/7.jpg", None),
+        ("0054c91397f2fe05/images/7.jpg", None),
+        ("gqa/12/7.jpg", None),
         ("2354786.jpg", None),
     ],
 )
