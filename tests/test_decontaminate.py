@@ -26,7 +26,7 @@ from mmspec.types import InputError
 from scripts import decontaminate as command
 from tests.training import ROOT, TIMEOUT_S, environment, launched, save_recipe
 from train import decontaminate, distill, overlap
-from train.asked import MIN_WORDS, QuestionIndex, allowed, edits, occurs, words
+from train.questions import MIN_WORDS, QuestionIndex, allowed, edits, occurs, words
 from train.corpus import Corpus, read
 from train.likeness import BITS, Gallery, PrintCache, cuts, own, squeeze
 from train.overlap import ALIKE_BITS, GENERIC_PICTURES, SAME_BITS, Benchmark, search, source_id

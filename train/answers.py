@@ -5,7 +5,7 @@ Layout of a folder: `part-<rank>.jsonl` while answers are made, `answers.jsonl` 
 Invariant: a line that was written whole is never lost and never changed; `answers.jsonl` has the samples in their order
 and appears at once. So it does not tell how many processes made it, nor how often they were killed.
 
-In memory a sample is 25 bytes, whatever was said.
+In memory a sample is 21 bytes, whatever was said.
 """
 
 from __future__ import annotations

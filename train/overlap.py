@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mmspec.records import Quarantine, Record, RecordError, read_mmspec
 from mmspec.types import InputError
-from train.asked import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
+from train.questions import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
 from train.corpus import SYNTHETIC, Corpus, Sample
 from train.decontaminate import Listing, Removed
 from train.likeness import BITS, Gallery, Print, PrintCache, cuts, squeeze
