@@ -26,10 +26,10 @@ from mmspec.types import InputError
 from scripts import decontaminate as command
 from tests.training import ROOT, TIMEOUT_S, environment, launched, save_recipe
 from train import decontaminate, distill, overlap
-from train.questions import MIN_WORDS, QuestionIndex, allowed, edits, occurs, words
 from train.corpus import Corpus, read
 from train.likeness import BITS, Gallery, PrintCache, cuts, own, squeeze
 from train.overlap import ALIKE_BITS, GENERIC_PICTURES, SAME_BITS, Benchmark, search, source_id
+from train.questions import MIN_WORDS, QuestionIndex, allowed, edits, occurs, words
 
 REAL = Path(os.environ.get("MMSPEC_TEST_DATA", "nowhere"))
 LONG = "How many of the striped umbrellas are leaning against the wooden fence?"

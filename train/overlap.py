@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from mmspec.records import Quarantine, Record, RecordError, read_mmspec
 from mmspec.types import InputError
-from train.questions import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
 from train.corpus import SYNTHETIC, Corpus, Sample
 from train.decontaminate import Listing, Removed
 from train.likeness import BITS, Gallery, Print, PrintCache, cuts, squeeze
+from train.questions import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
 
 SAME_BITS = 32
 """Pictures that differ in no more bits are one. Measured: copies 26 at most, others 60 at least."""
