@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +20,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmspec.recipe import Source
+from mmspec.recipe import Data, Source
 from mmspec.records import Quarantine, RecordError
 from mmspec.types import InputError
 from scripts import decontaminate as command
-from tests.training import ROOT, save_recipe
-from train import decontaminate, overlap
-from train.asked import MIN_WORDS, QuestionIndex, allowed, edits, occurs, words
+from tests.training import ROOT, TIMEOUT_S, environment, launched, save_recipe
+from train import decontaminate, distill, overlap
 from train.corpus import Corpus, read
 from train.likeness import BITS, Gallery, PrintCache, cuts, own, squeeze
 from train.overlap import ALIKE_BITS, GENERIC_PICTURES, SAME_BITS, Benchmark, search, source_id
+from train.questions import MIN_WORDS, QuestionIndex, allowed, edits, occurs, words
 
 REAL = Path(os.environ.get("MMSPEC_TEST_DATA", "nowhere"))
 LONG = "How many of the striped umbrellas are leaning against the wooden fence?"
@@ -157,6 +158,9 @@ def test_known_pictures_are_not_decoded_again_and_a_torn_record_is_forgotten(tmp
         ("textvqa/train_images/0054c91397f2fe05.jpg", "openimages:0054c91397f2fe05"),
         ("ocr_vqa/images/140031996X.jpg", None),
         ("mmspec_313.jpg", None),
+        ("202401011230/images/7.jpg", None),
+        ("0054c91397f2fe05/images/7.jpg", None),
+        ("gqa/12/7.jpg", None),
         ("2354786.jpg", None),
     ],
 )
@@ -310,7 +314,7 @@ def test_a_short_question_counts_with_a_picture_that_looks_alike(tmp_path: Path,
 
 def test_a_question_that_the_corpus_asks_of_many_pictures_belongs_to_none(tmp_path: Path):
     bench = Benchmark(str(benchmark_folder(tmp_path / "b", [("one.png", [LONG])])))
-    pictures = [encoded(picture(50 + n, (60, 60))) for n in range(GENERIC_PICTURES + 1)]
+    pictures = [encoded(picture(50 + n, (80, 80))) for n in range(GENERIC_PICTURES + 1)]
     many = training_set(tmp_path / "many", [(one, [LONG]) for one in pictures])
     few = training_set(tmp_path / "few", [(one, [LONG]) for one in pictures[:-1]])
     texts = training_set(tmp_path / "texts", [(None, [LONG])] * 30)
@@ -424,6 +428,50 @@ def test_a_benchmark_without_its_pictures_is_refused(tmp_path: Path):
     (bench / "images" / "1.png").write_bytes(b"damaged")
     with pytest.raises(InputError, match="none of its pictures can be read"):
         Benchmark(str(bench))
+
+
+def test_training_does_not_start_without_the_list_that_its_recipe_names(tmp_path: Path, capsys, monkeypatch):
+    _, data = two_copies(tmp_path)
+    recipe = str(save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs"))
+    words = [recipe, f"data.decontaminated={tmp_path / 'list.json'}"]
+    monkeypatch.setattr(sys, "argv", ["train/distill.py", *words])
+    assert distill.main(words) == 2
+    error = capsys.readouterr().err
+    assert f"python scripts/decontaminate.py {recipe} {words[1]} --benchmark FOLDER" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    assert distill.main([*words, "--dry-run"]) == 0, "planning needs no list"
+
+
+def test_a_run_answers_what_the_list_leaves_and_says_what_it_does_not(tmp_path: Path):
+    bench, data = two_copies(tmp_path)
+    records = json.loads(data.read_text())
+    data.write_text(json.dumps([*records, {"id": "bad", "conversations": []}]))
+    recipe = save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs")
+    out = tmp_path / "list.json"
+    assert command.main([str(recipe), "--out", str(out), "--benchmark", str(bench)]) == 0
+    words = [recipe, f"data.decontaminated={out}", "data.max_bad_share=0.5", "data.answers=given"]
+    done = subprocess.run(
+        launched(0, ROOT / "scripts" / "regenerate.py", *words),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    listed = tmp_path / "runs" / "t" / "quarantine.jsonl"
+    rest = f"2 left out by {out} (2x picture), 1 quarantined (1x empty conversation), listed in {listed}"
+    assert f"read: 3 of 6 records, {rest}" in done.stdout
+    assert f"data: 3 of 6 records used, {rest}" in done.stdout
+    (answers,) = (tmp_path / "runs" / "t" / "answers").glob("*/answers.jsonl")
+    assert [json.loads(line)["id"] for line in answers.read_text().splitlines()] == ["s0", "s2", "s4"]
+
+
+def test_too_many_bad_records_end_a_run_before_anything_is_loaded(tmp_path: Path):
+    _, data = two_copies(tmp_path)
+    data.write_text(json.dumps([*json.loads(data.read_text()), 7, {"id": "bad", "conversations": []}, 8]))
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    with pytest.raises(InputError, match=r"3 of 8 records are unusable \(37.5%, allowed 30.0%\), most often \(2x\)"):
+        decontaminate.read_clean(Data([Source(str(data))], max_bad_share=0.3), quarantine)
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 3
+    assert len(decontaminate.read_clean(Data([Source(str(data))], max_bad_share=0.4), Quarantine(None))) == 5
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -126,8 +126,14 @@ def check(path: Path) -> None:
 
 
 def read_clean(data: Data, quarantine: Quarantine) -> Corpus:
-    """Reads a recipe's sources, and leaves out what its list names; raises as `train.corpus.read` and `apply` do."""
+    """Reads a recipe's sources, and leaves out what its list names.
+
+    Raises:
+        InputError: as `train.corpus.read` and `apply` do; or more records are unusable than `data.max_bad_share`
+            allows.
+    """
     corpus = read(data.sources, quarantine)
+    quarantine.check(corpus.n_read, data.max_bad_share)
     return apply(corpus, Path(data.decontaminated)) if data.decontaminated else corpus
 
 

@@ -88,13 +88,13 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None, answ
     from train.tracking import check_trackers
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
-    if recipe.data.decontaminated:
-        decontaminate.check(Path(recipe.data.decontaminated))
     if instead is None:
         check_trackers(recipe.run.trackers)
     if instead is None and recipe.head.init_from is not None:
         _check_base(recipe.head.init_from)
     check_drafting(recipe.data)
+    if recipe.data.decontaminated:
+        decontaminate.check(Path(recipe.data.decontaminated))
     if recipe.data.features:
         read_manifest(Path(recipe.data.features))
     default_signals()

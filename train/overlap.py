@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from mmspec.records import Quarantine, Record, RecordError, read_mmspec
 from mmspec.types import InputError
-from train.asked import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
 from train.corpus import SYNTHETIC, Corpus, Sample
 from train.decontaminate import Listing, Removed
 from train.likeness import BITS, Gallery, Print, PrintCache, cuts, squeeze
+from train.questions import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
 
 SAME_BITS = 32
 """Pictures that differ in no more bits are one. Measured: copies 26 at most, others 60 at least."""
@@ -46,12 +46,13 @@ RULES = {
 """In the order in which they are asked; the first that holds is the reason."""
 
 _SOURCE_IDS = (
-    ("coco", re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)", re.IGNORECASE)),
-    ("coco", re.compile(r"(?<!\d)(?=\d{12}(?!\d))0*(\d+)")),
-    ("vg", re.compile(r"(?:gqa|vg_100k(?:_2)?|vg|visual_?genome)[/_](?:images?/)?(n?\d+)(?!\w)", re.IGNORECASE)),
-    ("openimages", re.compile(r"(?<![0-9a-z])([0-9a-f]{16})(?![0-9a-z])")),
+    ("coco", re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)[^/]*$", re.IGNORECASE)),
+    ("coco", re.compile(r"(?<!\d)(?=\d{12}(?!\d))0*(\d+)[^/]*$")),
+    ("vg", re.compile(r"(?:gqa|vg_100k(?:_2)?|vg|visual_?genome)[/_](?:images?/)?(n?\d+)(?!\w)[^/]*$", re.IGNORECASE)),
+    ("openimages", re.compile(r"(?<![0-9a-z])([0-9a-f]{16})(?![0-9a-z])[^/]*$")),
 )
-"""COCO numbers of either naming, Visual Genome's (GQA has them too) and OpenImages' (TextVQA)."""
+"""COCO numbers of either naming, Visual Genome's (GQA has them too) and OpenImages' (TextVQA), all in the file's own
+name: a folder's number is no picture's."""
 
 
 class Benchmark:

@@ -124,6 +124,7 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     lost = world.lead(lambda: _lost_before(recipe.folder) if resumed else [])
     quarantine = Quarantine(recipe.folder / "quarantine.jsonl" if active else None, fresh=True)
     corpus = _read_together(recipe, quarantine, world)
+    tracker.say(f"read: {len(corpus)} of {corpus.n_read} records{_left_out(recipe, corpus)}{_quarantined(quarantine)}")
     for entry in lost:
         quarantine.add(**entry)
     if state.data not in (None, corpus.digest):
@@ -171,18 +172,22 @@ def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corp
 
 def _data_summary(session: Session) -> str:
     """One line: what became of all records."""
-    corpus, quarantine, data = session.corpus, session.quarantine, session.recipe.data
-    parts = [f"data: {len(session.prepared.dialogues)} of {corpus.n_read} records used"]
-    if data.decontaminated:
-        parts.append(f"{sum(corpus.removed.values())} left out by {data.decontaminated}{_reasons(corpus.removed)}")
-    if quarantine.count:
-        listed = session.folder / "quarantine.jsonl"
-        parts.append(f"{quarantine.count} quarantined{_reasons(quarantine.reasons())}, listed in {listed}")
-    else:
-        parts.append("none quarantined")
+    n_used = len(session.prepared.dialogues)
+    said = f"data: {n_used} of {session.corpus.n_read} records used{_left_out(session.recipe, session.corpus)}"
     if dropped := session.prepared.reasons(DEGENERATE):
-        parts.append(f"{sum(dropped.values())} dropped{_reasons(dropped)}")
-    return ", ".join(parts)
+        said += f", {sum(dropped.values())} dropped{_reasons(dropped)}"
+    return said + _quarantined(session.quarantine)
+
+
+def _left_out(recipe: Recipe, corpus: Corpus) -> str:
+    listed = recipe.data.decontaminated
+    return f", {sum(corpus.removed.values())} left out by {listed}{_reasons(corpus.removed)}" if listed else ""
+
+
+def _quarantined(quarantine: Quarantine) -> str:
+    if not quarantine.count:
+        return ", none quarantined"
+    return f", {quarantine.count} quarantined{_reasons(quarantine.reasons())}, listed in {quarantine.path}"
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
