@@ -375,6 +375,11 @@ def check(recipe: Recipe) -> None:
             f"target.quantize={recipe.target.quantize} goes with target.placement=replicated alone, "
             f"not {recipe.target.placement}"
         )
+    if recipe.data.features and vars(recipe.head.config).get("rope") == "mrope":
+        raise InputError(
+            f"head.rope=mrope needs the target's positions, which data.features={recipe.data.features} does not hold; "
+            "use head.rope=1d, or leave data.features out"
+        )
     if not recipe.data.sources:
         raise InputError("data.sources is empty; give data.train=PATH or a list of {path, weight, limit}")
     _check_answers(recipe.data)

@@ -95,6 +95,10 @@ def test_yaml_round_trip_keeps_layout(path: Path):
         ("deepspeed.config=none.json", ["none.json"]),
         ("data.sources=[]", ["data.sources", "data.train"]),
         ("data.sources=[{pth: x}]", ["data.sources[0].pth", "'path'"]),
+        ("head={kind: vispec, n_queries: 0}", ["head.n_queries", "at least 1"]),
+        ("head={kind: msd, image_input: none}", ["head.image_input='none'", "embeds"]),
+        ("data.text_first=1", ["data.text_first=1", "less than 1"]),
+        ("loss.unroll=none", ["loss.unroll=none", "loss.steps=1"]),
         ("head.lora.rank=-1", ["head.lora.rank=-1", "at least 0"]),
         ("head.lora.rank=4", ["head.lora.rank=4", "head.init_from"]),
         ("head.lora.rnak=4", ["head.lora.rnak", "'rank'"]),
@@ -116,6 +120,12 @@ def test_wrong_input_is_one_line_that_names_it(path: Path, override: str, said: 
     assert "\n" not in message
     for words in said:
         assert words in message
+
+
+def test_stored_states_have_no_positions_of_the_target(path: Path):
+    assert load(path, ["head.rope=mrope"]).head.config.rope == "mrope"
+    with pytest.raises(InputError, match=r"data\.features=f does not hold; use head\.rope=1d"):
+        load(path, ["head.rope=mrope", "data.features=f"])
 
 
 def test_a_missing_value_is_named(path: Path):

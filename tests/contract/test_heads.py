@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
 from mmspec.losses import LossConfig, valid_pairs
+from mmspec.nn import attend
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.static_tree import StaticTree
@@ -323,3 +324,81 @@ def test_a_head_in_training_is_copied_not_frozen(kind):
     trained.drafter(target, 2)
     assert trained.training
     assert all(p.requires_grad for p in trained.parameters())
+
+
+# ---- how the steps are simulated ----
+
+
+def harmonised(trained, features, passes):
+    """HASS in its own counting (arXiv 2408.15766): pass j has at pair i the output of pass j - 1 at pair i - 1; its
+    keys are of true features up to pair i - j and of the passes 1..j at the pairs from i - j + 1 to i. For one row."""
+    T = features.input_ids.shape[1]
+    n, embeds = T - 2, features.embeds[:, 1:-1]
+    rope = trained.rotary.at(torch.arange(n)[None], T, embeds.dtype)
+    states, keys, outputs = trained.enter(trained.read(features)[:, :n]), [], []
+    for j in range(passes):
+
+        def attention(q, k, v, j=j):
+            groups = q.shape[1] // k.shape[1]
+            keys.append((k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+            out = []
+            for i in range(n):
+                # Of pair p it sees what pass max(p - (i - j), 0) made of it.
+                made = [keys[min(max(p - (i - j), 0), p)] for p in range(i + 1)]
+                k_i = torch.stack([pair[0][:, :, p] for p, pair in enumerate(made)], 2)
+                v_i = torch.stack([pair[1][:, :, p] for p, pair in enumerate(made)], 2)
+                out.append(attend(q[:, :, i : i + 1], k_i, v_i))
+            return torch.cat(out, 2)
+
+        states = trained.block(trained.pair(embeds, states), rope, attention)
+        outputs.append(states)
+        states = torch.cat([trained.enter(trained.read(features)[:, :1]), states[:, :-1]], 1).detach()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_harmonised_alignment_is_this_unroll_with_steps_taken_as_given(kind):
+    """Outputs and gradients, in the method's own counting with all scores."""
+    target = llava()
+    trained = make_head(kind, target)
+    features = taught(target, trained, [dialogue(target, 1, images=0)])
+    trained.loss = LossConfig(steps=3, unroll="hass")
+    passes = harmonised(trained, features, 3)
+    packed, outputs = trained.unroll(features, 3)
+    total = torch.zeros((), dtype=torch.float64)
+    theirs = torch.zeros((), dtype=torch.float64)
+    for step, states in enumerate(outputs):
+        for t, state, left in zip(packed.tokens[packed.drafts].tolist(), states, packed.left.tolist()):
+            if left > step:
+                assert torch.allclose(state, passes[step][0, t + step], atol=1e-9, rtol=0), (step, t)
+                total, theirs = total + state.square().sum(), theirs + passes[step][0, t + step].square().sum()
+    found = []
+    for loss in (total, theirs):
+        trained.zero_grad()
+        loss.backward(retain_graph=True)
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-8, rtol=1e-8) for a, b in zip(*found))
+
+
+@every_head
+def test_steps_taken_as_given_change_gradients_alone(kind):
+    target = llava()
+    trained = make_head(kind, target)
+    features = taught(target, trained, [dialogue(target, 2)])
+    found = []
+    for unroll in ("ttt", "hass"):
+        trained.loss = LossConfig(steps=3, unroll=unroll)
+        trained.zero_grad()
+        loss = trained(features, target.unembed).loss
+        loss.backward()
+        found.append((loss.item(), trained.block.q_proj.weight.grad.clone()))
+    assert found[0][0] == found[1][0]
+    assert not torch.allclose(found[0][1], found[1][1])
+
+
+def test_a_single_step_is_said_as_such():
+    assert LossConfig(unroll="none", steps=1).steps == 1
+    with pytest.raises(ValueError, match=r"set loss\.steps=1"):
+        LossConfig(unroll="none")
+    with pytest.raises(ValueError, match=r"loss\.unroll='tt' must be one of: ttt, hass, none"):
+        LossConfig(unroll="tt")
