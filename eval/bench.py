@@ -259,7 +259,7 @@ def make_methods(
         settings[name] = {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}
     if checkpoint:
         kind = checkpoint.kind
-        shapes = ((policy, f"{kind}_{policy}", "fixed") for policy in STATIC)
+        shapes = ((policy, f"{kind}_{policy.removeprefix(kind)}", "fixed") for policy in STATIC)
         labels = (("fixed", kind, "fixed"), *shapes, ("viskip", "viskip", "learned"))
         for policy, label, described in labels:
             if policy in policies:

@@ -71,6 +71,21 @@ RUNS: dict[str, dict[str, Any]] = {
         "lengths": [1024, 800],
         "answers": [500, 600],
     },
+    "medusa, 2 x 1024 tokens, 4 heads": {
+        "base": "medusa_tiny",
+        "recipe": ["loss.chunk=512", "optim.micro_batch=2", "deepspeed.zero_stage=0"],
+        "lengths": [1024, 1024],
+        "answers": [700, 700],
+    },
+    "medusa, two blocks and unembeddings of their own": {
+        "base": "medusa_tiny",
+        "recipe": [
+            *("head.own_head=true", "head.n_blocks=2", "loss.chunk=512", "optim.micro_batch=2"),
+            "deepspeed.zero_stage=1",
+        ],
+        "lengths": [1024, 900],
+        "answers": [700, 500],
+    },
     "eagle3, ZeRO 1, bf16, the optimizer's moment is the fullest": {
         "base": "eagle3_tiny",
         "recipe": [

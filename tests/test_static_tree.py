@@ -10,9 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.bench import make_methods
+from mmspec import checkpoint
+from mmspec.loop import generate
+from mmspec.sampling import GreedySampler
 from mmspec.static_tree import EAGLE_25, MEDUSA_63, TOKEN_RECYCLING_80, StaticTree, expected_tau, fit
 from mmspec.tree import from_parents, without_padding
 from mmspec.types import InputError, Tree
+from tests import families, tiny
 
 
 @pytest.mark.parametrize(
@@ -198,3 +203,24 @@ def test_nodes_that_were_never_right_are_left_out():
     assert tree.paths == ((0,),)
     with pytest.raises(ValueError, match="no candidate was ever right"):
         fit([[0.0, 0.0]], 4)
+
+
+# ---- published trees and checkpoints ----
+
+
+def test_published_trees_decode_any_checkpoint_without_being_fitted(tmp_path):
+    """The paper's static tree and the dynamic one on one EAGLE checkpoint, both with plain decoding's text."""
+    target = tiny.llava(dtype="float32")
+    folder = tiny.run_folder(tmp_path / "run", target, checkpoint.DraftTree(4, 3, 9))
+    loaded = checkpoint.load(folder)
+    methods, said = make_methods(target, loaded, ["fixed", "eagle25", "medusa63"], 2)
+    assert [method.name for method in methods] == ["plain", "eagle", "eagle_25", "eagle_medusa63"]
+    assert said["eagle_25"] == {"drafter": "eagle", "policy": "fixed", "tree": "eagle25", "depth": 5, "budget": 25}
+    wanted = families.requests(target, 4, 12)
+    texts, widest = [], []
+    for method in methods:
+        outputs = generate(target, wanted, method.drafter, method.policy, GreedySampler(), max_batch=2)
+        texts.append([output.tokens for output in outputs])
+        widest.append(max(nodes for output in outputs for _, nodes, _, _ in output.rounds))
+    assert texts[1:] == texts[:1] * 3
+    assert widest == [0, 9, 25, 63]

@@ -1,0 +1,72 @@
+"""Reads a published draft head into a run folder: EAGLE, EAGLE-3, Medusa, MSD and ViSpec, in their own layouts.
+
+    python scripts/convert.py DOWNLOADED --target llava-hf/llava-1.5-7b-hf --out runs/eagle_public
+    python -m eval.mmspec --ckpt runs/eagle_public --limit 60
+
+The files are safetensors with their config.json. Names, shapes and settings are translated or refused, each in one
+line; frozen copies of the target's embeddings are compared with the target and left out. `--layout` says which head it
+is where names do not: MSD's are EAGLE's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mmspec.api import find_device
+from mmspec.convert import LAYOUTS, convert
+from mmspec.targets import load_target
+from mmspec.types import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other wrong input: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        InputError: it is wrong.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("head", type=Path, metavar="DIR", help="folder of the published head, or its safetensors file")
+    add("--layout", default="auto", choices=("auto", *LAYOUTS), help="default: by the names of the tensors")
+    add("--target", required=True, metavar="NAME", help="the target it was made for: a folder, hub id or tiny_llava")
+    add("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
+    add("--taps", type=int, nargs=3, default=(), metavar="L", help="EAGLE-3: hidden states it reads, if not as it says")
+    add("--image-input", metavar="HOW", help="what it saw of images in training: none, aux, embeds or compressed")
+    add("--dtype", default="float32", help="of the target while it is compared (default float32)")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise InputError(f"--out {args.out} is there already; name a new folder")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads, checks and writes.
+
+    Returns:
+        0, or 2 for wrong input.
+    """
+    try:
+        args = arguments(argv)
+        target = load_target(args.target, args.dtype, find_device(args.device))
+        made = convert(args.head, args.layout, target, args.out, args.taps, args.image_input)
+    except InputError as error:
+        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{made.kind} head for {Path(target.name).name}: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
