@@ -56,8 +56,8 @@ def test_taps_are_indices_into_the_models_own_hidden_states():
         ({"taps": (2, 3)}, "3 different indices"),
         ({"taps": (1, 1, 2)}, "3 different indices"),
         ({"draft_vocab_size": -1}, "at least 0"),
-        ({"image_input": "none"}, "'embeds'"),
-        ({"rope": "mrope"}, "'1d'"),
+        ({"image_input": "compressed"}, "knows embeds, aux, none"),
+        ({"rope": "2d"}, "knows 1d, mrope"),
     ],
 )
 def test_impossible_settings_are_refused(values, said):

@@ -33,7 +33,7 @@ every_head = pytest.mark.parametrize("kind", HEADS)
 
 def node(kind: str, **lora) -> HeadNode:
     """Adapters on every linear layer of a head of that kind, its own unembedding included."""
-    own = [] if kind == "eagle" else ["lm_head"]
+    own = ["lm_head"] if kind.startswith("eagle3") else []
     lora = {"rank": 3, "alpha": 7.0, "modules": [*Lora().modules, *own], **lora}
     return HeadNode(kind.partition("_")[0], "runs/base", None, None, Lora(**lora))
 

@@ -110,7 +110,7 @@ def test_the_count_is_that_of_the_products_that_run(kind: str):
         objective = head(features, target.unembed)
     for handle in handles:
         handle.remove()
-    work = counted(features.valid, features.answer, features.segment, 3)
+    work = counted(features.valid, features.answer, features.segment, 3, features.visual)
     assert int(work.drafts) == int(objective.counts["tau_sim"])
     c = head.config
     attention = 4 * c.n_heads * c.head_dim * (3 * work.draft_pairs + 3 * work.drafts)

@@ -153,7 +153,8 @@ def work(recipe: Recipe, sized: Sizes, processes: int, assumed: Assumed) -> Work
         padded = lowest + (longest - lowest) * (optim.accumulate + 1) / (2 * optim.accumulate)
     each = optim.micro_batch * optim.accumulate
     target = 0.0 if recipe.data.features else target_operations(facts, each, padded)
-    trained = float(sized.cost.of(expected(each, mean, max(mean * assumed.answers, 1), recipe.loss.steps)))
+    answers, visual = max(mean * assumed.answers, 1), min(facts.visual_tokens, mean)
+    trained = float(sized.cost.of(expected(each, mean, answers, recipe.loss.steps, visual)))
     rate = assumed.tflops * 1e12 * assumed.utilisation
     moved = moved_seconds(recipe, sized, processes, assumed)
     slower = SLOWER[recipe.target.quantize]

@@ -29,6 +29,7 @@ class Work:
         drafts: positions that a draft begins at: of a reply of n tokens n - 1.
         draft_pairs: of such a position and a token that it attends to.
         predictions: of all unrolled steps that have a loss; those of one position in s steps aim at s positions.
+        visual: image placeholders among the tokens.
     """
 
     tokens: Any
@@ -36,6 +37,7 @@ class Work:
     drafts: Any
     draft_pairs: Any
     predictions: Any
+    visual: Any = 0
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class Cost:
     drafts: float = 0.0
     draft_pairs: float = 0.0
     predictions: float = 0.0
+    visual: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
     def of(self, work: Work) -> Any:
         """The operations of some work; a float, or a 0-d float64 tensor."""
-        counts = (work.tokens, work.pairs, work.drafts, work.draft_pairs, work.predictions)
+        counts = (work.tokens, work.pairs, work.drafts, work.draft_pairs, work.predictions, work.visual)
         return sum(each * (n.double() if isinstance(n, Tensor) else n) for each, n in zip(astuple(self), counts))
 
 
@@ -92,7 +95,7 @@ def head_cost(head: nn.Module, shape: TargetShape, steps: int, backward: bool = 
         cost += Cost(predictions=logits * (1 + backward))
     for name, module in linear.items():
         once = 2.0 * module.in_features * module.out_features
-        places, with_gradient = _places(name, module, 2 * config.hidden_size, steps)
+        places, with_gradient = _places(name, module, config, steps)
         for each, passes in ((places, 1 + backward * module.weight.requires_grad), (with_gradient, int(backward))):
             cost += Cost(*(once * passes * n for n in astuple(each)))
     # A query sees the prefix, and of each simulated step one key; the backward pass is two of the forward's.
@@ -119,26 +122,31 @@ def _medusa_cost(config: medusa.Config, linear: Mapping[str, nn.Linear], logits:
     return cost
 
 
-def _places(name: str, layer: nn.Linear, pair: int, steps: int) -> tuple[Cost, Cost]:
+def _places(name: str, layer: nn.Linear, config: Any, steps: int) -> tuple[Cost, Cost]:
     """How often a layer is applied, and how often what it reads has a gradient.
 
     Args:
         name: in the head; that of an adapter's matrices holds its layer's.
-        pair: width of a pair [e; f].
+        config: of the head. One that leaves image positions out still attends to as many keys here, and what is done
+            once an image is not counted.
     """
     parts, later = name.split("."), float(steps - 1)
+    # A token of the conversation is a pair that is read, but for image positions where they are left out.
+    read = {"tokens": 1.0, "visual": -1.0 if config.image_input in ("none", "compressed") else 0.0}
     if "lm_head" in parts:
         return Cost(predictions=1), Cost(predictions=1)
-    if "fc" in parts and layer.in_features != pair and "lora_B" not in parts:
-        return Cost(tokens=1), Cost()  # it reads the target's states alone, once
-    if "fc" in parts:
-        return Cost(tokens=1, drafts=later), Cost(drafts=later)
+    if "adaptor" in parts or "inject_image" in parts:
+        return Cost(visual=float("k_proj" in parts or "v_proj" in parts)), Cost()
+    if "fc" in parts and layer.in_features != 2 * config.hidden_size and "lora_B" not in parts:
+        return Cost(**read), Cost()  # it reads the target's states alone, once
+    if "fc" in parts or "inject_state" in parts:
+        return Cost(**read, drafts=later), Cost(drafts=later)
     if "k_proj" in parts or "v_proj" in parts:
-        return Cost(tokens=1, drafts=later), Cost(tokens=1, drafts=later)
+        return Cost(**read, drafts=later), Cost(**read, drafts=later)
     return Cost(drafts=steps), Cost(drafts=steps)
 
 
-def counted(valid: Tensor, answer: Tensor, segment: Tensor | None, steps: int) -> Work:
+def counted(valid: Tensor, answer: Tensor, segment: Tensor | None, steps: int, visual: Tensor | None = None) -> Work:
     """The work of a batch; arguments as in `Features`, counts as 0-d int64 tensors where it lies."""
     part = valid.long() if segment is None else segment
     index = torch.arange(part.shape[1], device=part.device).expand_as(part)
@@ -158,11 +166,13 @@ def counted(valid: Tensor, answer: Tensor, segment: Tensor | None, steps: int) -
         drafts=second.sum(),
         draft_pairs=((position[:, 1:] - 1) * second).sum(),
         predictions=sum(replies(back).sum() for back in range(1, min(steps, valid.shape[1] - 1) + 1)),
+        visual=0 if visual is None else (visual & valid).sum(),
     )
 
 
-def expected(n: float, length: float, answer: float, steps: int) -> Work:
-    """The work of n conversations of `length` tokens, of which the last `answer` are one reply."""
+def expected(n: float, length: float, answer: float, steps: int, visual: float = 0) -> Work:
+    """The work of n conversations of `length` tokens, of which `visual` are placeholders and the last `answer` one
+    reply."""
     drafts = max(answer - 1, 0)
     return Work(
         tokens=n * length,
@@ -170,4 +180,5 @@ def expected(n: float, length: float, answer: float, steps: int) -> Work:
         drafts=n * drafts,
         draft_pairs=n * drafts * (2 * length - answer - 2) / 2,
         predictions=n * sum(max(drafts - step, 0) for step in range(steps)),
+        visual=n * visual,
     )

@@ -146,7 +146,7 @@ def _objective(target: Target, cost: Cost | None, steps: int) -> Callable[[nn.Mo
         features = Features(**batch)
         out: Objective = head.forward(features, target.unembed)
         # What a step has gone through, for its rates.
-        work = counted(features.valid, features.answer, features.segment, steps)
+        work = counted(features.valid, features.answer, features.segment, steps, features.visual)
         done = {"tokens": work.tokens, "answer_tokens": (features.answer > 0).sum()}
         if cost is not None:
             done["tflop"] = cost.of(work) / 1e12

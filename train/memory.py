@@ -37,10 +37,12 @@ class Batch:
     Args:
         lengths: tokens of each.
         answers: tokens of each one's reply.
+        visual: image placeholders of each, all before its reply; empty: none.
     """
 
     lengths: tuple[int, ...]
     answers: tuple[int, ...]
+    visual: tuple[int, ...] = ()
 
     def padded(self, pack: int) -> int:
         """Tokens of the target's pass, padding included: rows x the longest row."""
@@ -56,6 +58,11 @@ class Batch:
     def read(self) -> int:
         """N, tokens that a draft position sees: all but the last two of a conversation."""
         return sum(length - 2 for length, n in zip(self.lengths, self.drafts) if n)
+
+    @property
+    def seen(self) -> int:
+        """Image placeholders among them."""
+        return sum(shown for shown, n in zip(self.visual, self.drafts) if n)
 
     def predictions(self, steps: int) -> int:
         """R: a position drafts `steps` tokens, or as many as are left of its reply."""
@@ -78,6 +85,7 @@ class HeadFacts:
         exact: False for a head that is neither of EAGLE's family nor Medusa, counted as if it were of the first.
         n_ahead: heads side by side, each with an unembedding where there is a vocabulary (Medusa), else 0.
         n_blocks: of each of those.
+        image_input: see `mmspec.heads._prefix`.
     """
 
     kind: str
@@ -97,6 +105,7 @@ class HeadFacts:
     exact: bool
     n_ahead: int = 0
     n_blocks: int = 0
+    image_input: str = "embeds"
 
 
 def head_facts(kind: str, head: nn.Module, facts: TargetFacts) -> HeadFacts:
@@ -142,6 +151,7 @@ def head_facts(kind: str, head: nn.Module, facts: TargetFacts) -> HeadFacts:
         paired=block.hidden_norm is not None,
         input_norm=not isinstance(block.input_layernorm, nn.Identity),
         exact=True,
+        image_input=config.image_input,
     )
 
 
@@ -236,6 +246,9 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
     A norm keeps what it read, x, and x / rms(x), in fp32 both; attention the fp32 log-sum-exp of each head. Recomputed,
     the residual's norm and what follows it are there for one step at a time; what is before them, A and D, for each.
 
+    Where image positions are left out they are no context. Compressed, each is read by the adaptor, D, which has keys
+    and values of it, 2A; and the layer that injects an image reads the state of each pair of the context, D.
+
     Medusa has the target's states D once, of each block what enters SiLU and what leaves the block, 2D, and of each
     prediction and truth the same as above; an unembedding of its own is given a copy of its predictions, D.
     """
@@ -246,7 +259,8 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
     D, A, K, I = head.width, head.attention, head.keys, head.inner
     norm = 8 * D
     again = 4 * D if half == 4 else 8 * D  # a norm of what is counted as something else already
-    M, N, R = sum(batch.drafts), batch.read, batch.predictions(loss.steps)
+    M, R = sum(batch.drafts), batch.predictions(loss.steps)
+    N = batch.read - (batch.seen if head.image_input in ("none", "compressed") else 0)
     angles = 2 * head.head_dim
     if head.paired:
         pair = first = 2 * D * half + 2 * norm
@@ -260,7 +274,11 @@ def activations(head: HeadFacts, batch: Batch, loss: LossConfig, half: int) -> i
     later = (loss.steps - 1) * (pair + 2 * K * half)
     predicted = 2 * D * half + (D * half + again if head.vocabulary else 0)
     once = feed if loss.recompute else 0
-    return N * context + M * (loss.steps * block + once + first + later + D * half) + R * predicted
+    if head.image_input == "compressed":
+        context, images = context + D * half, batch.seen * (D + 2 * A) * half
+    else:
+        images = 0
+    return images + N * context + M * (loss.steps * block + once + first + later + D * half) + R * predicted
 
 
 def chunk_bytes(recipe: Recipe, head: HeadFacts, facts: TargetFacts, batch: Batch) -> int:
@@ -422,4 +440,5 @@ def worst(recipe: Recipe, facts: TargetFacts) -> Batch:
     """The largest micro-batch: all conversations as long as they may be, and all but the picture an answer."""
     longest = longest_tokens(recipe, facts)
     answer = max(longest - facts.visual_tokens - 1, 1)
-    return Batch((longest,) * recipe.optim.micro_batch, (answer,) * recipe.optim.micro_batch)
+    visual = min(facts.visual_tokens, longest - 1)
+    return Batch(*((n,) * recipe.optim.micro_batch for n in (longest, answer, visual)))
