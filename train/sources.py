@@ -10,6 +10,7 @@ they are. A batch that loses all of its samples gets a stand-in that weighs noth
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -23,8 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
-from train.answers import answers_digest
+from train.answers import Dialogue, answers_digest
 from train.clock import StepClock
+from train.corpus import Sample
 from train.encode import encode, length_limit
 from train.features import FeatureStore, StoredRow, state_names, unpack
 from train.fit import Lost, MicroBatch
@@ -85,23 +87,24 @@ class Live:
     def __init__(self, session: Session, taps: Sequence[int]) -> None:
         self.session, self.taps = session, tuple(taps)
         self._limit = length_limit(session.recipe.data, session.target)
+        self._workers = ThreadPoolExecutor(session.recipe.data.workers)
 
     def batch(self, records: Sequence[int]) -> LiveBatch:
         rows: list[tuple[Prompt, Tensor]] = []
         lost: list[Lost] = []
-        for record in records:
-            encoded = self._encode(record)
+        samples, dialogues = self.session.corpus.samples, self.session.prepared.dialogues
+        # Workers share out the rows and are heard in their order; files are read here, by one thread.
+        given = [(record, samples[record], dialogues[record]) for record in records]
+        for encoded in self._workers.map(lambda row: self._encode(*row), given):
             if isinstance(encoded, Lost):
                 lost.append(encoded)
             else:
                 rows.append(encoded)
         return LiveBatch(self.session.target, self.taps, rows, self.session.recipe.data.pack, lost)
 
-    def _encode(self, record: int) -> tuple[Prompt, Tensor] | Lost:
-        session = self.session
-        sample = session.corpus.samples[record]
+    def _encode(self, record: int, sample: Sample, dialogue: Dialogue) -> tuple[Prompt, Tensor] | Lost:
         try:
-            return encode(sample, session.prepared.dialogues[record], session.target, self._limit)
+            return encode(sample, dialogue, self.session.target, self._limit)
         except (RecordError, ValueError) as error:
             return Lost(record, f"{LOST}, {(str(error).splitlines() or ['unreadable'])[0]}")
 
@@ -127,13 +130,13 @@ class LiveBatch:
         self._target, self._taps, self._pack = target, taps, pack
         self.lost = lost
         self.count = sum(valid_pairs(answer) for _, answer in rows)
-        self._rows = rows or [_stand_in(target)]
+        self.rows = rows or [_stand_in(target)]
 
     def load(self) -> None:
         """Nothing: the target's states are computed on its device, where training keeps it busy."""
 
     def features(self) -> Features:
-        prompts, answers = [prompt for prompt, _ in self._rows], [answer for _, answer in self._rows]
+        prompts, answers = [prompt for prompt, _ in self.rows], [answer for _, answer in self.rows]
         return self._target.teacher(prompts, answers, self._taps, pack=self._pack)
 
 
@@ -249,12 +252,12 @@ class Loader:
 
     def __init__(self, session: Session, source: FeatureSource, clock: StepClock) -> None:
         self.session, self.source, self.clock = session, source, clock
-        self.usable = session.prepared.usable
+        self.usable = array("q", session.prepared.usable)
         if not self.usable:
             raise InputError("no record is left to train on after quarantine")
         corpus = session.corpus
         self.order = Order(corpus.weights[self.usable], session.recipe.run.seed)
-        self.lengths = session.prepared.lengths[self.usable].tolist()
+        self.lengths = array("q", session.prepared.lengths[self.usable].tolist())
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
         known = session.lost
