@@ -179,6 +179,9 @@ class Data:
     pack: int = 0
     """Tokens of a row of the target's pass that the conversations of a micro-batch share, each as if it were alone; 0:
     a row each, padded to the longest. What is learned is the same."""
+    workers: int = 1
+    """Threads of a process that open pictures and tokenise for it, ahead of training; the order of data is the same for
+    any number."""
     max_bad_share: float = 0.05
     """The run stops when more than this share of the records is quarantined."""
     decontaminated: str | None = None
@@ -471,6 +474,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("data.max_new_tokens", recipe.data.max_new_tokens, 1),
         ("data.max_length", recipe.data.max_length, 4),
         ("data.pack", recipe.data.pack, 0),
+        ("data.workers", recipe.data.workers, 1),
         ("data.max_bad_share", recipe.data.max_bad_share, 0),
         ("data.max_degenerate_share", recipe.data.max_degenerate_share, 0),
         ("run.max_steps", recipe.run.max_steps, 1),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmspec.recipe import Source
 from mmspec.records import Quarantine
@@ -15,7 +16,7 @@ from train.clock import StepClock
 from train.corpus import read
 from train.order import Order
 from train.session import Session
-from train.sources import Loader, open_source
+from train.sources import Live, Loader, open_source
 from train.world import World
 
 
@@ -81,6 +82,23 @@ def test_any_number_of_processes_sees_the_same_global_batches_and_resumes_at_any
         assert batches(s, range(begin, 9), 2, 2, 1) == expected[begin:]
     drawn = {name.split(" ")[0] for batch in expected for name in batch}
     assert drawn == {f"r{number}" for number in (*range(7), 20, 21, 22)}
+
+
+def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path):
+    s = session(tmp_path, [record(number % 40, turns=1 + number % 3) for number in range(120)], data__answers="given")
+    s.prepared = prepare(s)
+    order = Order(s.corpus.weights[s.prepared.usable], 0)
+    picked = [[s.prepared.usable[position] for position in order.batch(step, 16)] for step in range(30)]
+    made = []
+    for workers in (1, 4):
+        s.recipe.data.workers = workers
+        source = Live(s, ())
+        made.append([row for records in picked for row in source.batch(records).rows])
+    assert len(made[0]) == 480
+    for (prompt, answer), (other, marks) in zip(*made):
+        assert torch.equal(prompt.input_ids, other.input_ids)
+        assert torch.equal(answer, marks)
+        assert all(torch.equal(prompt.pixels[name], other.pixels[name]) for name in prompt.pixels)
 
 
 def mixture(folder: Path, sources: list[Source]) -> Session:

@@ -227,7 +227,8 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 def _is_saved(folder: Path) -> bool:
     """Whether `datasets`' `save_to_disk` wrote a folder."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    whole = all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
+    return whole or (folder / "dataset_dict.json").is_file()
 
 
 def _rows(table: Table, source: Source) -> Iterator[tuple[int, Row]]:
@@ -252,6 +253,10 @@ def _usable(found: Row, table: Table, source: Source) -> Sample:
         raise RecordError(found.fault)
     sample = parse(found.record, table.file, table.folder, found.line, source.format)
     for picture in sample.pictures:
-        if picture.path is not None and not picture.path.is_file():
+        try:
+            there = picture.path is None or picture.path.is_file()
+        except OSError as error:
+            raise RecordError(f"image name is no path: {picture.name[:60]} ({error.strerror})") from error
+        if not there:
             raise RecordError(f"image is missing: {picture.name}")
     return sample

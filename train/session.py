@@ -35,7 +35,7 @@ WORKING = ("state", "rollout", "tensorboard")
 FREE_TO_CHANGE = {
     "run.resume", "run.samples", "run.eval_every", "run.eval_prompts", "run.eval_data", "run.eval_max_new_tokens",
     "run.save_every", "run.keep", "data.answer_batch", "data.answers_dir", "data.answer_head",
-    "data.answer_method", "data.pack", "loss.chunk", "target.device",
+    "data.answer_method", "data.pack", "data.workers", "loss.chunk", "target.device",
     "target.placement", "run.trackers", "run.peak_tflops", "loss.recompute",
     "optim.micro_batch", "optim.accumulate", "policy.optim.micro_batch", "policy.optim.accumulate",
     "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param",

@@ -10,6 +10,7 @@ they are. A batch that loses all of its samples gets a stand-in that weighs noth
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -24,8 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
-from train.answers import answers_digest
+from train.answers import Dialogue, answers_digest
 from train.clock import StepClock
+from train.corpus import Sample
 from train.curriculum import Curriculum
 from train.dependence import Measured
 from train.encode import encode, length_limit
@@ -109,13 +111,16 @@ class Live:
         self.session, self.taps = session, tuple(taps)
         self.labels, self.measured = labels, measured
         self._limit = length_limit(session.recipe.data, session.target)
+        self._workers = ThreadPoolExecutor(session.recipe.data.workers)
 
     def batch(self, records: Sequence[int]) -> LiveBatch:
         rows: list[tuple[Prompt, Tensor]] = []
         weights: list[Tensor] = []
         lost: list[Lost] = []
-        for record in records:
-            encoded = self._encode(record)
+        samples, dialogues = self.session.corpus.samples, self.session.prepared.dialogues
+        # Workers share out the rows and are heard in their order; files are read here, by one thread.
+        given = [(record, samples[record], dialogues[record]) for record in records]
+        for encoded in self._workers.map(lambda row: self._encode(*row), given):
             if isinstance(encoded, Lost):
                 lost.append(encoded)
             else:
@@ -124,11 +129,9 @@ class Live:
         pack = self.session.recipe.data.pack
         return LiveBatch(self.session.target, self.taps, rows, pack, lost, weights, self.measured)
 
-    def _encode(self, record: int) -> tuple[Prompt, Tensor] | Lost:
-        session = self.session
-        sample = session.corpus.samples[record]
+    def _encode(self, record: int, sample: Sample, dialogue: Dialogue) -> tuple[Prompt, Tensor] | Lost:
         try:
-            return encode(sample, session.prepared.dialogues[record], session.target, self._limit)
+            return encode(sample, dialogue, self.session.target, self._limit)
         except (RecordError, ValueError) as error:
             return Lost(record, f"{LOST}, {(str(error).splitlines() or ['unreadable'])[0]}")
 
@@ -158,14 +161,14 @@ class LiveBatch:
         self._target, self._taps, self._pack = target, taps, pack
         self.lost = lost
         self.count = sum(valid_pairs(answer) for _, answer in rows)
-        self._rows = rows or [_stand_in(target)]
+        self.rows = rows or [_stand_in(target)]
         self._weights, self._measured = weights, measured
 
     def load(self) -> None:
         """Nothing: the target's states are computed on its device, where training keeps it busy."""
 
     def features(self) -> Features:
-        prompts, answers = [prompt for prompt, _ in self._rows], [answer for _, answer in self._rows]
+        prompts, answers = [prompt for prompt, _ in self.rows], [answer for _, answer in self.rows]
         made = self._target.teacher(prompts, answers, self._taps, pack=self._pack, weights=self._weights)
         return made if self._measured is None else self._measured.weigh(made, prompts, answers, self._pack)
 
@@ -297,12 +300,12 @@ class Loader:
 
     def __init__(self, session: Session, source: FeatureSource, clock: StepClock) -> None:
         self.session, self.source, self.clock = session, source, clock
-        self.usable = session.prepared.usable
+        self.usable = array("q", session.prepared.usable)
         if not self.usable:
             raise InputError("no record is left to train on after quarantine")
         corpus = session.corpus
         self.order = self._order()
-        self.lengths = session.prepared.lengths[self.usable].tolist()
+        self.lengths = array("q", session.prepared.lengths[self.usable].tolist())
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
         known = session.lost
