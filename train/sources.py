@@ -120,7 +120,7 @@ class Live:
         samples, dialogues = self.session.corpus.samples, self.session.prepared.dialogues
         # Workers share out the rows and are heard in their order; files are read here, by one thread.
         given = [(record, samples[record], dialogues[record]) for record in records]
-        for encoded in self._workers.map(lambda row: self._encode(*row), given):
+        for record, encoded in zip(records, self._workers.map(lambda row: self._encode(*row), given)):
             if isinstance(encoded, Lost):
                 lost.append(encoded)
             else:
