@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,13 @@ from mmspec.records import Quarantine, RecordError
 from mmspec.types import InputError
 from train.sample import IMAGE_MARK, Picture, Sample
 from train.schemas import parse, record_id, topic_of
-from train.tables import HUB, Row, Table, open_files, open_hub, open_saved
+
+if TYPE_CHECKING:
+    from train.tables import Row, Table
 
 __all__ = ["IMAGE_MARK", "Corpus", "Picture", "Sample", "Samples", "check_sources", "locate", "read"]
 
-SYNTHETIC = "synth:"
+SYNTHETIC, HUB = "synth:", "hub:"
 BLOCK = 1000
 """Rows that are scanned at a time."""
 
@@ -160,6 +162,9 @@ def open_source(source: Source) -> Table:
     Raises:
         InputError: it is not there or cannot be read.
     """
+    # Here, so that the planner, which opens nothing, need not load Arrow.
+    from train.tables import open_files, open_hub, open_saved
+
     if source.path.startswith(HUB):
         return open_hub(source.path, source.split)
     path = locate(source)

@@ -24,7 +24,6 @@ from mmspec.synth import cache_folder
 from mmspec.types import InputError
 from train.elements import raw_records
 
-HUB = "hub:"
 VERSION = 1
 """Of how files are split into records."""
 PICTURES = ("image", "images")
@@ -264,7 +263,7 @@ def open_hub(name: str, split: str | None) -> Table:
     Raises:
         InputError: it is not there, or cannot be reached.
     """
-    parts = name.removeprefix(HUB).split("/")
+    parts = name.removeprefix("hub:").split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise InputError(f"data source {name} must be hub:org/name, or hub:org/name/configuration")
     config = parts[2] if len(parts) == 3 else None
