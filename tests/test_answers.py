@@ -228,6 +228,22 @@ def test_degenerate_answers_are_listed_and_have_a_limit_of_their_own(tmp_path: P
         prepare(strict)
 
 
+def test_a_chunk_that_is_answered_again_counts_its_bad_samples_once(tmp_path: Path):
+    """At the very share that is allowed, and one that no binary fraction is."""
+    records = [record(number) for number in range(100)]
+    s = session(tmp_path, records, data__answer_batch="50", data__max_bad_share="0.29")
+    for number in range(29):
+        (tmp_path / "images" / f"{number}.png").write_text("no picture")
+    whole = prepare(s)
+    assert len(whole.usable) == 71
+    folder = next(s.folder.glob("answers/*"))
+    lines = (folder / FINAL).read_bytes().splitlines(keepends=True)
+    (folder / FINAL).unlink()
+    (folder / "part-0.jsonl").write_bytes(b"".join(lines[:40]))  # killed
+    assert prepare(s).usable == whole.usable
+    assert (folder / FINAL).read_bytes() == b"".join(lines)
+
+
 # ---- how it is asked ----
 
 

@@ -59,7 +59,7 @@ def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: Wor
     Every rank must call. Pictures are left out: they change no token of a reply.
     """
     counts = torch.zeros(target.shape.vocab_size, dtype=torch.float64)
-    for index in sorted(prepared.dialogues)[world.rank :: world.size]:
+    for index in prepared.usable[world.rank :: world.size]:
         sample = replace(corpus.samples[index], pictures=())
         sample = replace(sample, turns=tuple(turn.replace(IMAGE_MARK, "") for turn in sample.turns))
         prompt, answer = encode(sample, prepared.dialogues[index], target, target.max_length)
@@ -138,17 +138,19 @@ def _answer_open(
     unfinished = [chunk for chunk in whole if bool((known.status[list(chunk)] == OPEN).any())]
     mine = unfinished[world.rank :: world.size]
     tracker.progress("answers", sum(map(len, mine)), 0, "sample")
-    # Stops at the number of bad samples that no later good one can make up for.
-    tolerated = (data.max_bad_share * corpus.n_read, data.max_degenerate_share * corpus.n_read)
-    n_bad = n_quarantined + int((known.status == BAD).sum())
+    # What is answered again is counted again.
+    settled = known.status.copy()
+    settled[[index for chunk in unfinished for index in chunk]] = OPEN
     # A request to stop raises inside the decoding loop; the other ranks hear of it below.
     with Part(folder, world.rank) as part, contextlib.suppress(Stopped), uneven(target):
-        how = drafting(data, target) if data.answers == "regenerated" and mine else PLAIN
+        how = drafting(data, target) if data.answers == "regenerated" else PLAIN
         worker = Worker(data, corpus, target, stopper, tracker, how)
-        worker.n_bad, worker.n_dropped = n_bad, int((known.status == DEGENERATE).sum())
+        worker.n_bad, worker.n_dropped = n_quarantined + int((settled == BAD).sum()), int((settled == DEGENERATE).sum())
         for chunk in mine:
             stopper.check()
-            if worker.n_bad > tolerated[0] or worker.n_dropped > tolerated[1]:
+            shares = worker.n_bad / corpus.n_read, worker.n_dropped / corpus.n_read
+            if shares[0] > data.max_bad_share or shares[1] > data.max_degenerate_share:
+                # No later sample can make up for these; the run is about to be stopped.
                 break
             for index, id, result in worker.results(chunk):
                 part.write(index, id, result)
