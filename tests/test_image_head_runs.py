@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from mmspec import checkpoint
 from mmspec.types import InputError
 from tests import tiny
-from tests.training import distill, losses, record, save_data, save_recipe, save_target
+from tests.training import distill, end, losses, record, save_data, save_recipe, save_target, start
 
 STEPS = 6
 HEADS = {"msd": "head={kind: msd}", "vispec": "head={kind: vispec, n_queries: 3}"}
@@ -32,10 +35,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def words(base: Path, kind: str, name: str, *more: str) -> list[str]:
+    said = [HEADS[kind], "loss.steps=3", "policy.kind=fixed", "run.trackers=[]", f"run.name={kind}_{name}"]
+    return [str(base / "r.yaml"), *said, f"data.answers_dir={base / 'answers'}", *more]
+
+
 def run(base: Path, kind: str, name: str, procs: int, *more: str) -> Path:
-    words = [HEADS[kind], "loss.steps=3", "policy.kind=fixed", "run.trackers=[]", f"run.name={kind}_{name}"]
-    words += [f"data.answers_dir={base / 'answers'}", *more]
-    done = distill(procs, base / "r.yaml", *words)
+    done = distill(procs, *words(base, kind, name, *more))
     assert done.returncode == 0, done.stderr[-3000:]
     return base / "out" / f"{kind}_{name}"
 
@@ -48,7 +54,7 @@ def same_curve(a: Path, b: Path) -> None:
 
 
 @both
-def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split_and_resumed(base: Path, kind: str):
+def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split(base: Path, kind: str):
     whole = run(base, kind, "whole", 0, "optim.micro_batch=4")
     loaded = checkpoint.load(whole)
     assert loaded.kind == kind
@@ -58,11 +64,24 @@ def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split_and_resu
     # Micro-batches of one sample: half of them see no picture.
     accumulated = ("optim.micro_batch=1", "optim.accumulate=4")
     same_curve(whole, run(base, kind, "split", 0, *accumulated))
-    constant = ("optim.micro_batch=4", "optim.schedule=constant")
-    half = run(base, kind, "resumed", 0, *constant, f"run.max_steps={STEPS // 2}")
-    run(base, kind, "resumed", 0, *constant, "run.resume=true")
-    straight = run(base, kind, "straight", 0, *constant)
-    expected, found = (load_file(str(folder / "head.safetensors")) for folder in (straight, half))
+
+
+@both
+def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(base: Path, kind: str):
+    more = ("run.max_steps=200", "optim.micro_batch=4")
+    whole, folder = run(base, kind, "unbroken", 0, *more), base / "out" / f"{kind}_stopped"
+    process = start(0, *words(base, kind, "stopped", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not ((folder / "metrics.jsonl").is_file() and losses(folder)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    finally:
+        end(process)
+    assert 0 < max(losses(folder)) < 200
+    run(base, kind, "stopped", 0, *more, "run.resume=true")
+    expected, found = (load_file(str(f / "head.safetensors")) for f in (whole, folder))
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
