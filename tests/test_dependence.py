@@ -152,8 +152,8 @@ def test_stored_labels_are_what_is_measured(session, tmp_path: Path, monkeypatch
     assert read_manifest(out) == manifest
     live, labels = Measured(session), open_labels(session, out)
     source = Live(session, (), labels)
-    features = source.batch(range(5)).features()
-    prompts = [source._encode(k) for k in range(5)]
+    batch = source.batch(range(5))
+    features, prompts = batch.features(), batch.rows
     fresh = live.weigh(replace(features, weight=None), [p for p, _ in prompts], [a for _, a in prompts], 0)
     chosen = dependence.answer_places(features.answer)
     # fp16 has three digits.
