@@ -405,6 +405,7 @@ def test_answers_are_compared_with_a_drafter_and_without(tmp_path: Path, capsys:
     assert plain.seconds > 0
     assert "ratio " in capsys.readouterr().out
     assert not list(s.folder.glob("answers/*/*"))
+    assert sorted(compare(s, 99)[0].outputs) == list(range(10)), "more than there are: all"
     other.outputs[0][0].tokens[-1] += 1
     assert n_equal((plain, other)) == len(plain.said) - 1
     with pytest.raises(InputError, match="needs somebody to draft"):

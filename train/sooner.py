@@ -48,7 +48,7 @@ class Side:
 
 
 def compare(session: Session, n: int) -> tuple[Side, Side]:
-    """Answers n samples, evenly spread over the corpus, without and with the recipe's drafter; nothing is kept.
+    """Answers n samples (at most all), evenly spread over the corpus, without and with the recipe's drafter; nothing is kept.
 
     Chunk by chunk, and who comes first changes each time, so that a drift of the machine falls on both.
 
@@ -60,7 +60,8 @@ def compare(session: Session, n: int) -> tuple[Side, Side]:
         raise InputError("--compare needs somebody to draft: --ckpt FOLDER, --method NAME, or the recipe's keys")
     if session.world.size > 1:
         raise InputError(f"--compare times one process, not {session.world.size}; leave --procs out")
-    picked = {k * len(corpus) // n for k in range(min(n, len(corpus)))}
+    n = min(n, len(corpus))
+    picked = {k * len(corpus) // n for k in range(n)}
     sides = Side(PLAIN), Side(drafting(data, session.target))
     size = data.answer_batch * CHUNK_BATCHES
     ordered = [index for chunk in chunks(corpus, data, size) for index in chunk if index in picked]
