@@ -108,7 +108,8 @@ class Source:
     limit: int | None = None
     """Use the first so many records."""
     topic: str | None = None
-    """Of those, use the records of this topic, or category where they name no topic."""
+    """Of those, use the records of this topic, or category where they name no topic. What cannot be decoded is
+    quarantined whatever it was."""
     format: str | None = None
     """llava, messages or sharegpt; default: recognised record by record."""
     split: str | None = None
@@ -426,7 +427,10 @@ def _check_answers(data: Data) -> None:
     if data.answers != "regenerated":
         for key in ("instructions", "sampled_share", "answer_head", "answer_method"):
             if getattr(data, key):
-                raise InputError(f"data.{key} is about the target's own answers; leave it out, or data.answers=given")
+                raise InputError(
+                    f"data.{key} is about the target's own answers, but data.answers={data.answers}; leave one of the "
+                    "two out"
+                )
     if data.answer_head and data.answer_method and data.answer_method != "hybrid":
         raise InputError(
             f"data.answer_head and data.answer_method={data.answer_method} both draft; give one, or hybrid for both"

@@ -87,12 +87,14 @@ class Quarantine:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def check(self, n_read: int, max_bad_share: float) -> None:
+    def check(self, n_read: int, max_bad_share: float, what: str = "records are unusable", key: str = "") -> None:
         """Stop the run when too much of its input is unusable.
 
         Args:
             n_read: records read so far, good and bad.
             max_bad_share: the largest allowed `count / n_read`, 0 to 1.
+            what: is the matter with those that are counted here.
+            key: the setting that allows it, where the message is to name it.
 
         Raises:
             InputError: the share is larger; says how many, what is wrong with most, and where they are listed.
@@ -102,8 +104,8 @@ class Quarantine:
         reason, times = self._reasons.most_common(1)[0]
         listed = f"; all are listed in {self.path}" if self.path is not None else ""
         raise InputError(
-            f"{self.count} of {n_read} records are unusable ({self.count / n_read:.1%}, allowed {max_bad_share:.1%}), "
-            f"most often ({times}x): {reason}{listed}"
+            f"{self.count} of {n_read} {what} ({self.count / n_read:.1%}, allowed {max_bad_share:.1%}"
+            f"{f' by {key}' if key else ''}), most often ({times}x): {reason}{listed}"
         )
 
 

@@ -24,7 +24,7 @@ from mmspec.records import Quarantine  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train.corpus import read  # noqa: E402
 from train.decontaminate import Listing, save  # noqa: E402
-from train.distill import Parser, refuse  # noqa: E402
+from train.distill import Parser, refuse, writing  # noqa: E402
 from train.likeness import PrintCache  # noqa: E402
 from train.overlap import Benchmark, default_threads, search  # noqa: E402
 
@@ -43,17 +43,18 @@ def main(argv: list[str] | None = None) -> int:
         benchmark = Benchmark(arguments.benchmark, _lines(arguments.ids))
         quarantine = Quarantine(None)
         corpus = read(recipe.data.sources, quarantine)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        cache = PrintCache(out.with_name(out.name + ".hashes"))
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            cache = PrintCache(out.with_name(out.name + ".hashes"))
         try:
             listing = search(corpus, benchmark, cache, arguments.threads or default_threads())
         finally:
-            cache.close()
-        save(out, listing)
-    except InputError as error:
+            with writing(out):
+                cache.close()
+        with writing(out):
+            save(out, listing)
+    except (InputError, OSError) as error:
         return refuse("decontaminate", str(error), 0)
-    except OSError as error:
-        return refuse("decontaminate", f"{error.filename} cannot be written ({error.strerror})", 0)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -110,10 +111,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the list (default: the recipe's data.decontaminated)")
     parser.add_argument(
         "--ids", type=Path, metavar="FILE",
-        help="source ids of the benchmark's pictures, or file names that carry them, one a line, where you know them",
+        help="more pictures of the benchmark, one a line: coco:NUMBER, vg:NUMBER, openimages:ID, or a file's path that "
+        "carries such an id",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="that decode pictures (default: one a core)")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.threads < 0:
+        raise InputError(f"--threads must be at least 1, or 0 for one a core, got {arguments.threads}")
+    return arguments
 
 
 if __name__ == "__main__":

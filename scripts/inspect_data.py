@@ -26,7 +26,7 @@ from train import decontaminate, showing  # noqa: E402
 from train.answers import read as read_answers  # noqa: E402
 from train.asking import instructed  # noqa: E402
 from train.corpus import read  # noqa: E402
-from train.distill import Parser, refuse  # noqa: E402
+from train.distill import Parser, refuse, writing  # noqa: E402
 from train.regenerate import answers_folder  # noqa: E402
 
 
@@ -37,11 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load(arguments.recipe, arguments.overrides)
         out = arguments.out or recipe.folder / "data.html"
         found = inspect(recipe)
-        showing.write(out, found, arguments.samples)
-    except InputError as error:
+        with writing(out):
+            showing.write(out, found, arguments.samples)
+    except (InputError, OSError) as error:
         return refuse("inspect_data", str(error), 0)
-    except OSError as error:
-        return refuse("inspect_data", f"{error.filename} cannot be written ({error.strerror})", 0)
     print("data: " + ", ".join(f"{n} {name}" for name, n, _ in showing.figures(found)))
     for note in found.notes:
         print(f"note: {note}")

@@ -31,7 +31,7 @@ os.environ.setdefault(
 
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
-from train.distill import Parser, refuse, train  # noqa: E402
+from train.distill import Parser, leave, refuse, train  # noqa: E402
 from train.world import free_port  # noqa: E402
 
 
@@ -41,12 +41,14 @@ def main() -> int:
     try:
         arguments = _parse()
         recipe = load(arguments.recipe, arguments.overrides)
-        if arguments.procs > 1 and "RANK" not in os.environ:
-            _relaunch(arguments)
         if not arguments.compare:
+            if arguments.procs > 1 and "RANK" not in os.environ:
+                _relaunch(arguments)
             return train(recipe, instead=lambda session: None)
         from train.session import Session
-        from train.sooner import compare
+        from train.sooner import check, compare
+
+        check(recipe.data, int(os.environ.get("WORLD_SIZE", "1")))
 
         def timed(session: Session) -> None:
             compare(session, arguments.compare)
@@ -59,7 +61,6 @@ def main() -> int:
 def _relaunch(arguments: argparse.Namespace) -> None:
     """Becomes the launcher of several processes of this script; does not return."""
     script = [str(Path(__file__).resolve()), arguments.recipe, *arguments.overrides]
-    script += ["--compare", str(arguments.compare)] if arguments.compare else []
     if THREADS is None:
         os.environ.pop("OMP_NUM_THREADS", None)
     # A free port: the launcher's fixed one may be taken by another run on this machine.
@@ -85,10 +86,14 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.compare < 0:
         raise InputError(f"--compare must not be negative, got {arguments.compare}")
+    if arguments.procs < 1:
+        raise InputError(f"--procs must be at least 1, got {arguments.procs}")
+    if arguments.compare and arguments.procs > 1:
+        raise InputError(f"--compare times one process, not {arguments.procs}; leave --procs out")
     for key, value in (("answer_head", arguments.ckpt), ("answer_method", arguments.method)):
         arguments.overrides += [f"data.{key}={value}"] if value else []
     return arguments
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

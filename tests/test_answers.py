@@ -20,10 +20,11 @@ from mmspec.types import InputError, Output
 from tests import tiny
 from tests.training import ROOT, prepare, record, session
 from train import regenerate
-from train.answers import DEGENERATE, FINAL, MANIFEST, Dialogue, Part, Prepared, answers_digest, merge, read, tidy
+from train.answers import DEGENERATE, FINAL, MANIFEST, Dialogue, Part, Prepared, merge, read, tidy
 from train.asking import answer_limit, instruction_of, is_sampled
 from train.degenerate import fault, loop
 from train.drafting import Drafting, drafting
+from train.sample import Picture
 from train.session import Session
 from train.sooner import compare, n_equal
 
@@ -125,13 +126,13 @@ def test_lines_that_are_no_entries_are_passed_over(tmp_path: Path):
 
 def test_the_digest_is_of_answers_and_lengths(tmp_path: Path):
     known = written(tmp_path / "a", [0] * 5)
-    assert answers_digest(known) == answers_digest(written(tmp_path / "b", [4, 3, 2, 1, 0]))
+    assert known.digest == written(tmp_path / "b", [4, 3, 2, 1, 0]).digest
     other = tmp_path / "c"
     other.mkdir()
     with Part(other, 0) as part:
         for k, result in enumerate(RESULTS):
             part.write(k, "", replace(result, length=32) if isinstance(result, Dialogue) and k == 0 else result)
-    assert answers_digest(read(other, 5)) != answers_digest(known)
+    assert read(other, 5).digest != known.digest
 
 
 def test_a_hundred_thousand_answers_take_a_few_bytes_each(tmp_path: Path):
@@ -225,7 +226,9 @@ def test_degenerate_answers_are_listed_and_have_a_limit_of_their_own(tmp_path: P
     counts = {"degenerate answer, it holds a special token": len(entries)}
     assert manifest["counts"]["dropped"] == counts
     strict = session(tmp_path, records, run__name="strict", data__drop="[special]", data__max_degenerate_share="0")
-    with pytest.raises(InputError, match=r"most often .* degenerate answer, it holds a special token"):
+    with pytest.raises(
+        InputError, match=r"answers are degenerate .*data\.max_degenerate_share.* it holds a special token"
+    ):
         prepare(strict)
 
 
@@ -246,6 +249,63 @@ def test_a_chunk_that_is_answered_again_counts_its_bad_samples_once(tmp_path: Pa
     s.quarantine = Quarantine(None)  # another process
     assert prepare(s).usable == whole.usable
     assert (folder / FINAL).read_bytes() == b"".join(lines)
+
+
+def test_what_is_known_of_a_chunk_stays_when_it_is_answered_again_and_worse(tmp_path: Path):
+    """The picture of an answered sample is lost meanwhile; not a single bad one is allowed."""
+    s = session(tmp_path, [record(number) for number in range(12)], data__answer_batch="3", data__max_bad_share="0")
+    s.target = tiny.llava()
+    prepare(s)
+    folder = next(s.folder.glob("answers/*"))
+    lines = (folder / FINAL).read_bytes().splitlines(keepends=True)
+    (folder / FINAL).unlink()
+    (folder / "part-1.jsonl").write_bytes(b"".join(lines[:5]))  # of another process, which was killed
+    (tmp_path / "images" / "2.png").write_text("no picture")
+    s.quarantine = Quarantine(None)
+    assert len(prepare(s).usable) == 12
+    assert (folder / FINAL).read_bytes() == b"".join(lines)
+
+
+def test_only_a_fault_of_the_sample_is_kept_as_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    s = session(tmp_path, [record(number) for number in range(4)], data__max_bad_share="1")
+    prefill, faults = type(s.target).prefill, [ValueError("an odd picture"), MemoryError("out of it")]
+
+    def failing(target: Any, state: Any, row: int, prompt: Any, taps: Any) -> Any:
+        if faults:
+            raise faults.pop(0)
+        return prefill(target, state, row, prompt, taps)
+
+    monkeypatch.setattr(type(s.target), "prefill", failing)
+    with pytest.raises(RuntimeError, match="answering r1 failed: MemoryError: out of it"):
+        prepare(s)
+    prepared = prepare(s)
+    assert dict(prepared.bad) == {0: "ValueError: an odd picture"}
+    assert prepared.usable == [1, 2, 3]
+
+
+def test_each_picture_is_decoded_once_for_all_turns_and_whatever_can_never_be_asked_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    records = [record(number, turns=3) for number in range(4)]
+    records[1]["conversations"][2]["value"] = " ".join(["w1"] * 400)  # the second question is longer than the context
+    opened: list[str] = []
+    asked: list[int] = []
+    decode, encode = Picture.open, type(tiny.llava()).encode
+
+    def open_(picture: Picture) -> Any:
+        opened.append(picture.name)
+        return decode(picture)
+
+    def encode_(target: Any, messages: Any, images: Any) -> Any:
+        asked.append(len(messages))
+        return encode(target, messages, images)
+
+    monkeypatch.setattr(Picture, "open", open_)
+    monkeypatch.setattr(type(tiny.llava()), "encode", encode_)
+    prepared = prepare(session(tmp_path, records, data__max_length="200"))
+    assert sorted(opened) == [f"{number}.png" for number in range(4)]
+    assert [asked.count(n) for n in (1, 3, 5)] == [4, 4, 3]
+    assert len(prepared.dialogues[1].answers) == 1
 
 
 # ---- how it is asked ----
@@ -405,6 +465,7 @@ def test_answers_are_compared_with_a_drafter_and_without(tmp_path: Path, capsys:
     assert plain.seconds > 0
     assert "ratio " in capsys.readouterr().out
     assert not list(s.folder.glob("answers/*/*"))
+    assert sorted(compare(s, 99)[0].outputs) == list(range(10)), "more than there are: all"
     other.outputs[0][0].tokens[-1] += 1
     assert n_equal((plain, other)) == len(plain.said) - 1
     with pytest.raises(InputError, match="needs somebody to draft"):

@@ -128,6 +128,8 @@ def test_the_script_compares(base: Path):
     assert "ratio " in done.stdout
     for words, said in (
         (("--compare", "24"), "needs somebody to draft"),
+        (("--compare", "24", "--method", "sam", "--procs", "2"), "times one process, not 2"),
+        (("--procs", "0"), "--procs must be at least 1, got 0"),
         (("--method", "plod"), "method 'plod' is unknown"),
         (("--ckpt", str(base / "nothing")), "does not exist"),
     ):
@@ -137,6 +139,17 @@ def test_the_script_compares(base: Path):
         assert done.returncode == 2
         assert said in done.stderr
         assert done.stderr.count("error:") == 1
+
+
+@pytest.mark.slow
+def test_the_quarantine_of_a_trained_run_is_left_alone(base: Path):
+    """It lists what training lost, which a resumed run reads."""
+    folder, entry = base / "out" / "trained", {"source": "x", "line": 1, "id": "", "reason": "lost"}
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (folder / "quarantine.jsonl").write_text(json.dumps(entry) + "\n")
+    finish(base, 0, "trained")
+    assert (folder / "quarantine.jsonl").read_text() == json.dumps(entry) + "\n"
 
 
 @pytest.mark.slow

@@ -217,6 +217,15 @@ def test_a_forced_layout_reads_no_other(tmp_path: Path):
         read_one(path, format="sharegpt")
 
 
+def test_what_cannot_be_decoded_is_listed_even_where_a_topic_is_asked_for(tmp_path: Path):
+    good = json.dumps({**llava(0), "topic": "charts"})
+    (pictures(tmp_path) / "a.jsonl").write_text("\n".join([good, "{broken", json.dumps(llava(1))]))
+    quarantine = Quarantine(tmp_path / "q.jsonl")
+    corpus = read_one(tmp_path / "a.jsonl", quarantine, topic="charts")
+    assert (len(corpus), corpus.n_read, quarantine.count) == (1, 2, 1)
+    assert json.loads((tmp_path / "q.jsonl").read_text())["line"] == 2
+
+
 def test_malformed_lines_are_single_bad_records(tmp_path: Path):
     good = json.dumps(llava(0)).encode()
     lines = [good, b"{broken", b"", b'{"id": "\xff"}', good, b"[" * 100_000, good[: len(good) // 2]]
@@ -289,6 +298,29 @@ def test_splits_of_a_saved_set_and_shards_of_a_folder(tmp_path: Path):
         read_one(write_jsonl(tmp_path / "a.jsonl", [llava(0)]), split="val")
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("0000", "0001"), None),
+        (("part-0", "part-1-x"), None),
+        (("test-00000-of-00002", "test-00001-of-00002"), None),
+        (("test-00000-of-00001", "validation-00000-of-00001"), "test, validation"),
+        (("set_test-0", "set_val-0"), "set_test, set_val"),
+    ],
+)
+def test_a_folder_of_shards_is_read_whole_only_where_they_are_of_one_split(
+    tmp_path: Path, names: tuple[str, str], splits: str | None
+):
+    for number, name in enumerate(names):
+        table([plain(embedded(number))]).to_parquet(tmp_path / f"{name}.parquet")
+    if splits is None:
+        assert len(read_one(tmp_path)) == 2
+        return
+    with pytest.raises(InputError, match=f"has several splits; give split, one of: {splits}$"):
+        read_one(tmp_path)
+    assert len(read_one(tmp_path, split=splits.partition(",")[0])) == 1
+
+
 def test_a_set_of_the_hub_that_is_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="hub:nobody/nothing cannot be read") as caught:
@@ -334,13 +366,19 @@ def test_samples_are_a_sequence_over_all_sources(tmp_path: Path):
     assert corpus.weights.tolist() == [2.0, 2.0, 0.5, 0.5]
     assert corpus.samples[-1].id == "r4"
     assert [sample.id for sample in corpus.samples[1:3]] == ["r2", "r3"]
+    assert corpus.samples.turns.tolist() == [2] * 4
     for index, sample in enumerate(corpus.samples):
         assert corpus.samples.place(index) == (str(sample.file), sample.line)
+        assert corpus.samples.find(*corpus.samples.place(index)) == [index]
         assert corpus.samples[index] == sample
+    assert corpus.samples.find(str(first), 2) == corpus.samples.find(str(second), 3) == [], "bad, and beyond the limit"
+    twice = read([Source(str(first)), Source(str(first))], Quarantine(None)).samples
+    assert twice.find(str(first), 3) == [1, 3]
     with pytest.raises(IndexError):
         corpus.samples[4]
     picked = corpus.samples.pick([3, 1])
     assert [sample.id for sample in picked] == [picked[0].id, picked[-1].id] == ["r2", "r4"]
+    assert picked.turns.tolist() == [2, 2]
 
 
 def test_reading_holds_a_few_bytes_a_record(tmp_path: Path):

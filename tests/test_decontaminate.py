@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -297,8 +298,35 @@ def test_each_rule_finds_what_it_is_for_and_nothing_else(tmp_path: Path):
     assert listing.removed[0].bits <= SAME_BITS
     assert (listing.n_unreadable, listing.n_flat) == (1, 1)
     assert listing.counts() == {str(path): {"picture": 1, "source id": 1, "question": 3}}
-    alone = Benchmark(str(bench), ids=["vg/VG_100K/12.jpg", "coco:5", ""])
-    assert set(alone.ids) == {"vg:12", "coco:5", "coco:777"}
+    given = ["vg/VG_100K/12.jpg", "coco:000000000005", "", " VG:n7 ", "openimages:0054C91397F2FE05"]
+    alone = Benchmark(str(bench), ids=given)
+    assert set(alone.ids) == {"vg:12", "coco:5", "vg:n7", "openimages:0054c91397f2fe05", "coco:777"}
+    with pytest.raises(InputError, match=r"--ids, line 2: '2354786.jpg' names no picture; give coco:NUMBER"):
+        Benchmark(str(bench), ids=["vg:1", "2354786.jpg"])
+
+
+def embedded_set(path: Path, names: list[str | None], seed: int) -> Path:
+    """A Parquet file whose records ask LONG, each of a picture of its own that it holds as bytes."""
+    records = [
+        {
+            "messages": [{"role": "user", "content": LONG}],
+            "images": [{"bytes": encoded(picture(seed + n, (80, 80))), "path": name}],
+        }
+        for n, name in enumerate(names)
+    ]
+    datasets.Dataset.from_list(records).to_parquet(path)
+    return path
+
+
+def test_pictures_as_bytes_have_the_id_of_their_path_and_are_one_in_their_source_alone(tmp_path: Path):
+    bench = Benchmark(str(benchmark_folder(tmp_path / "b", [("one.png", [LONG])])), ids=["vg:2354786"])
+    known = embedded_set(tmp_path / "known.parquet", ["gqa/images/2354786.jpg"], 50)
+    assert [entry.rule for entry in compared(tmp_path, read_all(known), bench).removed] == ["source id"]
+    # Lines have the same numbers in both: ten pictures, and one more.
+    files = [embedded_set(tmp_path / f"{n}.parquet", [None] * k, 60 + 10 * n) for n, k in enumerate((5, 5, 1))]
+    ten, eleven = (read([Source(str(file)) for file in some], Quarantine(None)) for some in (files[:2], files))
+    assert len(compared(tmp_path, ten, bench).removed) == GENERIC_PICTURES == 10
+    assert len(compared(tmp_path, eleven, bench).removed) == 0
 
 
 def test_a_short_question_counts_with_a_picture_that_looks_alike(tmp_path: Path, monkeypatch):
@@ -375,10 +403,10 @@ def test_a_list_of_other_data_is_refused_with_the_command_that_makes_a_new_one(t
     decontaminate.save(out, compared(tmp_path, read_all(data), Benchmark(str(bench))))
     records = json.loads(data.read_text())
     data.write_text(json.dumps(records[:4]))
-    monkeypatch.setattr(sys, "argv", ["train/distill.py", "r.yaml", "data.train=x.json", "optim.lr=1", "--dry-run"])
+    monkeypatch.setattr(sys, "argv", ["train/distill.py", "r.yaml", "data.train=x y.json", "optim.lr=1", "--dry-run"])
     with pytest.raises(InputError) as error:
         decontaminate.apply(read_all(data), out)
-    assert f"`python scripts/decontaminate.py r.yaml data.train=x.json --benchmark {bench}`" in str(error.value)
+    assert f"`python scripts/decontaminate.py r.yaml 'data.train=x y.json' --benchmark {bench}`" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -409,6 +437,7 @@ def test_a_damaged_list_is_refused_in_one_line(tmp_path: Path, damage):
         (["--benchmark", "synth:tset"], "unknown split"),
         ([], "--benchmark"),
         (["--benchmark", "{b}", "--ids", "no.txt"], "--ids no.txt cannot be read"),
+        (["--benchmark", "{b}", "--threads", "-1"], "--threads must be at least 1"),
         (["--benchmark", "{b}", "data.decontaminated=null"], "--out FILE"),
         (["--benchmark", "{b}", "--out", "{b}/mmspec.jsonl/list.json"], "cannot be written"),
     ],

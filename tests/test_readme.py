@@ -1,4 +1,4 @@
-"""README and repository agree: every file is named once in its tree, and every path it names exists."""
+"""README and repository agree: every file is named once in its tree, in order, and every path it names exists."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def tracked() -> set[str]:
 def test_every_file_has_its_line():
     text = (ROOT / "README.md").read_text().split("## Every file")[1]
     named = ENTRY.findall(text)
-    assert len(named) == len(set(named))
+    assert named == sorted(set(named))
     assert set(named) == tracked()

@@ -159,6 +159,8 @@ def test_the_figures_account_for_every_record(tmp_path: Path):
     assert "1 of 8 samples are left out" in page
     assert "r2 · picture · b7 · 9 bits" in page
     assert "degenerate answer, it is empty" in page
+    found.reasons = {"bad": 2}
+    assert '<td class="n">3</td><td>bad</td>' in showing.render(found, 1), "of reading and of answering"
 
 
 def test_a_list_that_does_not_fit_is_a_note_of_the_page(tmp_path: Path):

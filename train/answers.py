@@ -222,8 +222,3 @@ def tidy(folder: Path) -> None:
     if (folder / FINAL).is_file():
         for path in (*folder.glob(PARTS), *folder.glob(f"{FINAL}.*.tmp")):
             path.unlink(missing_ok=True)
-
-
-def answers_digest(prepared: Prepared) -> str:
-    """Hash of all conversations' answers and lengths."""
-    return prepared.digest

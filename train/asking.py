@@ -74,21 +74,16 @@ class _Instructed(Samples):
     """Samples with their instructions, put in when a sample is asked for."""
 
     def __init__(self, samples: Samples, data: Data) -> None:
-        self._samples, self._data = samples, data
-
-    def __len__(self) -> int:
-        return len(self._samples)
+        super().__init__(samples.parts)
+        self._data = data
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        return self._ask(self._samples[index], index % len(self))
+        found = super().__getitem__(index)
+        # Those of a slice have come this way one by one.
+        return found if isinstance(index, slice) else self._ask(found, index % len(self))
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self._ask(sample, index) for index, sample in enumerate(self._samples))
-
-    def place(self, index: int) -> tuple[str, int]:
-        return self._samples.place(index)
+        return (self._ask(sample, index) for index, sample in enumerate(super().__iter__()))
 
     def _ask(self, sample: Sample, index: int) -> Sample:
         instruction = instruction_of(self._data, index)
@@ -103,7 +98,7 @@ def chunks(corpus: Corpus, data: Data, size: int) -> Sequence[Sequence[int]]:
     Conversations of a kind together: later turns then still fill a batch. It depends on corpus and settings alone, so
     that a chunk is decoded in the same batches however often it was begun.
     """
-    kinds = [(len(sample.turns), is_sampled(data, index)) for index, sample in enumerate(corpus.samples)]
+    kinds = [(n, is_sampled(data, index)) for index, n in enumerate(corpus.samples.turns.tolist())]
     ordered = sorted(range(len(kinds)), key=kinds.__getitem__)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -34,6 +35,8 @@ __all__ = ["IMAGE_MARK", "Corpus", "Picture", "Sample", "Samples", "check_source
 SYNTHETIC, HUB = "synth:", "hub:"
 BLOCK = 1000
 """Rows that are scanned at a time."""
+_NUMBERED = re.compile(r"(?:^|[-_.])\d+(?=[-_.]|$)")
+"""Where the number of a shard begins in its name, as in validation-00000-of-00002."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,18 @@ class Part:
     Args:
         table: its records.
         layout: `data.sources.format`.
-        rows: [n] of the usable ones.
+        rows: [n] of the usable ones, ascending.
+        turns: [n] int32, how many each has.
     """
 
     table: Table
     layout: str | None
     rows: NDArray[np.int64]
+    turns: NDArray[np.int32]
+
+    def line(self, number: int) -> int:
+        """Where `rows[number]` stands in its file: the later, the further down."""
+        return self.table.line(int(self.rows[number]))
 
     def sample(self, number: int) -> Sample:
         """The sample of `rows[number]`."""
@@ -57,10 +66,14 @@ class Part:
 
 
 class Samples(Sequence[Sample]):
-    """Samples in order of sources and files, each decoded anew when it is asked for."""
+    """Samples in order of sources and files, each decoded anew when it is asked for.
+
+    Args:
+        parts: what is usable of each source.
+    """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+        self.parts = parts
         self._ends = list(accumulate(len(part.rows) for part in parts))
 
     def __len__(self) -> int:
@@ -77,19 +90,34 @@ class Samples(Sequence[Sample]):
         return part.sample(number)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (part.sample(number) for part in self._parts for number in range(len(part.rows)))
+        return (part.sample(number) for part in self.parts for number in range(len(part.rows)))
 
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a sample, without decoding it."""
         part, number = self._find(index)
-        return str(part.table.file), part.table.line(int(part.rows[number]))
+        return str(part.table.file), part.line(number)
+
+    def find(self, file: str, line: int) -> list[int]:
+        """The samples of a file and line: none, one, or several where a file is several sources."""
+        found = []
+        for part, end in zip(self.parts, self._ends):
+            if str(part.table.file) == file:
+                number = bisect_left(range(len(part.rows)), line, key=part.line)
+                if number < len(part.rows) and part.line(number) == line:
+                    found.append(end - len(part.rows) + number)
+        return found
+
+    @property
+    def turns(self) -> NDArray[np.int32]:
+        """How many turns each has, [len] int32, without decoding any."""
+        return np.concatenate([np.zeros(0, np.int32), *(part.turns for part in self.parts)])
 
     def pick(self, kept: Sequence[int]) -> Samples:
         """These alone, in their order here."""
         chosen, parts, start = np.sort(np.asarray(kept, dtype=np.int64)), [], 0
-        for part, end in zip(self._parts, self._ends):
+        for part, end in zip(self.parts, self._ends):
             inside = chosen[(chosen >= start) & (chosen < end)]
-            parts.append(replace(part, rows=part.rows[inside - start]))
+            parts.append(replace(part, rows=part.rows[inside - start], turns=part.turns[inside - start]))
             start = end
         return Samples(parts)
 
@@ -98,7 +126,7 @@ class Samples(Sequence[Sample]):
             raise IndexError(index)
         index = int(index) % len(self)
         which = bisect_right(self._ends, index)
-        return self._parts[which], index - (self._ends[which - 1] if which else 0)
+        return self.parts[which], index - (self._ends[which - 1] if which else 0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +162,7 @@ def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
     n_read, digest = 0, hashlib.sha256()
     for source in sources:
         table = open_source(source)
-        rows = array("q")
+        rows, turns = array("q"), array("i")
         for row, found in _rows(table, source):
             n_read += 1
             try:
@@ -143,10 +171,13 @@ def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
                 quarantine.add(table.file, found.line, record_id(found.record), str(error))
                 continue
             rows.append(row)
+            turns.append(len(sample.turns))
             sizes = [picture.size() for picture in sample.pictures]
             said = [sample.id, sample.system, sample.turns, sample.answers, sizes, found.sizes]
             digest.update(json.dumps(said).encode())
-        parts.append(Part(table, source.format, np.frombuffer(rows, dtype=np.int64)))
+        parts.append(
+            Part(table, source.format, np.frombuffer(rows, dtype=np.int64), np.frombuffer(turns, dtype=np.int32))
+        )
     samples = Samples(parts)
     if not samples:
         most = next(iter(quarantine.reasons()), "there are none")
@@ -174,11 +205,21 @@ def open_source(source: Source) -> Table:
         return open_files([path], path, path.parent)
     if _is_saved(path):
         return open_saved(path, source.split)
-    shards = sorted(path.glob("*.parquet"))
-    chosen = [shard for shard in shards if shard.name.startswith(source.split or "train")]
-    if source.split is not None and not chosen:
-        raise InputError(f"data folder {path} has no Parquet file whose name begins with {source.split}")
-    return open_files(chosen or shards, path, path)
+    return open_files(_shards(path, source.split), path, path)
+
+
+def _shards(folder: Path, split: str | None) -> list[Path]:
+    """The Parquet files of a split of a folder, `train` unless one is given; all where their names tell of none."""
+    shards = sorted(folder.glob("*.parquet"))
+    chosen = [shard for shard in shards if shard.name.startswith(split or "train")]
+    if chosen:
+        return chosen
+    if split is not None:
+        raise InputError(f"data folder {folder} has no Parquet file whose name begins with {split}")
+    names = sorted({_NUMBERED.split(shard.stem, maxsplit=1)[0] for shard in shards})
+    if len(names) > 1:
+        raise InputError(f"data folder {folder} has several splits; give split, one of: {', '.join(names)}")
+    return shards
 
 
 def locate(source: Source) -> Path:
@@ -242,7 +283,8 @@ def _rows(table: Table, source: Source) -> Iterator[tuple[int, Row]]:
     topics: set[str] = set()
     for start in range(0, n, BLOCK):
         for row, found in enumerate(table.scan(start, min(start + BLOCK, n)), start):
-            if source.topic is not None:
+            # What cannot be decoded has no topic, but is no record of another one either.
+            if source.topic is not None and not found.fault:
                 topics.add(topic := topic_of(found.record))
                 if topic != source.topic:
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ class Listing:
         corpus: digest of the corpus.
         n_samples: of the corpus.
         benchmark: folder or synthetic split.
-        benchmark_digest: of its records and pictures.
+        benchmark_digest: of its records and pictures; for whoever asks later, nothing compares it.
         rules: what each rule says.
         removed: samples to leave out, by index.
         n_unreadable: pictures that could not be decoded: training quarantines their samples.
@@ -170,4 +171,4 @@ def command(benchmark: str) -> str:
     said = [word for word in sys.argv[1:] if not word.startswith("-")]
     recipe = next((word for word in said if word.endswith((".yaml", ".yml"))), "RECIPE")
     data = [word for word in said if word.startswith("data.") and "=" in word]
-    return " ".join(["python scripts/decontaminate.py", recipe, *data, "--benchmark", benchmark])
+    return shlex.join(["python", "scripts/decontaminate.py", recipe, *data, "--benchmark", benchmark])

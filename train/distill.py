@@ -11,10 +11,11 @@ with run.resume=true goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -131,6 +132,19 @@ def refuse(program: str, message: str, rank: int) -> int:
         time.sleep(PATIENCE_S)
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return USAGE_ERROR
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For a command's last part, which writes a file: what goes wrong is wrong input.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be written ({error.strerror or error})") from error
 
 
 def _dry_run(recipe: Recipe, rank: int) -> int:

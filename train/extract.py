@@ -19,7 +19,6 @@ from mmspec import checkpoint
 from mmspec.recipe import Recipe
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Target
-from train.answers import answers_digest
 from train.corpus import Corpus, Picture
 from train.encode import encode, length_limit, shown
 from train.features import (
@@ -265,7 +264,7 @@ def _begin(session: Session, settings: Settings) -> Manifest:
     taps = head_taps(recipe, target)
     shard_tokens = settings.shard_tokens or max(1, SHARD_BYTES // token_bytes(target.shape, len(taps), stored_as))
     wanted = Manifest(
-        origin(recipe, session.corpus, target), answers_digest(session.prepared), taps, stored_as,
+        origin(recipe, session.corpus, target), session.prepared.digest, taps, stored_as,
         target.shape.hidden_size, shard_tokens,
     )  # fmt: skip
     if not (out / "manifest.json").is_file():

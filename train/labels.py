@@ -21,7 +21,6 @@ from mmspec import checkpoint
 from mmspec.dependence import COUNTERFACTUALS, Dependence, answer_places
 from mmspec.recipe import build_config
 from mmspec.types import InputError
-from train.answers import answers_digest
 from train.dependence import Scale, image_mean, measured
 from train.extract import origin
 from train.features import Origin, checksum
@@ -153,7 +152,7 @@ def open_labels(session: Session, folder: Path) -> Labels:
         ("target dtype", manifest.origin.dtype, wanted.dtype),
         ("tokenizer", manifest.origin.vocabulary, wanted.vocabulary),
         ("data and answer settings", manifest.origin.data, wanted.data),
-        ("answers", manifest.answers, answers_digest(session.prepared)),
+        ("answers", manifest.answers, session.prepared.digest),
     ]
     for what, mine, its in pairs:
         if mine[-1] != its[-1] if isinstance(mine, tuple) else mine != its:
@@ -204,7 +203,7 @@ def write_store(session: Session, out: Path, counterfactual: str = "mean", batch
 def _begin(session: Session, out: Path, counterfactual: str) -> Manifest:
     """The manifest to go on with; the folder's own must be of the same data."""
     made_from = origin(session.recipe, session.corpus, session.target)
-    wanted = Manifest(made_from, answers_digest(session.prepared), counterfactual)
+    wanted = Manifest(made_from, session.prepared.digest, counterfactual)
     if (out / "manifest.json").is_file():
         found = read_manifest(out)
         if replace(found, scale=wanted.scale, parts=()) != wanted:

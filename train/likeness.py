@@ -1,7 +1,7 @@
 """Whether two pictures are one: a perceptual hash that survives another encoding, another size and a slight crop.
 
 Invariant: a hash is 192 signs, of the lowest frequencies of a cosine transform of the luminance. The picture that is
-looked for has one for each of 256 ways of cutting up to a tenth from its four sides, so that a copy with any such edges
+looked for has one for each of 256 ways of cutting up to 9% from its four sides, so that a copy with any such edges
 lost is close to one of them. Different photos differ in 81 bits, give or take 5; copies in 26 at most.
 Source: pHash (C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010), with more bits,
 the sign in place of the median, and cuts.

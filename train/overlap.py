@@ -28,9 +28,10 @@ from train.corpus import SYNTHETIC, Corpus, Sample
 from train.decontaminate import Listing, Removed
 from train.likeness import BITS, Gallery, Print, PrintCache, cuts, squeeze
 from train.questions import CHANGED, MIN_WORDS, QuestionIndex, occurs, words
+from train.sample import tail
 
 SAME_BITS = 32
-"""Pictures that differ in no more bits are one. Measured: copies 26 at most, others 60 at least."""
+"""Pictures that differ in no more bits are one. Measured: copies 26 at most, others 59 at least."""
 ALIKE_BITS = 48
 """Up to here they are one if the benchmark's question is asked too."""
 GENERIC_PICTURES = 10
@@ -53,6 +54,7 @@ _SOURCE_IDS = (
 )
 """COCO numbers of either naming, Visual Genome's (GQA has them too) and OpenImages' (TextVQA), all in the file's own
 name: a folder's number is no picture's."""
+_LISTED_ID = re.compile(r"coco:0*(\d+)|vg:n?\d+|openimages:[0-9a-f]{16}", re.IGNORECASE)
 
 
 class Benchmark:
@@ -60,10 +62,10 @@ class Benchmark:
 
     Args:
         name: the folder, or a synthetic split.
-        ids: source ids, or file names that carry them, of its pictures besides what its own names tell.
+        ids: of its pictures besides what its own names tell: lines as `listed_id` reads them, or empty ones.
 
     Raises:
-        InputError: it is no folder in MMSpec's layout, or none of its pictures can be read.
+        InputError: it is no folder in MMSpec's layout, or none of its pictures can be read; or a line names no id.
     """
 
     def __init__(self, name: str, ids: Iterable[str] = ()) -> None:
@@ -74,7 +76,7 @@ class Benchmark:
             raise InputError(f"--benchmark {name}: none of its pictures can be read; its folder needs images/ too")
         self.gallery = Gallery([pictures for _, pictures in hashes])
         self.pictured = [record for record, _ in hashes]
-        self.ids = {source_id(line) or line.strip(): "--ids" for line in ids if line.strip()}
+        self.ids = {listed_id(line, number): "--ids" for number, line in enumerate(ids, start=1) if line.strip()}
         pictures: dict[tuple[str, ...], set[str]] = defaultdict(set)
         self._owners: dict[tuple[str, ...], str] = {}
         for record in records:
@@ -105,6 +107,23 @@ def source_id(name: str) -> str | None:
         if found := pattern.search(name):
             return f"{kind}:{found[1].lower()}"
     return None
+
+
+def listed_id(line: str, number: int) -> str:
+    """The id that a line of `--ids` names: as `source_id` gives it, or a file name or path that carries one.
+
+    Raises:
+        InputError: it names none.
+    """
+    said = line.strip()
+    if named := _LISTED_ID.fullmatch(said):
+        return f"coco:{named[1]}" if named[1] else said.lower()
+    if (known := source_id(said)) is None:
+        raise InputError(
+            f"--ids, line {number}: {said[:60]!r} names no picture; give coco:NUMBER, vg:NUMBER, openimages:ID, or the "
+            "path of a file of COCO, Visual Genome or OpenImages"
+        )
+    return known
 
 
 def search(corpus: Corpus, benchmark: Benchmark, cache: PrintCache, threads: int = 1, quiet: bool = False) -> Listing:
@@ -175,7 +194,8 @@ def _by_picture(index: int, sample: Sample, hashes: Sequence[Print], benchmark: 
 
 def _note_questions(index: int, sample: Sample, benchmark: Benchmark, asked: dict[str, _Asked]) -> None:
     """Remembers which of the benchmark's questions a sample asks."""
-    pictures = {str(picture.path or picture.name) for picture in sample.pictures} or {""}
+    # Bytes are named within their source.
+    pictures = {str(picture.path or f"{sample.file}#{picture.name}") for picture in sample.pictures} or {""}
     for turn in sample.turns:
         for question, owner, edits in benchmark.asked(turn):
             one = asked[question]
@@ -240,11 +260,6 @@ def _hashes(records: Sequence[Record], unreadable: Quarantine) -> tuple[str, lis
             unreadable.add(record.image or "", record.line, record.id, f"image cannot be read: {error}")
         digest.update(json.dumps([record.id, record.turns, hashlib.sha256(data).hexdigest()]).encode())
     return digest.hexdigest()[:16], found
-
-
-def tail(path: Path | None) -> str:
-    """The end of a path, where a collection's name may stand; "" of none."""
-    return "" if path is None else "/".join(path.parts[-4:])
 
 
 def default_threads() -> int:

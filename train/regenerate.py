@@ -13,17 +13,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmspec import checkpoint
 from mmspec.loop import generate
 from mmspec.recipe import Data, Recipe
 from mmspec.records import Quarantine, RecordError
-from mmspec.types import Output, Prompt, Request, Target
+from mmspec.types import InputError, Output, Prompt, Request, Target
 from train.answers import (
     BAD,
     DEGENERATE,
@@ -38,7 +41,7 @@ from train.answers import (
     tidy,
 )
 from train.asking import answer_limit, chunks, is_sampled, sampler_of, settings
-from train.corpus import IMAGE_MARK, Corpus, Sample
+from train.corpus import IMAGE_MARK, Corpus, Picture, Sample
 from train.degenerate import fault
 from train.drafting import PLAIN, Drafting, described, drafting
 from train.encode import encode, fitted, length_limit
@@ -51,6 +54,9 @@ SCHEMA = 2
 """Of the folder; another one is another key."""
 CHUNK_BATCHES = 4
 """Samples whose images are open at a time, in decoding batches."""
+SAMPLE_FAULTS = ("RecordError:", "ValueError:")
+"""How the error of an output begins that is the sample's own. What else goes wrong (memory, the device) says nothing of
+it, and ends the run instead of the sample."""
 
 
 def answer_counts(corpus: Corpus, prepared: Prepared, target: Target, world: World) -> Tensor:
@@ -96,7 +102,7 @@ def prepare(
 
     Raises:
         InputError: more records are unusable than `data.max_bad_share` allows, or more answers degenerate than
-            `data.max_degenerate_share` does.
+            `data.max_degenerate_share` does; or (a fault of ours) some are still open after all.
         Stopped: asked to stop; what is done is kept.
     """
     folder = answers_folder(recipe, corpus, target)
@@ -114,7 +120,15 @@ def prepare(
         listed = dropped if done.status[index] == DEGENERATE else quarantine
         listed.add(file, line, str(done.entry(index).get("id", "")), reason)
     quarantine.check(corpus.n_read, recipe.data.max_bad_share)
-    dropped.check(corpus.n_read, recipe.data.max_degenerate_share)
+    dropped.check(
+        corpus.n_read,
+        recipe.data.max_degenerate_share,
+        "records were dropped, for the target's answers are degenerate",
+        "data.max_degenerate_share",
+    )
+    if not done.complete:
+        n_open = int((done.status == OPEN).sum())
+        raise InputError(f"{n_open} of {len(corpus)} samples have no answer in {folder}; the same command answers them")
     return done
 
 
@@ -131,21 +145,26 @@ def _answer_open(
 ) -> None:
     """Answers the chunks in which a sample is open. Every rank must call.
 
-    A chunk of which something is known is answered again as a whole: it is decoded as it would have been at first.
+    A chunk of which something is known is answered again as a whole: it is decoded as it would have been at first. What
+    is known of it stays.
+
+    A process ends early when what is known and what it found itself are more bad samples than are allowed. It does not
+    hear of the others' before all are done: of R processes one sees 1/R of the samples, so a larger allowed share than
+    that is only found to be exceeded at the end.
     """
     data = recipe.data
     whole = chunks(corpus, data, data.answer_batch * CHUNK_BATCHES)
     unfinished = [chunk for chunk in whole if bool((known.status[list(chunk)] == OPEN).any())]
     mine = unfinished[world.rank :: world.size]
-    tracker.progress("answers", sum(map(len, mine)), 0, "sample")
-    # What is answered again is counted again.
-    settled = known.status.copy()
-    settled[[index for chunk in unfinished for index in chunk]] = OPEN
+    n_open = sum(int((known.status[list(chunk)] == OPEN).sum()) for chunk in mine)
+    tracker.progress("answers", n_open, 0, "sample")
     # A request to stop raises inside the decoding loop; the other ranks hear of it below.
     with Part(folder, world.rank) as part, contextlib.suppress(Stopped), uneven(target):
         how = drafting(data, target) if data.answers == "regenerated" else PLAIN
         worker = Worker(data, corpus, target, stopper, tracker, how)
-        worker.n_bad, worker.n_dropped = n_quarantined + int((settled == BAD).sum()), int((settled == DEGENERATE).sum())
+        worker.n_bad = n_quarantined + int((known.status == BAD).sum())
+        worker.n_dropped = int((known.status == DEGENERATE).sum())
+        worker.settled = frozenset(np.flatnonzero(known.status != OPEN).tolist())
         for chunk in mine:
             stopper.check()
             shares = worker.n_bad / corpus.n_read, worker.n_dropped / corpus.n_read
@@ -164,7 +183,9 @@ def _begin(folder: Path, recipe: Recipe, corpus: Corpus, target: Target) -> None
     """Notes in the manifest what the answers are made from, and who works on them now beside who did."""
     data = recipe.data
     before = _manifest(folder)
-    work = {"drafted_by": described(data), "commit": checkpoint.git_commit()}
+    work: dict[str, Any] = {"commit": checkpoint.git_commit()}
+    if data.answers == "regenerated":
+        work = {"drafted_by": described(data), **work}
     sources = [{**asdict(source), "path": checkpoint.discreet(source.path)} for source in data.sources]
     manifest = {
         "schema": SCHEMA,
@@ -211,6 +232,10 @@ class Worker:
         tracker: is told of each.
         how: who drafts.
         on_output: is given every answer as the loop returned it, `Output.id` being the sample's place.
+
+    Attributes:
+        settled: samples of which something is known: answered with their chunk, but neither counted nor given.
+        n_bad, n_dropped: samples that cannot be used, and whose answers are degenerate.
     """
 
     def __init__(
@@ -228,16 +253,20 @@ class Worker:
         self.limit = length_limit(data, target)
         self.n_answers = self.n_bad = self.n_dropped = 0
         self.samples: dict[int, Sample] = {}
+        self.settled: frozenset[int] = frozenset()
 
     def results(self, chunk: Sequence[int]) -> Iterator[tuple[int, str, Dialogue | str]]:
         """Place and id of each sample of a chunk, with its answers or the reason why there are none.
 
         Raises:
             Stopped: asked to stop.
+            RuntimeError: the target failed in a way that is not the sample's fault.
         """
-        self.samples = {index: self.corpus.samples[index] for index in chunk}
+        self.samples = {index: _held(self.corpus.samples[index]) for index in chunk}
         answered = self._answer(chunk) if self.data.answers == "regenerated" else map(self._given, chunk)
         for index, result, degenerate in answered:
+            if index in self.settled:
+                continue
             self.n_dropped += degenerate
             self.n_bad += isinstance(result, str) and not degenerate
             self.tracker.advance(1, answers=self.n_answers, quarantined=self.n_bad, dropped=self.n_dropped)
@@ -262,7 +291,8 @@ class Worker:
         live = list(chunk)
         for turn in range(max(len(self.samples[index].turns) for index in chunk)):
             requests: list[Request] = []
-            for index in [i for i in live if len(self.samples[i].turns) > turn]:
+            # Whose prompt grew too long has an answer less: it is asked no more.
+            for index in [i for i in live if len(answers[i]) == turn < len(self.samples[i].turns)]:
                 prompt = self._prompt(index, answers[index])
                 if isinstance(prompt, Prompt):
                     room = min(answer_limit(self.data, index), self.limit - len(prompt))
@@ -272,6 +302,8 @@ class Worker:
                     live.remove(index)
             for output in self._generate(requests):
                 index, text = int(output.id), self._text(output)
+                if output.finish_reason == "error" and not str(output.error).startswith(SAMPLE_FAULTS):
+                    raise RuntimeError(f"answering {self.samples[index].id} failed: {output.error}")
                 degenerate = fault(output, text, self.target, self.data.drop) if output.tokens else None
                 if output.finish_reason == "error" or degenerate:
                     yield index, degenerate or str(output.error), degenerate is not None
@@ -285,7 +317,8 @@ class Worker:
     def _prompt(self, index: int, answers: Sequence[str]) -> Prompt | str:
         sample = self.samples[index]
         try:
-            prompt = self.target.encode(sample.messages(answers, len(answers) + 1), sample.images())
+            n = len(answers) + 1
+            prompt = self.target.encode(sample.messages(answers, n), sample.images()[: len(sample.shown(n))])
         except (RecordError, ValueError) as error:
             return _line(error)
         if len(prompt) >= self.limit:
@@ -316,6 +349,21 @@ class Worker:
     def _text(self, output: Output) -> str:
         tokens = output.tokens[:-1] if output.finish_reason == "stop" else output.tokens
         return self.target.decode(tokens).strip()
+
+
+class _Held(Picture):
+    """A picture that is decoded once, however often it is opened."""
+
+    def open(self) -> Image.Image:
+        return self._opened
+
+    @cached_property
+    def _opened(self) -> Image.Image:
+        return super().open()
+
+
+def _held(sample: Sample) -> Sample:
+    return replace(sample, pictures=tuple(_Held(p.name, p.path, p.data) for p in sample.pictures))
 
 
 def _line(error: Exception) -> str:

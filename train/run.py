@@ -77,7 +77,8 @@ def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | N
     except Stopped as stop:
         if world.first:
             how = " with run.resume=true" if training else ""
-            print(f"stopped by {stop}; {recipe.folder} is saved: the same command{how} goes on", flush=True)
+            kept = f"{recipe.folder} is saved: the same command{how} goes on" if answer else "nothing of it is kept"
+            print(f"stopped by {stop}; {kept}", flush=True)
         raise
     finally:
         if tracker is not None:
@@ -122,7 +123,9 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
     if resumed:
         tracker.say(f"resuming {recipe.folder} in phase {state.phase}")
     lost = world.lead(lambda: _lost_before(recipe.folder) if resumed else [])
-    quarantine = Quarantine(recipe.folder / "quarantine.jsonl" if active else None, fresh=True)
+    # That of a trained run is its own: it lists what training lost, which a resumed one reads.
+    listed = active and (training or not (recipe.folder / "state.json").exists())
+    quarantine = Quarantine(recipe.folder / "quarantine.jsonl" if listed else None, fresh=True)
     corpus = _read_together(recipe, quarantine, world)
     tracker.say(f"read: {len(corpus)} of {corpus.n_read} records{_left_out(recipe, corpus)}{_quarantined(quarantine)}")
     for entry in lost:
@@ -187,7 +190,8 @@ def _left_out(recipe: Recipe, corpus: Corpus) -> str:
 def _quarantined(quarantine: Quarantine) -> str:
     if not quarantine.count:
         return ", none quarantined"
-    return f", {quarantine.count} quarantined{_reasons(quarantine.reasons())}, listed in {quarantine.path}"
+    listed = f", listed in {quarantine.path}" if quarantine.path is not None else ""
+    return f", {quarantine.count} quarantined{_reasons(quarantine.reasons())}{listed}"
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

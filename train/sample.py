@@ -23,7 +23,7 @@ class Picture:
     """A picture of a sample: a file, or the bytes of one.
 
     Args:
-        name: of the file; "<line>#<k>" where the bytes have none.
+        name: of the file; of bytes the `tail` of the path that is told with them, or "<line>#<k>".
         path: of the file, or None.
         data: its bytes, or None where it is a file.
     """
@@ -84,9 +84,18 @@ class Sample:
                 out.append({"role": "assistant", "content": [{"type": "text", "text": answers[index]}]})
         return out
 
+    def shown(self, n_turns: int | None = None) -> tuple[Picture, ...]:
+        """The pictures of the first turns."""
+        return self.pictures[: sum(turn.count(IMAGE_MARK) for turn in self.turns[:n_turns])]
+
     def images(self) -> list[Any]:
         """The decoded pictures, in order of their marks. Raises RecordError when one cannot be read."""
         return [picture.open() for picture in self.pictures]
+
+
+def tail(path: Path | None) -> str:
+    """The end of a path, where a collection's name may stand; "" of none."""
+    return "" if path is None else "/".join(path.parts[-4:]).lstrip("/")
 
 
 def _content(turn: str) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmspec.records import RecordError
-from train.sample import IMAGE_MARK, Picture, Sample
+from train.sample import IMAGE_MARK, Picture, Sample, tail
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 WEB = ("http://", "https://", "data:")
@@ -201,7 +201,7 @@ def _picture(value: Any, folder: Path, fallback: str) -> Picture:
     if isinstance(name, str):
         _check_unicode(name, "image name is not valid Unicode")
     if isinstance(data, bytes):
-        return Picture((Path(name).name if isinstance(name, str) else "") or fallback, data=data)
+        return Picture((tail(Path(name)) if isinstance(name, str) else "") or fallback, data=data)
     if data is not None:
         raise RecordError(f"image has content that is no bytes: {type(data).__name__}")
     if not isinstance(name, str) or not name:

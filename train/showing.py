@@ -102,7 +102,7 @@ def render(inspected: Inspected, n_samples: int) -> str:
         limit=length_limit(recipe.data, inspected.target),
         table=table(inspected),
         answers=provenance(inspected),
-        reasons=dict(inspected.reasons) | prepared.reasons(BAD),
+        reasons=dict((Counter(inspected.reasons) + Counter(prepared.reasons(BAD))).most_common()),
         dropped=prepared.reasons(DEGENERATE),
         listing=inspected.listing,
         removed=removed(inspected),
@@ -249,8 +249,7 @@ def _sample(inspected: Inspected, index: int) -> dict[str, Any]:
             prompt, answer = encode(sample, dialogue, target, limit)
             found["cut"] = len(dialogue.finished) - sum(dialogue.finished)
         else:
-            pictures = sample.pictures[: sample.turns[0].count("<image>")]
-            prompt = target.encode(sample.messages([], 1), [picture.open() for picture in pictures])
+            prompt = target.encode(sample.messages([], 1), [picture.open() for picture in sample.shown(1)])
             answer = prompt.input_ids.new_zeros(len(prompt))
     except ValueError as error:
         found["problem"] = str(error)

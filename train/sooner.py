@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mmspec.metrics import mat
+from mmspec.recipe import Data
 from mmspec.types import InputError, Output
 from train.asking import chunks
 from train.drafting import PLAIN, Drafting, drafting
@@ -47,20 +48,33 @@ class Side:
         return f"  {self.how.name:<16} {self.seconds:8.2f} s  {rate:8.0f} tokens/s  MAT {mat(self.said):.2f}"
 
 
+def check(data: Data, processes: int) -> None:
+    """What can be known before anything is loaded.
+
+    Raises:
+        InputError: nobody drafts, or there is more than one process.
+    """
+    if data.answers != "regenerated":
+        raise InputError(f"--compare times the target's own answers, but data.answers={data.answers} asks for none")
+    if data.answer_head is None and data.answer_method is None:
+        raise InputError("--compare needs somebody to draft: --ckpt FOLDER, --method NAME, or the recipe's keys")
+    if processes > 1:
+        raise InputError(f"--compare times one process, not {processes}; leave --procs out")
+
+
 def compare(session: Session, n: int) -> tuple[Side, Side]:
     """Answers n samples, evenly spread over the corpus, without and with the recipe's drafter; nothing is kept.
 
-    Chunk by chunk, and who comes first changes each time, so that a drift of the machine falls on both.
+    Of a corpus of fewer all. They take turns chunk by chunk, and who comes first changes each time, so that a drift of
+    the machine falls on both.
 
     Raises:
-        InputError: the recipe names neither head nor method, or there is more than one process.
+        InputError: as `check` does.
     """
     data, corpus = session.recipe.data, session.corpus
-    if data.answer_head is None and data.answer_method is None:
-        raise InputError("--compare needs somebody to draft: --ckpt FOLDER, --method NAME, or the recipe's keys")
-    if session.world.size > 1:
-        raise InputError(f"--compare times one process, not {session.world.size}; leave --procs out")
-    picked = {k * len(corpus) // n for k in range(min(n, len(corpus)))}
+    check(data, session.world.size)
+    n = min(n, len(corpus))
+    picked = {k * len(corpus) // n for k in range(n)}
     sides = Side(PLAIN), Side(drafting(data, session.target))
     size = data.answer_batch * CHUNK_BATCHES
     ordered = [index for chunk in chunks(corpus, data, size) for index in chunk if index in picked]

@@ -1,8 +1,9 @@
 """Where a head's training data come from: the target itself, or a folder with its states. Both give the same Features.
 
-Invariant: what a thread can do ahead is done ahead. `FeatureSource.batch` (reading, decoding images, tokenizing) and
-`FeatureBatch.load` (states from disk, on their way to the device) run in the loader's one thread; only
-`FeatureBatch.features`, which needs the device's own work, runs in the training loop.
+Invariant: what a thread can do ahead is done ahead. `FeatureSource.batch` (reading; decoding images and tokenizing,
+which it shares out to `data.workers` threads more) and `FeatureBatch.load` (states from disk, on their way to the
+device) run in the loader's one thread; only `FeatureBatch.features`, which needs the device's own work, runs in the
+training loop.
 
 A sample whose picture can no longer be read is left out of its batch and reported; the step's other samples stay where
 they are. A batch that loses all of its samples gets a stand-in that weighs nothing, so that no rank skips a pass alone.
@@ -25,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmspec.losses import valid_pairs
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt, Target
-from train.answers import Dialogue, answers_digest
+from train.answers import Dialogue
 from train.clock import StepClock
 from train.corpus import Sample
 from train.curriculum import Curriculum
@@ -118,7 +119,7 @@ class Live:
         weights: list[Tensor] = []
         lost: list[Lost] = []
         samples, dialogues = self.session.corpus.samples, self.session.prepared.dialogues
-        # Workers share out the rows and are heard in their order; files are read here, by one thread.
+        # Records are read here, by one thread; workers open the pictures, tokenise, and are heard in their order.
         given = [(record, samples[record], dialogues[record]) for record in records]
         for record, encoded in zip(records, self._workers.map(lambda row: self._encode(*row), given)):
             if isinstance(encoded, Lost):
@@ -195,7 +196,7 @@ class Stored:
     def __init__(self, session: Session, store: FeatureStore, labels: Labels | None = None) -> None:
         self.target, self.store, self.labels = session.target, store, labels
         dialogues = session.prepared.dialogues
-        found, wanted = store.manifest.answers, answers_digest(session.prepared)
+        found, wanted = store.manifest.answers, session.prepared.digest
         if found != wanted or any(record not in store for record in dialogues):
             raise InputError(f"features {store.folder} were made of the answers {found}, but the recipe's are {wanted}")
         # Copies run beside the training step, not behind it.
@@ -308,8 +309,7 @@ class Loader:
         self.lengths = array("q", session.prepared.lengths[self.usable].tolist())
         self._pool = ThreadPoolExecutor(1)
         self._steps: dict[int, Future[list[tuple[FeatureBatch, tuple[str, ...]]]]] = {}
-        known = session.lost
-        self._lost = {k for k in range(len(corpus)) if corpus.samples.place(k) in known} if known else set()
+        self._lost = {record for place in session.lost for record in corpus.samples.find(*place)}
         self._loads: dict[tuple[int, int], Future[None]] = {}
 
     def _order(self) -> Order | Curriculum:
