@@ -51,7 +51,9 @@ IMAGES = 256
 NOT_OFFERED, REJECTED, ACCEPTED = -1, 0, 1
 DEFINITIONS = {
     "dependence": "KL(p || q) in nats of the target's distributions of a token with the image (p) and without (q)",
-    "decile": "of all generated tokens by dependence, the first token of each answer left out; 1 depends least",
+    "decile": "of all generated tokens by dependence, the first token of each answer left out; 1 depends least; "
+    "equal ones are split by chance",
+    "zeros": "share of those tokens whose dependence is exactly 0",
     "offered": "tokens of whose place the draft had candidates, all before it being right",
     "acceptance": "accepted / offered",
     "gain": "acceptance of the first checkpoint less that of this one, with a 95% bootstrap interval over records",
@@ -119,9 +121,12 @@ def outcomes(output: Output, trees: Sequence[tuple[Sequence[int], Sequence[int]]
     return torch.tensor(said, dtype=torch.int8)
 
 
-def deciles(kl: Tensor) -> Tensor:
-    """The decile 0..9 of each of N values: their ranks in ten equal parts, ties in order."""
-    ranks = kl.argsort(stable=True).argsort(stable=True)
+def deciles(kl: Tensor, seed: int = 0) -> Tensor:
+    """The decile 0..9 of each of N values: their ranks in ten equal parts. Ties are split by chance, as the order
+    of tokens is that of topics."""
+    mixed = torch.randperm(len(kl), generator=torch.Generator().manual_seed(seed))
+    ranks = torch.empty_like(mixed)
+    ranks[mixed[kl[mixed].argsort(stable=True)]] = torch.arange(len(kl))
     return (ranks * N_DECILES).div(max(len(kl), 1), rounding_mode="floor")
 
 
@@ -133,9 +138,10 @@ def table(answers: Sequence[Answered], names: Sequence[str], seed: int = 0) -> d
         names: of the checkpoints; gains are of the first over each other one.
     """
     kl = torch.cat([answer.kl for answer in answers])
-    place = deciles(kl).split([len(answer.kl) for answer in answers])
+    place = deciles(kl, seed).split([len(answer.kl) for answer in answers])
     whole = list(zip(answers, place))
     return {
+        "zeros": float((kl == 0).double().mean()),
         "overall": _rows(whole, names, seed),
         "topics": {
             topic: _rows([(a, p) for a, p in whole if a.topic == topic], names, seed)
@@ -361,7 +367,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="float32", help="of target and heads (default: float32)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--system", metavar="TEXT", help="system text (default: as of eval.mmspec)")
-    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    add("--seed", type=int, default=0, help="of the bootstrap and of ties (default: 0)")
     add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
     return parser
 

@@ -34,7 +34,8 @@ class CostTable:
     Args:
         hardware: what it was measured on, in words without host names.
         verify_s: {batch: {nodes per row, root included: seconds}} of a round without its draft.
-        draft_s: {batch: {depth: seconds}}, catch-up and tree building included.
+        draft_s: {batch: {depth: seconds}}, tree building included. Without the catch-up on what the round before has
+            committed: repeated calls have none, and what some drafters learn of a round would change what is timed.
     """
 
     hardware: str

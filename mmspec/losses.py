@@ -20,6 +20,8 @@ TERMS = ("regression", "soft_ce", "total_variation", "ranking", "top_k", "accept
 """The losses that an objective is composed of, each with a weight of its name in `LossConfig`."""
 BEST = 10
 """Tokens of the target that `ranking` and `top_k` look at, or as many as the vocabulary has."""
+FLOOR = 1e-30
+"""The least chance of acceptance that `acceptance` tells from none."""
 UNROLLS = ("ttt", "hass", "none")
 """How draft steps may be simulated in training; `mmspec.heads._unrolled` says what they are."""
 
@@ -128,7 +130,7 @@ def acceptance(logits: Tensor, p: Tensor) -> Tensor:
     Its gradient is total variation's over 2a: large where little is accepted, where that of total variation vanishes.
     Where the target is sure of one token it is the cross-entropy.
 
-    Source: LK losses (arXiv 2602.23881), negative log-likelihood of acceptance. Deviation: a is at least 1e-30, so a
+    Source: LK losses (arXiv 2602.23881), negative log-likelihood of acceptance. Deviation: a is at least FLOOR, so a
     draft that gives the target's tokens no probability at all has a finite loss and no gradient.
     """
     return -_accepted(logits.softmax(-1), p).log()
@@ -136,7 +138,7 @@ def acceptance(logits: Tensor, p: Tensor) -> Tensor:
 
 def _accepted(q: Tensor, p: Tensor) -> Tensor:
     """sum min(p, q), [M, V] -> [M]; not 1 - variation / 2, which rounds what is small away."""
-    return torch.minimum(p, q).sum(-1).clamp_min(1e-30)
+    return torch.minimum(p, q).sum(-1).clamp_min(FLOOR)
 
 
 def _best(p: Tensor) -> Tensor:
@@ -286,22 +288,36 @@ def _logit_losses(
         if config.acceptance:
             accepted = _accepted(q, aimed)
             loss = loss - config.acceptance * accepted.log()
-            slope = slope + (config.acceptance / (2 * accepted)).unsqueeze(1)
+            steep = (config.acceptance / (2 * accepted)).masked_fill(accepted <= FLOOR, 0)
+            slope = slope + steep.unsqueeze(1)
         apart = torch.sub(q, aimed, out=aimed)
         if config.total_variation:
             loss = loss + config.total_variation * apart.abs().sum(-1)
         losses.append(loss if few is None else loss + few[0])
         if not grows:
             continue
-        side = apart.sign() if config.total_variation or config.acceptance else None
+        lean = _lean(q, apart) if config.total_variation or config.acceptance else None
         if config.soft_ce != 1:
             apart.mul_(config.soft_ce)
-        if side is not None:
-            apart.add_((side - (q * side).sum(-1, keepdim=True)).mul_(q).mul_(slope))
+        if lean is not None:
+            apart.add_(lean.mul_(q).mul_(slope))
         if few is not None and at is not None:
             apart.addcmul_(q, few[2]).scatter_add_(1, at, few[1])
         rows.copy_(apart)
     return torch.cat([p.new_zeros(0), *losses]), torch.cat([of.new_zeros(0), *best])
+
+
+def _lean(q: Tensor, apart: Tensor) -> Tensor:
+    """s - <q, s> [C, V], s = sign(apart), of distributions q [C, V].
+
+    By the share of q on each side, as these add up to 1: the difference itself would be a rounding of 1 where q is
+    almost all on one side, and that is where `acceptance` divides it by what is on the other.
+    """
+    above, below = apart > 0, apart < 0
+    high, low = (torch.where(side, q, 0.0).sum(-1, keepdim=True) for side in (above, below))
+    same = q.masked_fill(above | below, 0).sum(-1, keepdim=True)
+    lean = torch.where(below, -2 * high - same, low - high)
+    return torch.where(above, 2 * low + same, lean, out=lean)
 
 
 def _ranked_losses(u: Tensor, p: Tensor, log_top: Tensor, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:

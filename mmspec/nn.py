@@ -30,7 +30,7 @@ class RotaryTable:
 
     def __init__(self, dim: int, theta: float) -> None:
         self.dim, self.theta = dim, theta
-        self._cos = self._sin = torch.empty(0)
+        self._cos = self._sin = self._axis = torch.empty(0)
 
     def at(self, positions: Tensor, bound: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rotation of each position.
@@ -57,8 +57,7 @@ class RotaryTable:
             cos, sin, each [1, 1, M, dim].
         """
         self._extend(bound, axes.device, dtype)
-        parts = torch.repeat_interleave(torch.arange(3), torch.tensor(sections(self.dim))).repeat(2).to(axes.device)
-        rows, columns = axes[parts].T, torch.arange(self.dim, device=axes.device)
+        rows, columns = axes[self._axis].T, torch.arange(self.dim, device=axes.device)
         return self._cos[rows, columns][None, None], self._sin[rows, columns][None, None]
 
     def span(self, start: int, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +74,8 @@ class RotaryTable:
         angles = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
         angles = torch.cat([angles, angles], -1)
         self._cos, self._sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        parts = torch.repeat_interleave(torch.arange(3), torch.tensor(sections(self.dim)))
+        self._axis = parts.repeat(2).to(device)  # of each column, for `along`
 
 
 def sections(dim: int) -> tuple[int, int, int]:

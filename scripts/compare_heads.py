@@ -26,13 +26,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.head_tables import as_csv, depth_plot, gains, markdown, row
-from eval.summary import clean, hardware
+from eval.mmspec import DTYPES
+from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.recipe import head_kinds, load
@@ -41,7 +42,7 @@ from train.world import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 120
-"""What a stopped training may take to save itself."""
+"""What a stopped training may take to save itself, and what one that goes on gets at least."""
 PORT = "PORT"
 """Stands for a free port in a command."""
 STATIC = "eagle"
@@ -64,16 +65,22 @@ class Step:
         words: what is run.
         makes: a file that exists when it is done.
         after: names of the steps whose results it reads.
-        limit_s: it is stopped then, and counts as done when it left `makes`; 0: none.
+        limit_s: it is stopped then, and counts as done when it left `makes`; None: never.
         resume: words to add when it goes on with what an interruption left.
+        reads: files that the command names and whose content counts.
     """
 
     name: str
     words: tuple[str, ...]
     makes: Path
     after: tuple[str, ...] = ()
-    limit_s: float = 0.0
+    limit_s: float | None = None
     resume: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
+
+    def left_s(self, spent_s: float, again: bool) -> float | None:
+        """Seconds of the limit that are left; a step that goes on gets enough to save what it has, however late."""
+        return None if self.limit_s is None else max(self.limit_s - spent_s, GRACE_S if again else 0.0)
 
 
 class Ledger:
@@ -86,8 +93,9 @@ class Ledger:
             self._entries = json.loads(self._path.read_text(encoding="utf-8"))
 
     def key(self, step: Step) -> str:
-        """Of the command and of all it depends on."""
+        """Of the command, of the files it reads and of the steps it depends on."""
         parts = [*step.words, str(step.limit_s), *(str(self._entries.get(name, {}).get("key")) for name in step.after)]
+        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in step.reads]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def entry(self, step: Step) -> dict[str, Any] | None:
@@ -120,7 +128,7 @@ def perform(step: Step, ledger: Ledger) -> None:
     if known is None:
         _remove(step.makes)
     start = time.monotonic()
-    left_s = step.limit_s - before if step.limit_s else 0.0
+    left_s = step.left_s(before, known is not None)
     code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
     seconds = before + time.monotonic() - start
     if not step.makes.exists() or (code != 0 and not stopped):
@@ -135,19 +143,19 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _command(words: Sequence[str], limit_s: float, beat: Any) -> tuple[int, bool]:
+def _command(words: Sequence[str], limit_s: float | None, beat: Any) -> tuple[int, bool]:
     """Runs a command to its end or its limit. Returns the exit code, and whether it was stopped at the limit."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # A free port: the launcher's fixed one may be taken by another run on this machine.
     words = [str(free_port()) if word == PORT else word for word in words]
     process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
-    start, end = time.monotonic(), time.monotonic() + limit_s if limit_s else None
+    start = time.monotonic()
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=5.0), False
             beat(time.monotonic() - start)
-            if end is not None and time.monotonic() >= end:
+            if limit_s is not None and time.monotonic() - start >= limit_s:
                 print(f"   its {limit_s / 60:.0f} minutes are over: it saves what it has", flush=True)
                 _stop(process)
                 return process.returncode, True
@@ -239,7 +247,8 @@ def _shared(args: argparse.Namespace) -> list[str]:
 
 def _scored(args: argparse.Namespace) -> list[str]:
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
-    return ["--data", args.data, "--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed), *limit]
+    said = ["--data", args.data, "--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
+    return [*said, "--dtype", args.dtype, *limit]
 
 
 def _module(name: str, *words: str) -> tuple[str, ...]:
@@ -256,7 +265,7 @@ def _launched(args: argparse.Namespace, script: str, *words: str) -> tuple[str, 
 
 def _answers(args: argparse.Namespace, head: Entrant) -> Step:
     words = _launched(args, "scripts/regenerate.py", str(head.recipe), "run.name=answers", *_shared(args))
-    return Step("answers", words, Path(args.out) / "answers")
+    return Step("answers", words, Path(args.out) / "answers", reads=(head.recipe,))
 
 
 def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
@@ -266,7 +275,7 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
     own = [f"run.name={head.name}", f"head.blind={str(head.blind).lower()}"]
     words = _launched(args, "train/distill.py", str(head.recipe), *_shared(args), *own)
     weights = folder / "head.safetensors"
-    steps = [Step(trained, words, weights, ("answers",), args.minutes * 60, ("run.resume=true",))]
+    steps = [Step(trained, words, weights, ("answers",), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
     ckpt = ("--ckpt", str(folder))
     tree = [str(n) for n in _numbers(args.tree)]
 
@@ -278,14 +287,15 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
     policies, after = ["fixed"], (trained,)
     if head.name == STATIC:
         budget = ("--budget", tree[2])
-        static = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, *budget, "--data", args.tune_data)
+        fitted = ("--data", args.tune_data, "--limit", str(args.tune_limit), "--dtype", args.dtype)
+        static = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, *budget, *fitted)
         steps.append(Step(f"static tree {head.name}", static, folder / "static_tree.json", after))
         policies, after = ["fixed", "static"], (trained, f"static tree {head.name}")
     steps.append(evaluation("matched", ["--tree", *tree], after, policies))
     tuned = folder / "tuned_tree.json"
     tuning = ["--data", args.tune_data, "--limit", str(args.tune_limit), "--max-new-tokens", str(args.max_new_tokens)]
     grid = ["--grid", *args.grid] if args.grid else []
-    words = _module("eval.tune_tree", *ckpt, "--out", str(tuned), *tuning, *grid)
+    words = _module("eval.tune_tree", *ckpt, "--out", str(tuned), "--dtype", args.dtype, *tuning, *grid)
     steps.append(Step(f"tune {head.name}", words, tuned, (trained,)))
     steps.append(evaluation("tuned", [f"--tree=@{tuned}"], (trained, f"tune {head.name}"), ["fixed"]))
     return steps
@@ -305,7 +315,7 @@ def _ready(step: Step) -> Step:
             words += ["--tree", *(str(best[key]) for key in ("depth", "width", "budget"))]
         else:
             words.append(word)
-    return Step(step.name, tuple(words), step.makes, step.after, step.limit_s, step.resume)
+    return replace(step, words=tuple(words))
 
 
 # ---- what came of it ----
@@ -333,18 +343,24 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
             rows.append(row(f"best training-free ({best})", summary, best, {}))
     dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "results", "said")},
+        "settings": _settings(args),
         "commit": checkpoint.git_commit(),
-        "hardware": hardware(_cpu()),
+        "hardware": _read(out / heads[0].name / "matched" / "summary.json")["hardware"],
         **tables,
-        "dependence": {kind: {"overall": d["overall"], "topics": d["topics"]} for kind, d in dependence.items()},
+        "dependence": {k: {key: d[key] for key in ("zeros", "overall", "topics")} for k, d in dependence.items()},
     }
 
 
-def _cpu() -> Any:
-    import torch
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options, without places of this machine."""
+    said = {key: value for key, value in vars(args).items() if key not in ("out", "results", "said")}
 
-    return torch.device("cpu")
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return checkpoint.discreet(value) if isinstance(value, str) else value
+
+    return {key: plain(value) for key, value in said.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -366,7 +382,7 @@ def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
     checkpoint.write_json(results / "heads.json", clean(found))
     titles = {
         "matched": f"Matched budget: depth, width, nodes {args.tree}",
-        "tuned": f"Tuned: each head's best tree on {args.tune_data}",
+        "tuned": f"Tuned: each head's best tree on {checkpoint.discreet(args.tune_data)}",
     }
     text = []
     for table, title in titles.items():
@@ -381,7 +397,7 @@ def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in found["hardware"].items())
     said = " ".join(map(checkpoint.discreet, args.said))
     return (
-        f"## {date.today()} · Heads side by side on {args.data}\n\n"
+        f"## {date.today()} · Heads side by side on {checkpoint.discreet(args.data)}\n\n"
         f"`bash scripts/compare_heads.sh {said}`, commit {found['commit']}, {machine}.\n"
         f"{args.steps} steps of {args.batch} conversations each, at most {args.minutes:g} minutes; trained: "
         f"{', '.join(trained)}.\n\n" + "\n".join(text)
@@ -434,12 +450,15 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--tune-data", default="synth:val", metavar="DATA", help="what is tuned on (default: %(default)s)")
     add("--tune-limit", type=int, default=60, metavar="N", help="records of it (default: 60)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add("--dtype", choices=DTYPES, default="float32", help="to decode with (default: float32); a recipe says its own")
     add("--seed", type=int, default=0, help="of training and bootstrap (default: 0)")
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all heads")
     args = parser.parse_args(said)
     for name in ("limit", "steps", "batch", "procs", "tune_limit", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not args.minutes > 0:
+        raise InputError(f"--minutes must be above 0, got {args.minutes:g}")
     if args.batch % args.procs:
         raise InputError(f"--batch {args.batch} must be a multiple of --procs {args.procs}")
     for text in (args.tree, *(args.grid or ())):

@@ -15,6 +15,7 @@ from tests import training
 from tests.contract.test_heads import dialogue, taught
 from tests.drafters import HEADS, make_head
 from tests.tiny import image, llava, prompt
+from train import labels
 from train.dependence import CLIP, Measured, Scale
 from train.labels import Store, distribution, open_labels, read_manifest, write_store
 from train.sources import Live, open_source
@@ -150,8 +151,8 @@ def test_stored_labels_are_what_is_measured(session, tmp_path: Path, monkeypatch
     manifest = write_store(session, out, batch=3)
     assert [part.records for part in manifest.parts] == [4, 4, 2]
     assert read_manifest(out) == manifest
-    live, labels = Measured(session), open_labels(session, out)
-    source = Live(session, (), labels)
+    live, stored = Measured(session), open_labels(session, out)
+    source = Live(session, (), stored)
     batch = source.batch(range(5))
     features, prompts = batch.features(), batch.rows
     fresh = live.weigh(replace(features, weight=None), [p for p, _ in prompts], [a for _, a in prompts], 0)
@@ -162,6 +163,29 @@ def test_stored_labels_are_what_is_measured(session, tmp_path: Path, monkeypatch
     topics = {row["topic"]: row for row in distribution(session, Store(out, manifest))}
     assert set(topics) == {"all", "odd", "even"}
     assert topics["all"]["tokens"] == topics["odd"]["tokens"] + topics["even"]["tokens"]
+
+
+def test_a_corpus_may_have_more_tokens_than_torch_takes_quantiles_of():
+    kl = torch.arange(2**24 + 1, dtype=torch.float32) / 2**24
+    found = labels._figures(kl, kl > 0.5)
+    assert [found[key] for key in ("p50", "p90", "p99")] == pytest.approx([0.5, 0.9, 0.99])
+    assert found["tokens"] == len(kl)
+
+
+def test_the_scale_is_of_conversations_from_the_whole_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Text first, then images: one conversation alone is text, whose scale would weigh all alike without a word."""
+    made = records()
+    for entry in made[:5]:
+        del entry["image"]
+        for turn in entry["conversations"]:
+            turn["value"] = turn["value"].replace("<image>\n", "")
+    s = training.session(tmp_path, made, loss__dependence="1.5")
+    s.prepared = training.prepare(s)
+    monkeypatch.setattr("train.dependence.SAMPLED", 2)
+    Measured(s)
+    monkeypatch.setattr("train.dependence.SAMPLED", 1)
+    with pytest.raises(InputError, match="1 conversations owe nothing"):
+        Measured(s)
 
 
 def test_an_interrupted_store_goes_on_and_a_damaged_shard_is_found(

@@ -42,6 +42,16 @@ def test_deciles_are_equal_parts_by_rank():
     assert deciles(torch.zeros(3)).max() < 10
 
 
+def test_ties_fall_into_deciles_by_chance_and_not_by_topic():
+    """Of 1,000 equal values the first half has a mean decile of 4.5; 0.3 are three standard errors."""
+    found = deciles(torch.zeros(1000))
+    assert abs(float(found[:500].double().mean()) - 4.5) < 0.3
+    assert torch.equal(found, deciles(torch.zeros(1000)))
+    assert not torch.equal(found, deciles(torch.zeros(1000), seed=1))
+    kl = torch.arange(1000).flip(0) // 200  # ties mix with nothing else
+    assert torch.equal(deciles(kl) // 2, kl)
+
+
 def test_the_table_finds_where_the_blind_twin_fails():
     """The twin misses the half of the tokens that depends most: gains are 0 below and 1 above, in each topic."""
     answers = []
@@ -58,6 +68,7 @@ def test_the_table_finds_where_the_blind_twin_fails():
         assert all(row["checkpoints"]["seeing"]["acceptance"] == 1 for row in rows)
         assert "gain" not in rows[0]["checkpoints"]["seeing"]
     assert found["overall"][0]["checkpoints"]["blind"]["offered"] == 80
+    assert found["zeros"] == 1 / 1000
     assert [row["tokens"] for row in found["overall"]] == [100] * 10
     assert sum(row["tokens"] for row in found["topics"]["a"]) == 500
 

@@ -199,6 +199,36 @@ def test_a_draft_without_any_overlap_has_a_finite_loss_and_gradient(name):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("far", [10.0, 20.0, 40.0, 60.0, 90.0])
+def test_acceptance_has_a_true_gradient_however_little_is_accepted(far):
+    """In fp32 against fp64, down to where nothing is left: roundings of 1 over a would be enormous.
+
+    A gradient's entries are q times the share on the other side over a, which is at most 1.
+    """
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(1))
+    p = (2 * logits.roll(1, 0)).softmax(-1)
+    p[:, 0] = 0.0
+    p /= p.sum(-1, keepdim=True)
+    logits[:, 0] += far
+    config, of = LossConfig(soft_ce=0.0, acceptance=1.0), torch.arange(4)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = logits.to(dtype, copy=True)  # it is overwritten
+        scratch = losses._Scratch(x.device)
+        loss, _ = losses._logit_losses(x, p.to(dtype), None, of, config, True, scratch)
+        assert torch.isfinite(loss).all()
+        found.append(x.double())
+    assert float((found[0] - found[1]).abs().max()) < 2e-5  # logits of 60 are rounded by 2e-6
+    assert float(found[0].abs().max()) <= 1 + 1e-5
+    assert all(bool(gradient.any()) == (far < 70) for gradient in found)  # below FLOOR there is none
+
+
+def test_what_is_equally_likely_leans_to_neither_side():
+    """s - <q, s> where <q, s> = 0.5 - 0.25."""
+    q, apart = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.1, 0.0, -0.1]])
+    assert losses._lean(q, apart).tolist() == [[0.75, -0.25, -1.25]]
+
+
 def test_a_term_without_weight_is_not_computed(monkeypatch):
     def never(*_):
         raise AssertionError("computed")

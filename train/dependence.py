@@ -7,8 +7,8 @@ A prediction of a token with dependence c (KL in nats, `mmspec/dependence.py`) w
 where w is `loss.dependence`, s the mean of c and m that of d over the answer tokens of the training data. So d has a
 mean of 1 but for what is clipped, and the weights have a mean of exactly 1 over the data: the learning rate means what
 it meant, and since s and m are constants of the data, not of a batch, the loss is still divided by the number of
-positions and is one sum however the batch is split. Where it is measured in every step, s and m are those of the first
-`SAMPLED` conversations.
+positions and is one sum however the batch is split. Where it is measured in every step, s and m are those of
+`SAMPLED` conversations, evenly spaced: the order of a corpus is that of its sources.
 """
 
 from __future__ import annotations
@@ -76,18 +76,28 @@ class Measured:
 
     Args:
         session: with its answers. Every rank must make one, as the scale is measured by all together.
+
+    Raises:
+        InputError: there are images, and no answer that was looked at owes anything to one.
     """
 
     def __init__(self, session: Session) -> None:
         self._target, self._w = session.target, session.recipe.loss.dependence
         self._instead = image_mean(session)
-        records = sorted(session.prepared.dialogues)[:SAMPLED]
+        every = sorted(session.prepared.dialogues)
+        n = min(len(every), SAMPLED)
+        records = [every[k * len(every) // n] for k in range(n)]
         found: list[Tensor] = []
         if self._instead is not None:
             # Every rank measures all of them: passes of a sharded target are every rank's.
             for _, parts in measured(session, records, 1, self._instead):
                 found += [part.kl for part in parts]
         self._scale = Scale.of(torch.cat(found) if found else torch.zeros(0))
+        if self._instead is not None and not self._scale.mean > 0:
+            raise InputError(
+                f"loss.dependence={self._w:g}: the answers of {n} conversations owe nothing to their images; measure "
+                "all with scripts/measure_dependence.py and set data.dependence, or set loss.dependence=0"
+            )
 
     def weigh(self, features: Features, prompts: Sequence[Prompt], answers: Sequence[Tensor], pack: int) -> Features:
         """The batch with its weights; it was made of these conversations."""

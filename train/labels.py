@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -293,11 +294,15 @@ def distribution(session: Session, store: Store) -> list[dict[str, Any]]:
     for topic, members in topics.items():
         kl, changed = torch.cat([m.kl for m in members]), torch.cat([m.changed for m in members])
         if len(kl):
-            median, p90, p99 = kl.quantile(torch.tensor([0.5, 0.9, 0.99])).tolist()
-            rows.append(
-                {
-                    "topic": topic, "tokens": len(kl), "mean": float(kl.mean()), "p50": median, "p90": p90, "p99": p99,
-                    "above 0.1": float((kl > 0.1).float().mean()), "changed": float(changed.float().mean()),
-                }
-            )  # fmt: skip
+            rows.append({"topic": topic, **_figures(kl, changed)})
     return rows
+
+
+def _figures(kl: Tensor, changed: Tensor) -> dict[str, Any]:
+    """Of the tokens of one topic, at least one."""
+    # Not torch's quantile, which refuses more than 2^24 values.
+    median, p90, p99 = np.quantile(kl.numpy(), [0.5, 0.9, 0.99]).tolist()
+    return {
+        "tokens": len(kl), "mean": float(kl.mean()), "p50": median, "p90": p90, "p99": p99,
+        "above 0.1": float((kl > 0.1).float().mean()), "changed": float(changed.float().mean()),
+    }  # fmt: skip

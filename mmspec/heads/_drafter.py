@@ -7,7 +7,6 @@ over which vocabulary it predicts is the head's own.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from abc import abstractmethod
@@ -21,18 +20,25 @@ from torch import Tensor
 
 from mmspec.cache import RaggedKV, upload
 from mmspec.heads._prefix import Pairs, Prefix, pair_axes
-from mmspec.heads.base import DraftHead
+from mmspec.heads.base import (
+    NOISE_SHARE,
+    DraftHead,
+    candidate_sampler,
+    drawn_levels,
+    drawn_trees,
+    frozen_head,
+    noisy_scores,
+)
 from mmspec.nn import DecoderBlock, RotaryTable, attend
-from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
+from mmspec.sampling import DRAFT_STREAM, gumbel_noise
 from mmspec.static_tree import StaticTree
-from mmspec.tree import best_of_pool, from_parents, root_only
+from mmspec.tree import best_of_pool, root_only
 from mmspec.types import (
     Features,
     Forward,
     InputError,
     Plan,
     Prompt,
-    Proposals,
     Request,
     Round,
     Sampler,
@@ -96,7 +102,7 @@ class PairHead(DraftHead):
         training and drafting alike. All pairs but those of prompts and finished conversations are text."""
         kept = None
         if self.config.image_input == "none" and pairs.visual is not None:
-            kept = ~pairs.visual
+            kept = ~pairs.visual.cpu()
             pairs = pairs.only(kept)
         embeds = pairs.embeds
         if self.placeholder is not None:
@@ -172,7 +178,7 @@ class PairDrafter:
             needs a KeyedSampler, which makes that distribution of the logits. The budget cuts such trees in level
             order, whatever was drawn.
         shape: fill this tree instead of searching for the best one: a node is the candidate of its rank (EAGLE-1).
-        noise_share: how much of the sampler's noise goes into the choice of candidates, 0 to 1.
+        noise_share: see `NOISE_SHARE`.
 
     Penalties of the sampler are left to the verification: they change what is accepted, not what is emitted.
     """
@@ -185,20 +191,11 @@ class PairDrafter:
         sampler: Sampler | None = None,
         widths: Sequence[int] = (),
         shape: StaticTree | None = None,
-        noise_share: float = 0.3,
+        noise_share: float = NOISE_SHARE,
     ) -> None:
-        if width < 1 or any(w < 1 for w in widths):
-            raise ValueError(f"the tree's width must be at least 1, got {width} and {tuple(widths)}")
-        if widths and not isinstance(sampler, KeyedSampler):
-            raise ValueError("drawing candidates (widths) needs a KeyedSampler; greedy decoding has nothing to draw")
-        if widths and shape is not None:
-            raise ValueError("a static tree is filled with chosen candidates; give either widths or a shape")
-        self.sampler = replace(sampler, penalties=Penalties()) if isinstance(sampler, KeyedSampler) else None
+        self.sampler = candidate_sampler(sampler, width, widths, shape)
         self.widths, self.noise_share = tuple(widths), noise_share
-        # A head in training is copied: freezing it here would stop its training without a word.
-        frozen = not (head.training or any(p.requires_grad for p in head.parameters()))
-        head = head if frozen else copy.deepcopy(head)
-        self.head = head.to(target.device, target.dtype).eval().requires_grad_(False)
+        self.head = frozen_head(head, target)
         self.head.block.fuse()
         self.taps = head.taps
         self.target, self.width = target, width
@@ -392,27 +389,17 @@ class PairDrafter:
         return ((lengths + self.moved[0] if any(self.dropped) else lengths) + ahead).unsqueeze(1)
 
     def _scored(self, states: Tensor, ahead: int) -> Tensor:
-        """Log-probability [B, M, V] that the target will choose each token: log q, or given the noise it chooses with.
+        """Log-probability [B, M, V] that the target will choose each token: log q, or `noisy_scores`.
 
         Args:
             states: [B, M, D] of the block.
             ahead: how far behind the root the token is that they are about.
-
-        With noise the target takes argmax(log p + g), and the head is less sure than the target: where p is a sharper,
-        erring q, log p = a (log q + e) with e Gumbel, a token wins with probability softmax(log q + g / a) once g is
-        known. `noise_share` is 1 / a: 1 trusts the head to be exact, 0 gives the tree of log q. Scores stay
-        log-probabilities, so their sums mean the probability of a path and re-rank the pool as before.
         """
         logits = self.head.logits(states, self.target.unembed)
         if self.sampler is None:
             return logits.log_softmax(-1)
-        work = logits if logits.dtype == torch.float64 else logits.float()
-        positions = self._positions(ahead)
-        ids = self.head.draft_ids
-        width = work.shape[-1] if ids is None else self.target.shape.vocab_size
-        noise = gumbel_noise(self.sampler.seed, self.keys, positions, width, work.dtype)
-        noise = noise if ids is None else noise[..., ids]
-        return (work / self.sampler.temperature + self.noise_share * noise).log_softmax(-1)
+        ids, V = self.head.draft_ids, self.target.shape.vocab_size
+        return noisy_scores(logits, self.sampler, self.keys, self._positions(ahead), self.noise_share, ids, V)
 
     def _fill(self, shape: StaticTree, roots: Tensor, state: Tensor, budget: Sequence[int]) -> Tree:
         """Trees of one shape, whose nodes are candidates of given ranks.
@@ -441,19 +428,9 @@ class PairDrafter:
             roots, state: see `propose` and `_expand`.
             plan: the budget keeps the first nodes in level order.
         """
-        if plan.extend is not None or plan.prune is not None:
-            raise ValueError(
-                "drawn candidates may not decide the shape of their tree; use a policy that does not prune"
-            )
         assert self.sampler is not None
-        B, n_nodes = len(roots), max(plan.budget) + 1
-        widths: list[int] = []
-        counts = [1]
-        while len(widths) < plan.depth and sum(counts) < n_nodes:
-            widths.append(self.widths[len(widths)] if len(widths) < len(self.widths) else 1)
-            counts.append(counts[-1] * widths[-1])
-        tokens, parents = [roots.unsqueeze(1)], [torch.full_like(roots.unsqueeze(1), -1)]
-        probabilities, created = [], 0
+        B, (widths, counts) = len(roots), drawn_levels(self.widths, plan, plan.depth)
+        tokens, chances = [roots.unsqueeze(1)], []
         seen = state.new_zeros((B, 1, 1, 0))
         self.kv.begin_tree(sum(counts[1:-1]))
         for level, width in enumerate(widths):
@@ -463,22 +440,14 @@ class PairDrafter:
                 state = state.repeat_interleave(widths[level - 1], 1)
                 state = self._draft_pass(tokens[-1], state, self._rope(level - 1, 1), self._masks(seen, B))
             weights = self.sampler.weights(self._full(self.head.logits(state, self.target.unembed)))
-            probabilities.append(weights.softmax(-1))
+            chances.append(weights.softmax(-1))
             positions = self._positions(level + 1)
             noise = gumbel_noise(
                 self.sampler.seed, self.keys, positions, weights.shape[-1], weights.dtype, DRAFT_STREAM
             )
             # The best of log q + Gumbel noise, in order, are draws without replacement (arXiv 1903.06059).
             tokens.append((weights + noise).topk(width, dim=-1).indices.flatten(1))
-            places = torch.arange(created, created + counts[level], device=roots.device)
-            parents.append(places.repeat_interleave(width).expand(B, -1))
-            created += counts[level]
-        kept = torch.cat(parents, 1)[:, :n_nodes]
-        if min(plan.budget) + 1 < kept.shape[1]:
-            limits = upload(plan.budget, roots.device).unsqueeze(1)
-            kept = kept.masked_fill(torch.arange(kept.shape[1], device=roots.device) > limits, -1)
-        trees = from_parents(torch.cat(tokens, 1)[:, :n_nodes], kept, len(widths))
-        return replace(trees, proposals=Proposals(torch.cat(probabilities, 1)[:, :n_nodes], tuple(widths)))
+        return drawn_trees(tokens, chances, widths, plan.budget)
 
     def _full(self, logits: Tensor) -> Tensor:
         """Logits over the target's vocabulary [B, M, V], -inf where the head has none of its own."""

@@ -51,7 +51,7 @@ class Pairs:
         features: [N, W], what the head reads of the target.
         index: [N] int64, of each pair in its conversation; None: one conversation, 0..N-1.
         bound: above all positions.
-        visual: [N] bool on the host; None where the head does not ask.
+        visual: [N] bool, on the host when drafting, on the device in training; None where the head does not ask.
         axes: [3, N] int64, see `pair_axes`; None where the head does not ask.
         starts: the first pair of each conversation.
     """
@@ -66,14 +66,15 @@ class Pairs:
 
     def only(self, kept: Tensor) -> Pairs:
         """Without some of them: kept is [N] bool on the host."""
-        chosen = kept.nonzero().squeeze(1).to(self.embeds.device)
+        where = kept.nonzero().squeeze(1)
+        chosen = where.to(self.embeds.device)
         before = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)]).tolist()
         return Pairs(
             self.embeds[chosen],
             self.features[chosen],
             chosen if self.index is None else self.index[chosen],
             self.bound,
-            None if self.visual is None else self.visual[kept],
+            None if self.visual is None else self.visual[where.to(self.visual.device)],
             None if self.axes is None else self.axes[:, chosen],
             tuple(before[start] for start in self.starts),
         )

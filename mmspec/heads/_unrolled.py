@@ -117,7 +117,7 @@ class UnrolledHead(PairHead, SteppedHead):
             self.read(features).flatten(0, 1)[tokens].to(dtype),
             packed.positions,
             bound,
-            visual[after].cpu() if self.marks_images else None,
+            visual[after] if self.marks_images else None,
             axes,
             packed.starts,
         )

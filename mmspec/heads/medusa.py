@@ -13,7 +13,6 @@ here, as it changes what the target says.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,17 +24,17 @@ from mmspec.cache import upload
 from mmspec.heads._objective import SteppedHead
 from mmspec.heads._packed import Packed, pack
 from mmspec.heads._unembedding import Unembedding
+from mmspec.heads.base import NOISE_SHARE, candidate_sampler, drawn_levels, drawn_trees, frozen_head, noisy_scores
 from mmspec.losses import Aims, LossConfig, vocabulary_losses
 from mmspec.nn import joined
-from mmspec.sampling import DRAFT_STREAM, KeyedSampler, Penalties, gumbel_noise
+from mmspec.sampling import DRAFT_STREAM, gumbel_noise
 from mmspec.static_tree import StaticTree
-from mmspec.tree import best_products, from_parents, root_only
+from mmspec.tree import best_products, root_only
 from mmspec.types import (
     Features,
     Forward,
     InputError,
     Plan,
-    Proposals,
     Request,
     Round,
     Sampler,
@@ -216,20 +215,11 @@ class MedusaDrafter:
         sampler: Sampler | None = None,
         widths: Sequence[int] = (),
         shape: StaticTree | None = None,
-        noise_share: float = 0.3,
+        noise_share: float = NOISE_SHARE,
     ) -> None:
-        if width < 1 or any(w < 1 for w in widths):
-            raise ValueError(f"the tree's width must be at least 1, got {width} and {tuple(widths)}")
-        if widths and not isinstance(sampler, KeyedSampler):
-            raise ValueError("drawing candidates (widths) needs a KeyedSampler; greedy decoding has nothing to draw")
-        if widths and shape is not None:
-            raise ValueError("a static tree is filled with chosen candidates; give either widths or a shape")
-        self.sampler = replace(sampler, penalties=Penalties()) if isinstance(sampler, KeyedSampler) else None
+        self.sampler = candidate_sampler(sampler, width, widths, shape)
         self.widths, self.noise_share = tuple(widths), noise_share
-        # A head in training is copied: freezing it here would stop its training without a word.
-        frozen = not (head.training or any(p.requires_grad for p in head.parameters()))
-        head = head if frozen else copy.deepcopy(head)
-        self.head = head.to(target.device, target.dtype).eval().requires_grad_(False)
+        self.head = frozen_head(head, target)
         self.head.fuse()
         self.taps = head.taps
         self.target, self.width = target, min(width, head.config.vocab_size)
@@ -294,10 +284,8 @@ class MedusaDrafter:
         """Log-probability [B, K, V] that the target will choose each token, as `PairDrafter` has it."""
         if self.sampler is None:
             return logits.log_softmax(-1)
-        work = logits if logits.dtype == torch.float64 else logits.float()
-        positions = self._positions(work.shape[1])
-        noise = gumbel_noise(self.sampler.seed, self.keys, positions, work.shape[-1], work.dtype)
-        return (work / self.sampler.temperature + self.noise_share * noise).log_softmax(-1)
+        positions, V = self._positions(logits.shape[1]), logits.shape[-1]
+        return noisy_scores(logits, self.sampler, self.keys, positions, self.noise_share, None, V)
 
     def _fill(self, shape: StaticTree, roots: Tensor, scores: Tensor, budget: Sequence[int]) -> Tree:
         """Trees of one shape, no deeper than there are scores, whose nodes are candidates of given ranks."""
@@ -307,33 +295,16 @@ class MedusaDrafter:
 
     def _draw(self, roots: Tensor, logits: Tensor, plan: Plan) -> Tree:
         """Trees of one shape whose candidates are drawn from the heads' distributions, siblings without replacement."""
-        if plan.extend is not None or plan.prune is not None:
-            raise ValueError(
-                "drawn candidates may not decide the shape of their tree; use a policy that does not prune"
-            )
         assert self.sampler is not None
-        B, n_nodes = len(roots), max(plan.budget) + 1
-        widths: list[int] = []
-        counts = [1]
-        while len(widths) < logits.shape[1] and sum(counts) < n_nodes:
-            widths.append(self.widths[len(widths)] if len(widths) < len(self.widths) else 1)
-            counts.append(counts[-1] * widths[-1])
+        widths, counts = drawn_levels(self.widths, plan, logits.shape[1])
         weights = self.sampler.weights(logits[:, : len(widths)])
         noise = gumbel_noise(
             self.sampler.seed, self.keys, self._positions(len(widths)), weights.shape[-1], weights.dtype, DRAFT_STREAM
         )
         # The best of log q + Gumbel noise, in order, are draws without replacement (arXiv 1903.06059).
-        drawn, chances = (weights + noise).topk(max(widths), dim=-1).indices, weights.softmax(-1)
-        tokens, parents, probabilities, created = [roots.unsqueeze(1)], [torch.full_like(roots[:, None], -1)], [], 0
+        drawn, each = (weights + noise).topk(max(widths), dim=-1).indices, weights.softmax(-1)
+        tokens, chances = [roots.unsqueeze(1)], []
         for level, (width, above) in enumerate(zip(widths, counts)):
             tokens.append(drawn[:, level, :width].repeat(1, above))
-            places = torch.arange(created, created + above, device=roots.device)
-            parents.append(places.repeat_interleave(width).expand(B, -1))
-            probabilities.append(chances[:, level : level + 1].expand(-1, above, -1))
-            created += above
-        kept = torch.cat(parents, 1)[:, :n_nodes]
-        if min(plan.budget) + 1 < kept.shape[1]:
-            limits = upload(plan.budget, roots.device).unsqueeze(1)
-            kept = kept.masked_fill(torch.arange(kept.shape[1], device=roots.device) > limits, -1)
-        trees = from_parents(torch.cat(tokens, 1)[:, :n_nodes], kept, len(widths))
-        return replace(trees, proposals=Proposals(torch.cat(probabilities, 1)[:, :n_nodes], tuple(widths)))
+            chances.append(each[:, level : level + 1].expand(-1, above, -1))
+        return drawn_trees(tokens, chances, widths, plan.budget)

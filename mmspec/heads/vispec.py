@@ -110,13 +110,14 @@ class Head(EagleHead):
 
     def prefix(self, pairs: Pairs) -> Prefix:
         assert pairs.visual is not None
-        spans, shown = image_spans(pairs.visual), self.config.n_queries - 1
+        visual, shown = pairs.visual.cpu(), self.config.n_queries - 1
+        spans = image_spans(visual)
         lengths = [stop - start for start, stop in spans]
         device, none = pairs.embeds.device, pairs.embeds.new_zeros(1, pairs.embeds.shape[1])
         features = pairs.embeds[pairs.visual.to(device)] if spans else none
         seen = self.adaptor(features, lengths or [1])
-        kept, image_of = ~pairs.visual, torch.zeros(len(pairs.visual), dtype=torch.long)
-        bounds, vectors = [*pairs.starts[1:], len(pairs.visual)], []
+        kept, image_of = ~visual, torch.zeros(len(visual), dtype=torch.long)
+        bounds, vectors = [*pairs.starts[1:], len(visual)], []
         for image, (start, stop) in enumerate(spans):
             n = min(shown, stop - start)
             kept[stop - n : stop] = True
@@ -128,7 +129,6 @@ class Head(EagleHead):
         pairs = pairs.only(kept)
         inputs = self.pair(pairs.embeds, self.enter(pairs.features), notes[0, here])
         if vectors:
-            assert pairs.visual is not None
-            places = pairs.visual.nonzero().squeeze(1).to(device)
+            places = visual[kept].nonzero().squeeze(1).to(device)
             inputs = inputs.index_copy(0, places, seen.flatten(0, 1)[torch.tensor(vectors, device=device)])
         return Prefix(inputs.unsqueeze(0), self.rope(pairs), kept, notes[:, here], notes[:, -1:])
