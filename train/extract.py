@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def extract(session: Session, settings: Settings) -> Manifest:
         InputError: on every rank. The folder holds other features, the disk is too small, or a record cannot be read.
         Stopped: finished shards are kept.
     """
-    out, world, tracker = settings.out, session.world, session.tracker
+    out, world = settings.out, session.world
     manifest = world.lead(lambda: _begin(session, settings))
     writer = _Writer(session, manifest, settings)
     numbers = range(len(writer.shards))
@@ -96,13 +96,33 @@ def extract(session: Session, settings: Settings) -> Manifest:
         # While a shard is missing, nobody shall take the store for complete.
         manifest = replace(manifest, shards=())
         world.lead(lambda: manifest.save(out))
+    in_shares(session, "features", missing, lambda number: len(writer.shards[number]), writer.write)
+    return world.lead(lambda: _finish(session, manifest, settings, len(numbers)))
+
+
+def in_shares(
+    session: Session, what: str, missing: Sequence[int], records: Callable[[int], int], write: Callable[[int], None]
+) -> None:
+    """Has shards written, this rank its share. Every rank must call.
+
+    Args:
+        what: shown beside the progress bar.
+        missing: numbers of the shards, the same on every rank.
+        records: how many a shard has.
+        write: writes one, wholly or not at all.
+
+    Raises:
+        InputError: on every rank, what the first rank that failed has to say.
+        Stopped: finished shards are kept.
+    """
+    world, tracker = session.world, session.tracker
     share = missing[world.rank :: world.size]
-    tracker.progress("features", sum(len(writer.shards[number]) for number in share), 0, "record")
+    tracker.progress(what, sum(records(number) for number in share), 0, "record")
     problem: str | None = None
     try:
         with uneven(session.target):
             for number in share:
-                writer.write(number)
+                write(number)
     except Stopped:
         pass
     except InputError as error:
@@ -111,7 +131,6 @@ def extract(session: Session, settings: Settings) -> Manifest:
     for found in filter(None, world.gather(problem)):
         raise InputError(found)
     session.stopper.check_together()
-    return world.lead(lambda: _finish(session, manifest, settings, len(numbers)))
 
 
 def _kept(out: Path, number: int, known: Mapping[str, Shard]) -> bool:

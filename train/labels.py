@@ -23,11 +23,9 @@ from mmspec.dependence import COUNTERFACTUALS, Dependence, answer_places
 from mmspec.recipe import build_config
 from mmspec.types import InputError
 from train.dependence import Scale, image_mean, measured
-from train.extract import origin
+from train.extract import in_shares, origin
 from train.features import Origin, checksum
-from train.placement import uneven
 from train.session import Session
-from train.stopping import Stopped
 
 SCHEMA = 1
 COMMAND = "scripts/measure_dependence.py"
@@ -171,7 +169,7 @@ def write_store(session: Session, out: Path, counterfactual: str = "mean", batch
         InputError: on every rank. The folder holds something else, or a record cannot be read.
         Stopped: finished shards are kept.
     """
-    world, tracker = session.world, session.tracker
+    world = session.world
     if counterfactual not in COUNTERFACTUALS:
         raise InputError(f"--counterfactual {counterfactual}; use one of {', '.join(COUNTERFACTUALS)}")
     manifest = world.lead(lambda: _begin(session, out, counterfactual))
@@ -183,21 +181,11 @@ def write_store(session: Session, out: Path, counterfactual: str = "mean", batch
     instead = image_mean(session) if counterfactual == "mean" and missing else None
     if missing and counterfactual == "mean" and instead is None:
         raise InputError("no record has an image: nothing depends on one")
-    mine = missing[world.rank :: world.size]
-    tracker.progress("dependence", sum(len(shards[number]) for number in mine), 0, "record")
-    problem: str | None = None
-    try:
-        with uneven(session.target):
-            for number in mine:
-                _write_shard(session, out, number, shards[number], batch, instead)
-    except Stopped:
-        pass
-    except InputError as error:
-        problem = str(error)
-    tracker.end_progress()
-    for found in filter(None, world.gather(problem)):
-        raise InputError(found)
-    session.stopper.check_together()
+
+    def write(number: int) -> None:
+        _write_shard(session, out, number, shards[number], batch, instead)
+
+    in_shares(session, "dependence", missing, lambda number: len(shards[number]), write)
     return world.lead(lambda: _finish(out, manifest, len(shards)))
 
 
