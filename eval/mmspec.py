@@ -82,7 +82,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage block in front."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message} (--help shows examples)\n")
+        # Other commands of eval/ use this parser too: the error names the one that was called.
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message} (--help shows examples)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
