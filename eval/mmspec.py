@@ -319,12 +319,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     named = choose_methods(args)
     given = read_settings(args.method_settings) if args.method_settings else {}
-    checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
+    checkpoint = checkpoints.load(args.ckpt, args.target, args.dtype) if args.ckpt else None
     if checkpoint and args.tree:
         checkpoint = replace(checkpoint, tree=checkpoints.DraftTree(*args.tree))
     policies = choose_policies(args.policies, checkpoint.viskip is not None) if checkpoint else []
     what = ALL if ALL in args.method else "-".join(named)
-    usual = Path(args.ckpt) / "eval" if args.ckpt else Path("runs") / f"eval-{what}"
+    usual = checkpoint.folder / "eval" if checkpoint else Path("runs") / f"eval-{what}"
     out = output_folder(Path(args.out) if args.out else usual)
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)

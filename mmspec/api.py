@@ -96,11 +96,12 @@ class Speculator:
         device: str = "auto",
         max_batch: int = 1,
     ) -> Speculator:
-        """Load a run folder of train/distill.py with the target it was made for.
+        """Load a head with the target it was made for.
 
         Args:
-            ckpt: the run folder.
-            target: another name or place of the same target.
+            ckpt: run folder of train/distill.py, or a place on the Hub: "org/name", "hub:org/name@revision"
+                (`mmspec.hub`), where a head in a public layout is translated first (`mmspec.convert`).
+            target: another name or place of the same target; needed for a head that does not say its own.
             policy: "viskip" (the trained controller), "fixed" (its tree), "static" (the tree fitted to it), a name of
                 `static_tree.NAMED` (that published tree), "plain" (no drafting), or "auto": the controller where there
                 is one.
@@ -110,7 +111,7 @@ class Speculator:
         Raises:
             InputError: a checkpoint that is missing, damaged or made for another target; an unknown policy.
         """
-        loaded = checkpoints.load(ckpt)
+        loaded = checkpoints.load(ckpt, target, dtype)
         model = load_target(target or loaded.target.name, dtype, find_device(device))
         loaded.check_target(model)
         return cls(model, *drafter_and_policy(loaded, model, policy, max_batch))
@@ -142,7 +143,7 @@ class Speculator:
                 hybrid.
         """
         resolved(name, settings)  # what is wrong is said before a large target is loaded
-        loaded = checkpoints.load(ckpt) if ckpt is not None else None
+        loaded = checkpoints.load(ckpt, target, dtype) if ckpt is not None else None
         if name == HYBRID and loaded is None:
             raise InputError("hybrid needs a checkpoint: its head drafts where there is nothing to copy")
         model = load_target(target or (loaded.target.name if loaded else EMBEDDED), dtype, find_device(device))

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from mmspec import hub
 from mmspec.heads._blind import blind_twin
 from mmspec.losses import LossConfig
 from mmspec.recipe import Recipe, build_config, import_head
@@ -147,13 +148,17 @@ def save_tree(folder: Path, tree: DraftTree) -> None:
     write_json(folder / "tree.json", dataclasses.asdict(tree))
 
 
-def load(path: Path | str) -> Checkpoint:
+def load(path: Path | str, target: str | None = None, dtype: str = "float32") -> Checkpoint:
     """Reads a run folder.
 
+    Args:
+        path: the folder, or a place on the Hub (see `mmspec.hub`).
+        target, dtype: for a head of the Hub in another project's layout, see `hub.run_folder`.
+
     Raises:
-        InputError: the folder is missing, empty or incomplete, or a file in it is damaged.
+        InputError: the folder is missing, empty or incomplete, or a file in it is damaged; see `hub.run_folder`.
     """
-    folder = Path(path)
+    folder = hub.run_folder(path, target, dtype)
     if not folder.is_dir():
         raise InputError(f"checkpoint {folder} does not exist; train one with train/distill.py")
     if not any(folder.iterdir()):
@@ -176,17 +181,17 @@ def load(path: Path | str) -> Checkpoint:
     kind = _field(head, "kind", where)
     config = build_config(str(where), import_head(kind).Config, _field(head, "config", where))
     identity = _field(head, "target", where)
-    target = TargetIdentity(
+    made_for = TargetIdentity(
         _field(identity, "name", where),
         _field(identity, "fingerprint", where),
         build_config(str(where), TargetShape, _field(identity, "shape", where)),
     )
-    if config.resolve(target.shape) != config:
+    if config.resolve(made_for.shape) != config:
         raise InputError(
             f"{where} is damaged (its config does not say all of the head's shape); copy or train it again"
         )
     tree = build_config(str(folder / "tree.json"), DraftTree, _read_json(folder / "tree.json"))
-    return Checkpoint(folder, kind, config, target, tree, viskip, bool(head.get("blind", False)))
+    return Checkpoint(folder, kind, config, made_for, tree, viskip, bool(head.get("blind", False)))
 
 
 def save_provenance(folder: Path, recipe: Recipe, target: Target, data_hash: str, argv: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from mmspec.api import find_device
 from mmspec.convert import LAYOUTS, convert
+from mmspec.hub import fetch, place_of
 from mmspec.targets import load_target
 from mmspec.types import InputError
 
@@ -37,7 +38,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("head", type=Path, metavar="DIR", help="folder of the published head, or its safetensors file")
+    add("head", metavar="DIR", help="the published head: a folder, its safetensors file, or hub:org/name[@revision]")
     add("--layout", default="auto", choices=("auto", *LAYOUTS), help="default: by the names of the tensors")
     add("--target", required=True, metavar="NAME", help="the target it was made for: a folder, hub id or tiny_llava")
     add("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = arguments(argv)
         target = load_target(args.target, args.dtype, find_device(args.device))
-        made = convert(args.head, args.layout, target, args.out, args.taps, args.image_input)
+        hub = place_of(args.head)
+        place = fetch(hub) if hub else Path(args.head)
+        made = convert(place, args.layout, target, args.out, args.taps, args.image_input)
     except InputError as error:
         print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

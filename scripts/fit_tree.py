@@ -34,6 +34,7 @@ from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.drafters import recycling
 from mmspec.heads._objective import SteppedHead
+from mmspec.hub import run_folder
 from mmspec.loop import all_complete, generate
 from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine
@@ -134,7 +135,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     Raises:
         InputError: a checkpoint, a target or data that cannot be used.
     """
-    checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
+    checkpoint = checkpoints.load(args.ckpt, args.target, args.dtype) if args.ckpt else None
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, max_bad_share=0.05)
     target = load_target(args.target or (checkpoint.target.name if checkpoint else EMBEDDED), args.dtype, args.device)
@@ -208,7 +209,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError("--out FILE says where the tree of a method without weights goes")
     if args.out:
         output_folder(args.out.parent)
-    args.out = args.out or Path(args.ckpt) / STATIC_TREE
+    args.out = args.out or run_folder(args.ckpt, args.target, args.dtype) / STATIC_TREE
     args.device = find_device(args.device)
     return args
 
