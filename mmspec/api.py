@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmspec import checkpoint as checkpoints
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
 from mmspec.costs import load_or_measure, measure
 from mmspec.drafters.null import NullDrafter
+from mmspec.generation import custom_generate
 from mmspec.loop import error_line
 from mmspec.loop import generate as decode
 from mmspec.methods import HYBRID, make_hybrid, make_method, resolved
@@ -161,6 +163,8 @@ class Speculator:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
         max_batch: int = 1,
         on_emission: Callable[[Emission], None] | None = None,
     ) -> list[Answer]:
@@ -171,6 +175,7 @@ class Speculator:
             images: pictures or paths: of the one question, or for several one picture or a list of them each.
             max_new_tokens: limit of each answer.
             temperature, top_k, top_p, seed: 0 is greedy. Sampled text is a function of prompt, number and seed alone.
+            repetition_penalty, no_repeat_ngram_size: as of transformers' generate; 1.0 and 0 are off.
             max_batch: prompts decoded together. More than the model was loaded for is right, but its policy then
                 decides by the costs of smaller batches.
             on_emission: told of tokens as they are decided; `emission.request.id` is the prompt's number.
@@ -191,10 +196,18 @@ class Speculator:
                 requests.append(self._request(id, prompt, pictures, max_new_tokens))
             except (InputError, RecordError, OSError, ValueError) as error:
                 answers[id] = Output(id, [], "error", 0.0, 0.0, [], error=error_line(error))
-        sampler = make_sampler(temperature, top_k, top_p, seed)
+        sampler = make_sampler(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram_size)
         outputs = decode(self.target, requests, self.drafter, self.policy, sampler, max_batch, on_emission=on_emission)
         answers |= {output.id: output for output in outputs}
         return [Answer(self.target.decode(o.tokens).strip(), o) for o in (answers[str(n)] for n in range(len(asked)))]
+
+    def custom_generate(self, streamer: Any | None = None) -> Callable[..., Tensor]:
+        """For `self.target.model.generate(**inputs, custom_generate=...)`: the same arguments and tokens, drafted.
+
+        Args:
+            streamer: of transformers; `generate` does not hand its own on.
+        """
+        return custom_generate(self.target, self.drafter, self.policy, streamer)
 
     def _request(self, id: str, prompt: str | Messages, pictures: Any, max_new_tokens: int) -> Request:
         listed = list(pictures) if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]

@@ -122,7 +122,12 @@ def run_folder(path: Path | str, target: str | None = None, dtype: str = "float3
     place = place_of(path)
     if place is None:
         return Path(path)
-    snapshot = fetch(place)
+    try:
+        snapshot = fetch(place)
+    except InputError as error:
+        if str(path).startswith(MARK):
+            raise
+        raise InputError(f"{path} is no folder here, and {error}") from error
     if (snapshot / "head.json").is_file():
         return _settled(place, snapshot, "", lambda folder: _copy(snapshot, folder, HEAD, place))
     settings = read_object(snapshot / "config.json") if (snapshot / "config.json").is_file() else {}
