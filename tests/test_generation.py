@@ -13,7 +13,7 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.methods import make_method
 from mmspec.policy import SkipPolicy
 from mmspec.types import InputError
-from tests import families, tiny
+from tests import tiny
 from tests.families import FAMILIES, build, inputs, prompt, twin
 
 NEW = 16
