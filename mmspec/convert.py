@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmspec import checkpoint, safety
+from mmspec.export.engines import ENGINES
 from mmspec.recipe import build_config, import_head
 from mmspec.types import InputError, Target
 
@@ -332,12 +333,7 @@ def _vispec(source: Source, target: Target) -> Found:
     return Found("vispec", eagle.values | values, eagle.state | state)
 
 
-def _eagle3(source: Source, target: Target, prefix: str = "midlayer.", offset: int = 1) -> Found:
-    """
-    Args:
-        offset: from the layer ids of the settings to indices into hidden_states. SGLang captures what enters layer
-            id + 1, hidden_states[id + 1]; vLLM what enters layer id. Neither adds anything where there are none.
-    """
+def _eagle3(source: Source, target: Target, prefix: str = "midlayer.", format: str = "sglang") -> Found:
     settings = source.settings | (source.settings.get("transformer_layer_config") or {})
     values = _shape(source, target, settings)
     for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
@@ -347,7 +343,7 @@ def _eagle3(source: Source, target: Target, prefix: str = "midlayer.", offset: i
     if eagle.get("use_aux_hidden_state") is False:
         raise InputError(f"{source.place} has use_aux_hidden_state=false: the eagle3 head here reads three states")
     ids = source.settings.get("eagle_aux_hidden_state_layer_ids") or eagle.get("eagle_aux_hidden_state_layer_ids")
-    values["taps"] = tuple(int(layer) + offset for layer in ids or ())
+    values["taps"] = tuple(int(layer) + ENGINES[format].layer_offset for layer in ids or ())
     norms = {"input_layernorm": "input_layernorm", "hidden_norm": "hidden_norm"}
     state = {f"{name}.weight": source.take(f"{name}.weight") for name in ("fc", "norm", "lm_head")}
     state |= _block(source, prefix, norms)
@@ -363,7 +359,7 @@ def _eagle3_speculators(source: Source, target: Target) -> Found:
     # Without a word on it vLLM takes the norm to stand before the residual, which it does not do here.
     if source.settings.get("norm_before_residual") is None:
         raise InputError(f"{source.place}: config.json does not say norm_before_residual; set it as it was trained")
-    return _eagle3(source, target, "layers.0.", offset=0)
+    return _eagle3(source, target, "layers.0.", "speculators")
 
 
 def _draft_ids(source: Source, size: int, target: Target) -> Tensor:
