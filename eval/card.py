@@ -20,7 +20,9 @@ from eval.report import N_COLOURS, N_DEPTHS
 from eval.summary import DEFINITIONS, interval, number
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
-from mmspec.hub import is_repo, read_object
+from mmspec.export.engines import ENGINES
+from mmspec.hub import is_repo
+from mmspec.safety import read_settings
 from mmspec.types import InputError
 
 LIBRARY = "mmspec-toolkit"
@@ -34,16 +36,13 @@ NAMES = {
 }
 SHOWN = ("mat", "speedup", "exact_match", "ties", "skip_rate", "latency_p50_s", "tokens_per_s")
 """Figures whose definitions the card gives."""
-EXPORTS = {"eagle3": ("sglang", "speculators"), "medusa": ("vllm-medusa",)}
-"""What scripts/export.py writes of which head; engines serve no other kind."""
 SEES = {
-    "embeds": "the image's features (`image_input: embeds`). vLLM's EAGLE-3 puts the placeholder's embedding there "
-    "instead, so this head would draft badly in it, and the export refuses",
-    "aux": "the target's states and the placeholder's embedding (`image_input: aux`), as engines do",
-    "none": "nothing (`image_input: none`)",
-    "compressed": "a few vectors made of the image (`image_input: compressed`), which no engine does",
+    "embeds": "the image's features, which only newer versions of SGLang hand on (`--merged-images`)",
+    "none": "nothing",
+    "aux": "the target's states and the placeholder's embedding, as engines do",
+    "compressed": "a few vectors made of the image, which no engine does",
 }
-"""What a head reads at image positions, and what that means for engines."""
+"""What a head reads at image positions, by its `image_input`."""
 
 
 @dataclass(frozen=True)
@@ -318,23 +317,27 @@ drafting and verifying are measured anew on other hardware."""
 
 
 def _engines(facts: Facts) -> str:
-    kind = facts.checkpoint.kind
-    name = NAMES.get(kind, kind)
-    if kind not in EXPORTS:
-        text = (
-            f"Neither SGLang nor vLLM serves {name} heads for vision-language models; `scripts/export.py` refuses them."
-        )
+    """How to serve it elsewhere, by what `mmspec.export` says of engines; a guide, as the export itself decides."""
+    loaded = facts.checkpoint
+    name = NAMES.get(loaded.kind, loaded.kind)
+    layouts = {layout: engine for layout, engine in ENGINES.items() if engine.kind == loaded.kind}
+    if not layouts:
+        text = f"No engine serves {name} heads of vision-language models; `scripts/export.py` refuses them."
         return f"## In SGLang and vLLM\n\n{text}"
+    alone = " --head-only" if loaded.viskip is not None else ""
     commands = "\n".join(
-        f"python scripts/export.py hub:{facts.repo} --format {layout} --out exported_{layout} --verify"
-        for layout in EXPORTS[kind]
+        f"python scripts/export.py hub:{facts.repo} --format {layout} --out exported/{layout} --verify{alone}"
+        for layout in layouts
     )
-    limits = ["ViSkip's controller stays behind: engines draft the same amount every round."]
-    limits += ["vLLM drafts chains, no trees, so fewer tokens are accepted there than above."]
-    sees = getattr(facts.checkpoint.config, "image_input", None)
-    if sees in SEES:
-        limits.append(f"At image positions this head reads {SEES[sees]}.")
-    limits.append("Not every target has a hook in every engine; LLaVA-1.5 has none in either (the export warns).")
+    limits = ["vLLM drafts chains, no trees, so fewer tokens are accepted there than above."]
+    if loaded.viskip is not None:
+        limits.append("ViSkip's controller stays behind: an engine drafts the same amount every round.")
+    sees = getattr(loaded.config, "image_input", None)
+    if sees is not None:
+        limits.append(f"At image positions this head reads {SEES.get(sees, sees)} (`image_input: {sees}`).")
+        if refusing := [layout for layout, engine in layouts.items() if sees not in engine.image_inputs]:
+            limits.append(f"So the export refuses it as {' and '.join(refusing)}: there it would draft badly.")
+    limits.append("Not every target has a hook in every engine; LLaVA-1.5 has none (the export warns).")
     listing = "\n".join(f"- {limit}" for limit in limits)
     return f"## In SGLang and vLLM\n\n```bash\n{commands}\n```\n\nWhat engines do otherwise:\n\n{listing}"
 
@@ -343,7 +346,7 @@ def _making(folder: Path) -> str:
     path = folder / "provenance.json"
     if not path.is_file():
         return ""
-    made = read_object(path)
+    made = read_settings(path)
     if "converted" in made:
         origin = made["converted"]
         return f"## Origin\n\nTranslated from `{origin['from']}` (layout {origin['layout']}); it was not trained here."

@@ -24,7 +24,8 @@ from eval import card
 from eval.bench import PLAIN
 from mmspec import checkpoint as checkpoints
 from mmspec.assets import EMBEDDED
-from mmspec.hub import HEAD, PAGES, inspect_file, is_repo, listed, read_object
+from mmspec.hub import HEAD, PAGES, is_repo, listed, look_at
+from mmspec.safety import read_settings
 from mmspec.types import InputError
 
 SECRETS = re.compile(
@@ -133,7 +134,7 @@ def check(folder: Path, allowed: Sequence[str] = ()) -> list[str]:
             continue
         if not listed(name):
             raise InputError(f"{folder}: {name} is not on the list of what is published ({', '.join((*HEAD, *PAGES))})")
-        inspect_file(path, folder)
+        look_at(path)
         names.append(name)
     found = [one for one in scan(folder, names) if one.text not in allowed]
     if found:
@@ -164,7 +165,7 @@ def objections(loaded: checkpoints.Checkpoint, summary: Mapping[str, Any] | None
     path = loaded.folder / "provenance.json"
     if not path.is_file():
         doubts.append("it has no provenance.json, so nobody knows how it came about")
-    elif (made := (read_object(path).get("target") or {}).get("fingerprint")) != loaded.target.fingerprint:
+    elif (made := (read_settings(path).get("target") or {}).get("fingerprint")) != loaded.target.fingerprint:
         doubts.append(f"provenance.json is of another run (target {made}, the head's is {loaded.target.fingerprint})")
     if summary is None:
         return [*doubts, "it was never evaluated (python -m eval.mmspec --ckpt RUN)"]
@@ -192,7 +193,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    summary = read_object(path)
+    summary = read_settings(path)
     if not isinstance(summary.get("methods"), dict) or PLAIN not in summary["methods"] or "primary" not in summary:
         raise InputError(f"{path} is no summary of python -m eval.mmspec; evaluate again")
     return summary
@@ -235,10 +236,10 @@ def _copy_run(run: Path, out: Path, target: str) -> None:
             copy = out / path.relative_to(run)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors":
-                inspect_file(path, run)
+                look_at(path)
                 shutil.copyfile(path, copy)
             elif path.suffix == ".json":
-                value = discreet(read_object(path))
+                value = discreet(read_settings(path))
                 if isinstance(value.get("target"), dict) and "name" in value["target"]:
                     value["target"]["name"] = target
                 checkpoints.write_json(copy, value)

@@ -1,8 +1,8 @@
 """Draft heads of other repositories and engines as run folders: names, shapes and settings translated, or refused.
 
 Invariant: nothing is guessed and nothing is left over. A tensor without a place here, a place without a tensor, a
-setting that this project's head does not have, frozen copies of another target: each is an error of one line. Only
-safetensors are read; nothing is unpickled.
+setting that this project's head does not have, frozen copies of another target: each is an error of one line. Files
+are read behind the checks of `safety.py`: safetensors alone, nothing is unpickled.
 
 Layouts (facts of the files; the heads themselves are described in `mmspec/heads`):
 
@@ -17,7 +17,7 @@ Layouts (facts of the files; the heads themselves are described in `mmspec/heads
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmspec import checkpoint
+from mmspec import checkpoint, safety
+from mmspec.export.engines import ENGINES
 from mmspec.recipe import build_config, import_head
 from mmspec.types import InputError, Target
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CLOSE = 0.02
 """Relative difference of frozen copies: roundings to 8 bits are 0.004, other targets are around 1."""
 DEPTH, WIDTH, BUDGET = 6, 10, 59
@@ -58,18 +58,15 @@ class Source:
         if not place.exists():
             raise InputError(f"{place} does not exist; give a folder with a head's safetensors and config.json")
         files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-        pickles = [file.name for file in ([*place.iterdir()] if place.is_dir() else files) if file.suffix in PICKLES]
-        if pickles and (not files or files[0].suffix in PICKLES):
-            raise InputError(
-                f"{place} has {pickles[0]}, a pickle, which is not read here; where you trust it, rewrite it: "
-                "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
-            )
         if not files:
+            for file in sorted(file for file in place.iterdir() if file.suffix.lower() in safety.PICKLES):
+                safety.check_file(file)
             raise InputError(f"{place} has no *.safetensors; give the folder of a published head")
         self.settings = _settings(folder / "config.json")
         self.files = files
         self.tensors: dict[str, Tensor] = {}
         for file in files:
+            safety.check_header(safety.check_file(file))
             try:
                 read = load_file(str(file))
             except (SafetensorError, OSError) as error:
@@ -164,15 +161,7 @@ def convert(
 
 def _settings(path: Path) -> dict[str, Any]:
     """What config.json says; of a file that is not there nothing, as some heads need none."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (not a JSON object); fetch it again")
-    return value
+    return safety.read_settings(path) if os.path.lexists(path) else {}
 
 
 def _fitting(
@@ -344,12 +333,7 @@ def _vispec(source: Source, target: Target) -> Found:
     return Found("vispec", eagle.values | values, eagle.state | state)
 
 
-def _eagle3(source: Source, target: Target, prefix: str = "midlayer.", offset: int = 1) -> Found:
-    """
-    Args:
-        offset: from the layer ids of the settings to indices into hidden_states. SGLang captures what enters layer
-            id + 1, hidden_states[id + 1]; vLLM what enters layer id. Neither adds anything where there are none.
-    """
+def _eagle3(source: Source, target: Target, prefix: str = "midlayer.", format: str = "sglang") -> Found:
     settings = source.settings | (source.settings.get("transformer_layer_config") or {})
     values = _shape(source, target, settings)
     for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
@@ -359,7 +343,7 @@ def _eagle3(source: Source, target: Target, prefix: str = "midlayer.", offset: i
     if eagle.get("use_aux_hidden_state") is False:
         raise InputError(f"{source.place} has use_aux_hidden_state=false: the eagle3 head here reads three states")
     ids = source.settings.get("eagle_aux_hidden_state_layer_ids") or eagle.get("eagle_aux_hidden_state_layer_ids")
-    values["taps"] = tuple(int(layer) + offset for layer in ids or ())
+    values["taps"] = tuple(int(layer) + ENGINES[format].layer_offset for layer in ids or ())
     norms = {"input_layernorm": "input_layernorm", "hidden_norm": "hidden_norm"}
     state = {f"{name}.weight": source.take(f"{name}.weight") for name in ("fc", "norm", "lm_head")}
     state |= _block(source, prefix, norms)
@@ -375,7 +359,7 @@ def _eagle3_speculators(source: Source, target: Target) -> Found:
     # Without a word on it vLLM takes the norm to stand before the residual, which it does not do here.
     if source.settings.get("norm_before_residual") is None:
         raise InputError(f"{source.place}: config.json does not say norm_before_residual; set it as it was trained")
-    return _eagle3(source, target, "layers.0.", offset=0)
+    return _eagle3(source, target, "layers.0.", "speculators")
 
 
 def _draft_ids(source: Source, size: int, target: Target) -> Tensor:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
-import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
@@ -39,6 +37,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from huggingface_hub.utils import logging as hub_logging
 
 from mmspec.assets import EMBEDDED
+from mmspec.safety import PICKLES, check_file, check_name, read_settings
 from mmspec.synth.store import cache_folder
 from mmspec.types import InputError
 
@@ -59,10 +58,6 @@ PAGES = ("README.md", "eval/summary.json", "eval/report.html", "plots/*.svg")
 """What else is published, for people."""
 FOREIGN = ("config.json", "*.safetensors")
 """What is fetched of a head in another project's layout: top-level files of these names."""
-MAX_HEADER = 4 << 20
-"""Bytes of a safetensors header: 100 a tensor, so that a head has some thousands at most."""
-CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
-"""Keys of a JSON file that make other loaders run code of a repository."""
 _ID = r"[A-Za-z0-9][\w.-]*"
 _PLACE = re.compile(rf"({_ID}/{_ID})(?:@([A-Za-z0-9][\w./-]*))?")
 
@@ -130,7 +125,7 @@ def run_folder(path: Path | str, target: str | None = None, dtype: str = "float3
         raise InputError(f"{path} is no folder here, and {error}") from error
     if (snapshot / "head.json").is_file():
         return _settled(place, snapshot, "", lambda folder: _copy(snapshot, folder, HEAD, place))
-    settings = read_object(snapshot / "config.json") if (snapshot / "config.json").is_file() else {}
+    settings = read_settings(snapshot / "config.json") if (snapshot / "config.json").is_file() else {}
     named = target or _verifier(settings)
     if named is None:
         raise InputError(
@@ -159,45 +154,23 @@ def fetch(place: Place) -> Path:
 
 def listed(name: str, patterns: Sequence[str] = (*HEAD, *PAGES)) -> bool:
     """Whether a file's name, relative to its repository, is on a list and leads nowhere else."""
-    path = PurePosixPath(name)
-    plain = not path.is_absolute() and ".." not in path.parts and "\\" not in name and name == str(path)
-    return plain and any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
+    try:
+        check_name(name)
+    except InputError:
+        return False
+    return any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
 
 
-def inspect_file(path: Path, place: object) -> None:
-    """Looks at a file before anything parses it.
-
-    Args:
-        path: JSON or safetensors; of others nothing is asked.
-        place: whose it is, for the message.
+def look_at(path: Path) -> None:
+    """Checks a file before anything parses it; see `mmspec.safety`.
 
     Raises:
-        InputError: a header longer than the file or than any head's; JSON that is damaged or asks for code to be run.
+        InputError: a link, a pickle, weights whose header does not fit; JSON that is damaged or asks for code.
     """
-    if path.suffix == ".safetensors":
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(MAX_HEADER, size - 8):
-            raise InputError(
-                f"{place}: {path.name} is refused, its header would be {length} bytes of {size}; at most {MAX_HEADER}"
-            )
-    elif path.suffix == ".json":
-        for key, value in _keys(read_object(path)):
-            if key in CODE and value:
-                raise InputError(f"{place}: {path.name} is refused, it asks for code of the repository ({key})")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError where the file holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (not a JSON object); fetch it again")
-    return value
+    if path.suffix == ".json":
+        read_settings(path)
+    else:
+        check_file(path)
 
 
 @contextlib.contextmanager
@@ -307,9 +280,11 @@ def _patterns(place: Place, names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: it is neither, or a name in it leads out of it.
     """
-    for name in names:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise InputError(f"{place} is refused: a file of it is named {name!r}, which leads out of it")
+    try:
+        for name in names:
+            check_name(name)
+    except InputError as error:
+        raise InputError(f"{place} is refused: {error}") from error
     if "head.json" in names:
         return HEAD
     top = [name for name in names if "/" not in name]
@@ -317,7 +292,7 @@ def _patterns(place: Place, names: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"{place} is a whole model in several files, and no draft head")
     if any(name.endswith(".safetensors") for name in top):
         return FOREIGN
-    pickles = [name for name in top if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    pickles = [name for name in top if name.endswith(PICKLES)]
     if pickles:
         raise InputError(f"{place} has {pickles[0]}, a pickle, and no safetensors; pickles are not read here")
     raise InputError(f"{place} has neither head.json nor *.safetensors: it is no draft head")
@@ -325,14 +300,13 @@ def _patterns(place: Place, names: Sequence[str]) -> tuple[str, ...]:
 
 def _inspect(folder: Path, patterns: Sequence[str], place: Place) -> None:
     """Refuses a snapshot whose files lead out of the cache or must not be parsed."""
-    cache = folder.resolve().parents[2]
-    for path in _files(folder, patterns):
-        # The Hub's cache itself links a snapshot's files to its blobs; what leads elsewhere was put there by others.
-        if not path.resolve().is_relative_to(cache):
-            raise InputError(f"{place} is refused: {path.name} in the cache is a link that leads out of it")
-        inspect_file(path, place)
+    try:
+        for path in _files(folder, patterns):
+            look_at(path)
+    except InputError as error:
+        raise InputError(f"{place} is refused: {_named(error, place, folder)}") from error
     if (folder / "head.json").is_file():
-        target = read_object(folder / "head.json").get("target")
+        target = read_settings(folder / "head.json").get("target")
         name = target.get("name") if isinstance(target, Mapping) else None
         if not isinstance(name, str) or not (name == EMBEDDED or is_repo(name)):
             raise InputError(
@@ -379,10 +353,18 @@ def _translate(place: Place, snapshot: Path, folder: Path, target: str, dtype: s
     try:
         convert(snapshot, "auto", load_target(target, dtype), folder)
     except InputError as error:
-        raise InputError(str(error).replace(str(snapshot), str(place)).replace(str(folder), str(place))) from error
-    record = read_object(folder / "provenance.json")
+        raise InputError(_named(error, place, snapshot, folder)) from error
+    record = read_settings(folder / "provenance.json")
     record["converted"]["from"] = f"{MARK}{place.repo}@{snapshot.name}"
     write_json(folder / "provenance.json", record)
+
+
+def _named(error: Exception, place: Place, *folders: Path) -> str:
+    """A message that names the place on the Hub instead of folders of the caches."""
+    text = str(error)
+    for folder in folders:
+        text = text.replace(str(folder), str(place))
+    return text
 
 
 def _verifier(settings: Mapping[str, Any]) -> str | None:
@@ -391,15 +373,3 @@ def _verifier(settings: Mapping[str, Any]) -> str | None:
     node = node.get("verifier") if isinstance(node, Mapping) else None
     name = node.get("name_or_path") if isinstance(node, Mapping) else None
     return name if isinstance(name, str) and is_repo(name) else None
-
-
-def _keys(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys of a JSON value with what they hold, at any depth."""
-    waiting = [value]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, Mapping):
-            yield from node.items()
-            waiting += node.values()
-        elif isinstance(node, list):
-            waiting += node

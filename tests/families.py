@@ -91,21 +91,22 @@ def build(
     seed: int = 2,
     dtype: str = "float64",
     device: str = "cpu",
+    n_layers: int = 3,
 ) -> HFTarget:
-    """A random target: hidden 32, 3 layers, 4 heads, a vision tower of 2 layers.
+    """A random target: hidden 32, 4 heads, a vision tower of 2 layers.
 
     Weights are scaled up so that the argmax depends on the context; a fresh transformer repeats one token.
     """
     if device != "cpu":
-        here = build(family, n_kv_heads, tie, head_dim, seed, dtype)
+        here = build(family, n_kv_heads, tie, head_dim, seed, dtype, n_layers=n_layers)
         return type(here)(copy.deepcopy(here.model).to(device), here.processor, here.name)
     if family == "llava":
-        return tiny.llava(n_kv_heads, tie, head_dim, dtype, seed)
+        return tiny.llava(n_kv_heads, tie, head_dim, dtype, seed, n_layers)
     torch.manual_seed(seed)
     text = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": n_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": n_kv_heads,
         "vocab_size": VOCAB,

@@ -401,8 +401,20 @@ def test_pickles_are_not_read(tmp_path: Path):
     folder.mkdir()
     torch.save(eagle(), folder / "pytorch_model.bin")
     for place in (folder, folder / "pytorch_model.bin"):
-        with pytest.raises(InputError, match=r"pytorch_model\.bin, a pickle.*save_file"):
+        with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle.*save_file"):
             convert(place, "auto", llava(), tmp_path / "out")
+
+
+def test_links_and_remote_code_are_refused(tmp_path: Path):
+    """As everything of `mmspec/safety.py`, of which these two show that it is asked."""
+    folder = publish(tmp_path / "in", eagle(), CONFIG | {"auto_map": {"AutoModel": "evil.Model"}})
+    with pytest.raises(InputError, match="remote code"):
+        convert(folder, "auto", llava(), tmp_path / "out")
+    publish(folder, eagle(), CONFIG)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(InputError, match="symlink"):
+        convert(folder, "auto", llava(), tmp_path / "out")
 
 
 def test_files_that_are_none(tmp_path: Path):

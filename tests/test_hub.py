@@ -180,15 +180,26 @@ def refusals() -> dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]]
             lambda f: {"model.safetensors.index.json": b"{}", "model-1.safetensors": b"x"},
             "a whole model in several files",
         ),
-        "name": (lambda f: {**f, "costs/../../../../x.json": b"{}"}, "leads out of it"),
-        "header": (lambda f: {**f, "head.safetensors": header + b"{}" * 8}, "its header would be 1099511627776 bytes"),
-        "short": (lambda f: {**f, "viskip.safetensors": b"abc"}, "viskip.safetensors is refused"),
+        "name": (lambda f: {**f, "costs/../../../../x.json": b"{}"}, "does not stay inside its folder"),
+        "header": (
+            lambda f: {**f, "head.safetensors": header + b"{}" * 8},
+            "head.safetensors is damaged (its header is longer than the file)",
+        ),
+        "large header": (
+            lambda f: {**f, "head.safetensors": struct.pack("<Q", 11 << 20) + b" " * (11 << 20)},
+            "has a header of 11534336 bytes, more than",
+        ),
+        "pickle by content": (
+            lambda f: {**f, "head.safetensors": b"PK\x03\x04" + b"x" * 40},
+            "is a pickle by its content",
+        ),
+        "short": (lambda f: {**f, "viskip.safetensors": b"abc"}, "viskip.safetensors is damaged"),
         "truncated": (lambda f: {**f, "head.safetensors": f["head.safetensors"][:-8]}, "head.safetensors is damaged"),
-        "code": (lambda f: changed(f, "head.json", **code), "it asks for code of the repository (auto_map)"),
+        "code": (lambda f: changed(f, "head.json", **code), "asks for remote code (auto_map)"),
         "deep code": (lambda f: changed(f, "tree.json", a=[{"trust_remote_code": True}]), "(trust_remote_code)"),
         "foreign code": (
             lambda f: {"config.json": json.dumps(code).encode(), "model.safetensors": f["head.safetensors"]},
-            "it asks for code of the repository (auto_map)",
+            "asks for remote code (auto_map)",
         ),
         "no json": (lambda f: {**f, "head.json": b"\x80\x02K\x01."}, "head.json is damaged"),
         "path": (
@@ -209,6 +220,18 @@ def test_what_must_not_be_read_is_refused_in_one_line(hub, head, case):  # noqa:
     assert "\n" not in str(raised.value)
 
 
+def test_the_store_that_repositories_share_is_followed(hub, head):  # noqa: F811
+    """Newer versions of the Hub's library keep one copy of what several repositories hold, beside them in the cache."""
+    hub.put(REPO, head)
+    snapshot = fetch(Place(REPO))
+    blob = (snapshot / "head.safetensors").resolve()
+    shared = Path(constants.HF_HUB_CACHE) / "blobs" / "ab" / blob.name
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert (run_folder(REPO) / "head.safetensors").read_bytes() == head["head.safetensors"]
+
+
 def test_a_link_that_leads_out_of_the_cache_is_refused(hub, head, tmp_path):  # noqa: F811
     hub.put(REPO, head)
     snapshot = fetch(Place(REPO))
@@ -217,7 +240,7 @@ def test_a_link_that_leads_out_of_the_cache_is_refused(hub, head, tmp_path):  # 
     outside.write_bytes(head["tree.json"])
     (snapshot / "tree.json").unlink()
     (snapshot / "tree.json").symlink_to(outside)
-    with pytest.raises(InputError, match=r"tree\.json in the cache is a link that leads out of it"):
+    with pytest.raises(InputError, match=r"tree\.json is a symlink"):
         run_folder(REPO)
 
 

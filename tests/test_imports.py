@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYER_1 = {"types", "tree", "static_tree", "sampling", "nn", "losses", "cache", "metrics", "records"}
+LAYER_1 = {"types", "tree", "static_tree", "sampling", "nn", "losses", "cache", "metrics", "records", "safety"}
 LAYER_2 = {"targets", "heads", "drafters", "verify", "policy"}
 ONLY_OUTSIDE = {"deepspeed", "wandb", "peft", "datasets"}
 FILES = sorted(p for folder in ("mmspec", "train", "eval", "scripts") for p in (ROOT / folder).rglob("*.py"))

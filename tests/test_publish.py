@@ -9,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,7 +154,7 @@ def test_links_other_names_and_weights_that_are_none_do_not_go(tmp_path):
             publish.check(out)
         path.unlink()
     (out / "head.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(InputError, match=r"head.safetensors is refused"):
+    with pytest.raises(InputError, match=r"head\.safetensors is damaged"):
         publish.check(out)
 
 
@@ -267,6 +269,23 @@ def test_the_cards_metadata_validate_and_damage_is_found(run, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             card.validate(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("kind", "image_input", "said", "unsaid"),
+    [
+        ("eagle", "embeds", ["No engine serves EAGLE heads", "refuses them"], ["```bash"]),
+        ("eagle3", "embeds", ["--format sglang", "--format speculators", "--head-only", "refuses it as sglang"], []),
+        ("eagle3", "aux", ["--format sglang", "`image_input: aux`", "no trees", "LLaVA-1.5"], ["refuses"]),
+        ("medusa", None, ["--format vllm-medusa", "ViSkip's controller stays behind"], ["sglang", "refuses"]),
+    ],
+)
+def test_the_card_says_what_engines_do_otherwise(run, kind, image_input, said, unsaid):
+    config = SimpleNamespace(**({"image_input": image_input} if image_input else {}))
+    head = replace(load(run), kind=kind, config=config)
+    text = card._engines(card.Facts(REPO, head, None, None, None, []))
+    assert all(words in text for words in said), text
+    assert not any(words in text for words in unsaid), text
 
 
 def test_plots_show_the_figures_of_the_summary():

@@ -52,8 +52,15 @@ def processor() -> LlavaProcessor:
 
 
 @functools.lru_cache(maxsize=8)
-def llava(n_kv_heads: int = 2, tie: bool = False, head_dim: int = 8, dtype: str = "float64", seed: int = 0) -> Target:
-    """A random LLaVA: 3 layers, 4 heads, 61 tokens, 4 image tokens.
+def llava(
+    n_kv_heads: int = 2,
+    tie: bool = False,
+    head_dim: int = 8,
+    dtype: str = "float64",
+    seed: int = 0,
+    n_layers: int = 3,
+) -> Target:
+    """A random LLaVA: 4 heads, 61 tokens, 4 image tokens.
 
     Its embeddings are scaled up so that the argmax depends on the context; a fresh transformer repeats one token.
     """
@@ -61,7 +68,7 @@ def llava(n_kv_heads: int = 2, tie: bool = False, head_dim: int = 8, dtype: str 
     text = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=n_kv_heads,
         head_dim=head_dim,

@@ -16,8 +16,8 @@ from transformers.utils import logging as hf_logging
 from mmspec.assets import resolve
 from mmspec.targets._adapters import ATTENTION
 from mmspec.targets._quantize import quantization
-from mmspec.targets.base import HFTarget, fingerprint, vocabulary_of
-from mmspec.types import InputError
+from mmspec.targets.base import HFTarget, fingerprint, text_shape, vocabulary_of
+from mmspec.types import InputError, TargetShape
 
 
 def load_target(
@@ -81,6 +81,50 @@ class Vocabulary:
     tokenizer: Any
     image_token_id: int
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a target's own config.json says of it, without its weights.
+
+    Args:
+        name: as it was asked for.
+        family: its `model_type`.
+        architectures: names of the classes that load it.
+        shape: of its text model.
+        max_positions: tokens that the text model was made for.
+        mrope: whether its rotary positions have three axes.
+    """
+
+    name: str
+    family: str
+    architectures: tuple[str, ...]
+    shape: TargetShape
+    max_positions: int
+    mrope: bool
+
+
+def describe_target(name: str) -> Description:
+    """Read the config of a target.
+
+    Args:
+        name: as for `load_target`.
+
+    Raises:
+        InputError: unsupported family, or files that cannot be found.
+    """
+    with _loading(name):
+        config = AutoConfig.from_pretrained(resolve(name))
+    family_of(config.model_type)
+    text = config.get_text_config()
+    return Description(
+        name,
+        config.model_type,
+        tuple(config.architectures or ()),
+        text_shape(text),
+        int(text.max_position_embeddings),
+        "mrope_section" in (getattr(text, "rope_parameters", None) or {}),
+    )
 
 
 def load_vocabulary(name: str) -> Vocabulary:
