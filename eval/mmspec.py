@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt", metavar="DIR", help="run folder of train/distill.py; needed without --method, and for hybrid")
+    add("--ckpt", metavar="DIR", help="run folder, or hub:org/name[@revision]; needed without --method, and for hybrid")
     add(
         "--method",
         nargs="+",

@@ -279,7 +279,7 @@ def _searches() -> list[tuple[str, Callable[[str], list[str]]]]:
 
     # Whatever stands at the root of this machine may begin a path of it.
     tops = sorted({*_TOPS, *(name for name in os.listdir("/") if re.fullmatch(r"[A-Za-z][\w.-]*", name))})
-    paths = re.compile(rf"(?<![\w./<~\\-])/(?:{'|'.join(map(re.escape, tops))})/[^\s\"'<>,;)\]]+|{_WINDOWS}")
+    paths = re.compile(rf"(?<![\w./<~+\\-])/(?:{'|'.join(map(re.escape, tops))})/[^\s\"'<>,;)\]]+|{_WINDOWS}")
     secrets = [v for k, v in os.environ.items() if SECRET_NAMES.search(k) and len(v) >= 8 and not os.path.isabs(v)]
     secrets += [token] if (token := get_token()) else []
     hosts = {socket.gethostname(), socket.gethostname().split(".")[0]} - {"localhost"}

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt", metavar="DIR", help="run folder of train/distill.py; not needed with --method")
+    add("--ckpt", metavar="DIR", help="run folder, or hub:org/name[@revision]; not needed with --method")
     add("--method", metavar="NAME", help=f"draft with {', '.join(method_names())}, or hybrid (needs --ckpt)")
     add("--method-settings", metavar="FILE", help="settings of methods, such as recipes/methods/training_free.yaml")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="picture; may be given several times")

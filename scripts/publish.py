@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from eval.publish import Options, build
@@ -129,6 +129,8 @@ def send(folder: Path, names: Sequence[str], repo: str, private: bool, revision:
     """
     api, what = HfApi(), f"{repo} was not published"
     with one_line(what):
+        if constants.HF_HUB_OFFLINE:
+            raise InputError("HF_HUB_OFFLINE is set; publishing needs the Hub, so unset it")
         if not get_token():
             raise InputError("there is no token; set HF_TOKEN, or log in (hf auth login), with write access")
         api.whoami()

@@ -406,6 +406,13 @@ def test_a_cut_connection_leaves_all_or_nothing(run, hub, capsys, fault, said): 
     assert len(hub.repos[REPO].commits) == 2
 
 
+def test_offline_nothing_is_tried(run, hub, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert publish_now(run) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    assert hub.seen == []
+
+
 def test_a_hub_that_is_down_is_one_line(run, hub, capsys):  # noqa: F811
     hub.faults.add("down")
     assert publish_now(run) == 2
