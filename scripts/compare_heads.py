@@ -4,19 +4,23 @@
     bash scripts/compare_heads.sh --heads eagle eagle3 --no-blind --data synth:testmini
 
 Heads are the files of mmspec/heads that have a recipe <head>_<target>.yaml, so a new one joins by itself. All train on
-the same regenerated answers, for as many steps of as many conversations, at most --minutes each; a head that does not
-get there is scored as far as it got, and the table shows its steps. Two tables: `matched` has one tree for all heads
-(--tree), `tuned` each head's own, chosen by speedup on --tune-data. A twin reads means in place of the image
-(mmspec/heads/_blind.py); eval.dependence says at which tokens that costs acceptance.
+the same regenerated answers, whose states the target computes once (--live: in every step again), for as many steps of
+as many conversations, at most --minutes each; a head that does not get there is scored as far as it got, and the table
+shows its steps. Two tables: `matched` has one tree for all heads (--tree), `tuned` each head's own, chosen by speedup
+on --tune-data. A twin reads means in place of the image (mmspec/heads/_blind.py) and stands in the first table;
+eval.dependence says at which tokens that costs acceptance.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
-step before it has changed. Results: --results (tables, CSV, JSON, plots) and a paragraph on the terminal.
+step before it has changed. Several of these commands may share --out, each with --heads of its own and the other
+options alike; one for all heads then finds their work done. Results: --results (tables, CSV, JSON, plots) and a
+paragraph on the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -43,6 +47,8 @@ from train.world import free_port
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 120
 """What a stopped training may take to save itself, and what one that goes on gets at least."""
+PREPARED = "prepared"
+"""The step that all trainings read."""
 PORT = "PORT"
 """Stands for a free port in a command."""
 STATIC = "eagle"
@@ -84,31 +90,43 @@ class Step:
 
 
 class Ledger:
-    """What was done, with which command, in `steps.json`."""
+    """What was done, with which command, in `steps.json`; any number of processes may keep it at once."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "steps.json"
-        self._entries: dict[str, dict[str, Any]] = {}
-        if self._path.is_file():
-            self._entries = json.loads(self._path.read_text(encoding="utf-8"))
+        self._folder, self._path = folder, folder / "steps.json"
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return _read(self._path) if self._path.is_file() else {}
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Waits until no other process is at what `name` stands for, and keeps others from it."""
+        place = self._folder / "locks" / name.replace(" ", "_")
+        place.parent.mkdir(exist_ok=True)
+        with place.open("w") as lock:
+            # The system lets go of it when this process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def key(self, step: Step) -> str:
         """Of the command, of the files it reads and of the steps it depends on."""
-        parts = [*step.words, str(step.limit_s), *(str(self._entries.get(name, {}).get("key")) for name in step.after)]
+        entries = self._entries()
+        parts = [*step.words, str(step.limit_s), *(str(entries.get(name, {}).get("key")) for name in step.after)]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in step.reads]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def entry(self, step: Step) -> dict[str, Any] | None:
         """What is known of a step with this very command, or None."""
-        found = self._entries.get(step.name)
+        found = self._entries().get(step.name)
         return found if found is not None and found["key"] == self.key(step) else None
 
     def note(self, step: Step, **facts: Any) -> None:
-        self._entries[step.name] = {**(self.entry(step) or {"key": self.key(step)}), **facts}
-        checkpoint.write_json(self._path, self._entries)
+        with self.alone("steps.json"):
+            known = self.entry(step) or {"key": self.key(step)}
+            checkpoint.write_json(self._path, {**self._entries(), step.name: {**known, **facts}})
 
     def seconds(self, name: str) -> float:
-        return float(self._entries.get(name, {}).get("seconds", 0.0))
+        return float(self._entries().get(name, {}).get("seconds", 0.0))
 
 
 def perform(step: Step, ledger: Ledger) -> None:
@@ -117,6 +135,11 @@ def perform(step: Step, ledger: Ledger) -> None:
     Raises:
         InputError: it failed, or left nothing.
     """
+    with ledger.alone(step.name):
+        _perform(step, ledger)
+
+
+def _perform(step: Step, ledger: Ledger) -> None:
     known = ledger.entry(step)
     if known is not None and known.get("done") and step.makes.exists():
         print(f"== {step.name}: done already", flush=True)
@@ -202,22 +225,26 @@ def entrants(args: argparse.Namespace) -> list[Entrant]:
     Raises:
         InputError: one that is asked for has none.
     """
-    found = []
-    with_recipe = [kind for kind in head_kinds() if (ROOT / "recipes" / f"{kind}_{args.suffix}.yaml").is_file()]
-    wanted = args.heads or with_recipe
-    for kind in wanted:
+    found, known = [], _recipes(args)
+    for kind in args.heads or known:
         recipe = ROOT / "recipes" / f"{kind}_{args.suffix}.yaml"
-        if kind not in head_kinds() or not recipe.is_file():
+        if kind not in known:
             raise InputError(f"--heads {kind}: there is no recipes/{kind}_{args.suffix}.yaml of a head of that name")
         found.append(Entrant(kind, kind, recipe, False))
         found += [] if args.no_blind else [Entrant(f"{kind}_blind", kind, recipe, True)]
     return found
 
 
+def _recipes(args: argparse.Namespace) -> dict[str, Path]:
+    """Of the target, by kind of head."""
+    places = {kind: ROOT / "recipes" / f"{kind}_{args.suffix}.yaml" for kind in head_kinds()}
+    return {kind: place for kind, place in places.items() if place.is_file()}
+
+
 def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
     """All steps, in order."""
     out = Path(args.out)
-    steps = [_answers(args, heads[0])]
+    steps = [_prepared(args)]
     for head in heads:
         steps += _of_head(args, head)
     for head in heads:
@@ -263,19 +290,29 @@ def _launched(args: argparse.Namespace, script: str, *words: str) -> tuple[str, 
     return (*launcher, "--master_port", PORT, str(ROOT / script), *words)
 
 
-def _answers(args: argparse.Namespace, head: Entrant) -> Step:
-    words = _launched(args, "scripts/regenerate.py", str(head.recipe), "run.name=answers", *_shared(args))
-    return Step("answers", words, Path(args.out) / "answers", reads=(head.recipe,))
+def _prepared(args: argparse.Namespace) -> Step:
+    """What all heads learn from: the answers, and without --live the target's states on them."""
+    # The same for any --heads. One head's states hold what all read: the last, and those of a head that taps more.
+    recipes = list(_recipes(args).values())
+    recipe = max(recipes, key=lambda place: len(getattr(load(place).head, "taps", ())))
+    named = (str(recipe), "run.name=prepared", *_shared(args))
+    if args.live:
+        words = _launched(args, "scripts/regenerate.py", *named)
+        return Step(PREPARED, words, Path(args.out) / "answers", reads=(recipe,))
+    folder = Path(args.out) / "states"
+    words = _launched(args, "scripts/extract_features.py", *named, "--out", str(folder))
+    return Step(PREPARED, words, folder / "manifest.json", reads=(recipe,))
 
 
 def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
-    """Training, tuning and both evaluations of one head."""
+    """Training and evaluation of one head, and tuning and the evaluation after it of one that sees."""
     folder = Path(args.out) / head.name
     trained = f"train {head.name}"
     own = [f"run.name={head.name}", f"head.blind={str(head.blind).lower()}"]
+    own += [] if args.live else [f"data.features={Path(args.out) / 'states'}"]
     words = _launched(args, "train/distill.py", str(head.recipe), *_shared(args), *own)
     weights = folder / "head.safetensors"
-    steps = [Step(trained, words, weights, ("answers",), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
+    steps = [Step(trained, words, weights, (PREPARED,), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
     ckpt = ("--ckpt", str(folder))
     tree = [str(n) for n in _numbers(args.tree)]
 
@@ -292,6 +329,8 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
         steps.append(Step(f"static tree {head.name}", static, folder / "static_tree.json", after))
         policies, after = ["fixed", "static"], (trained, f"static tree {head.name}")
     steps.append(evaluation("matched", ["--tree", *tree], after, policies))
+    if head.blind:
+        return steps
     tuned = folder / "tuned_tree.json"
     tuning = ["--data", args.tune_data, "--limit", str(args.tune_limit), "--max-new-tokens", str(args.max_new_tokens)]
     grid = ["--grid", *args.grid] if args.grid else []
@@ -328,6 +367,8 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
     for head in heads:
         facts = {"steps": _steps(out / head.name), "train_s": ledger.seconds(f"train {head.name}"), "blind": head.blind}
         for table, rows in tables.items():
+            if head.blind and table == "tuned":
+                continue
             summary = _read(out / head.name / table / "summary.json")
             for method in summary["methods"]:
                 if method != "plain":
@@ -442,6 +483,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=600, metavar="N", help="optimizer steps of each head (default: 600)")
     add("--batch", type=int, default=16, metavar="N", help="conversations a step (default: 16)")
     add("--minutes", type=float, default=20, metavar="M", help="of training for each head (default: 20)")
+    add("--live", action="store_true", help="run the target in every training step instead of storing its states")
     add("--procs", type=int, default=2, metavar="N", help="processes that train (default: 2)")
     add("--tree", default="7,2,10", metavar="D,W,N", help="of the matched table (default: %(default)s)")
     add("--grid", nargs="+", metavar="D,W,N", help="trees to tune over (default: those of eval.tune_tree)")
