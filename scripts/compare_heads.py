@@ -49,6 +49,8 @@ GRACE_S = 120
 """What a stopped training may take to save itself, and what one that goes on gets at least."""
 PREPARED = "prepared"
 """The step that all trainings read."""
+STAGES = (PREPARED, "train", "static", "matched", "tune", "tuned", "dependence", "training-free")
+"""First words of the steps' names."""
 PORT = "PORT"
 """Stands for a free port in a command."""
 STATIC = "eagle"
@@ -456,8 +458,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         ledger = Ledger(Path(args.out))
         for step in plan(args, heads):
-            perform(_ready(step), ledger)
-        print(write(args, collect(args, heads, ledger)))
+            if not args.only or step.name.split()[0] in args.only:
+                perform(_ready(step), ledger)
+        if not args.only:
+            print(write(args, collect(args, heads, ledger)))
     except InputError as error:
         print(f"compare_heads: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -474,6 +478,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--suffix", default="tiny", metavar="TARGET", help="of the recipes: <head>_TARGET.yaml (default: tiny)")
     add("--heads", nargs="+", metavar="KIND", help="only these (default: all that have a recipe)")
+    add("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}; then no tables are made")
     add("--no-blind", action="store_true", help="without vision-blind twins")
     add("--no-training-free", action="store_true", help="without the best training-free method")
     add("--out", default="runs/heads", metavar="DIR", help="run folders and evaluations (default: %(default)s)")
