@@ -76,6 +76,7 @@ class Step:
         limit_s: it is stopped then, and counts as done when it left `makes`; None: never.
         resume: words to add when it goes on with what an interruption left.
         reads: files that the command names and whose content counts.
+        owns: a folder of this step alone; what another command left there is removed.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Step:
     limit_s: float | None = None
     resume: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
+    owns: Path | None = None
 
     def left_s(self, spent_s: float, again: bool) -> float | None:
         """Seconds of the limit that are left; a step that goes on gets enough to save what it has, however late."""
@@ -151,7 +153,7 @@ def _perform(step: Step, ledger: Ledger) -> None:
     print(f"== {step.name}: {' '.join(checkpoint.discreet(word) for word in words)}", flush=True)
     ledger.note(step, seconds=before)
     if known is None:
-        _remove(step.makes)
+        _remove(step)
     start = time.monotonic()
     left_s = step.left_s(before, known is not None)
     code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
@@ -162,10 +164,12 @@ def _perform(step: Step, ledger: Ledger) -> None:
     ledger.note(step, seconds=seconds, done=True, stopped=stopped)
 
 
-def _remove(path: Path) -> None:
-    """What an earlier command left of a file; folders are shared and stay."""
-    if path.is_file():
-        path.unlink()
+def _remove(step: Step) -> None:
+    """What an earlier command left; folders that a step does not own are shared and stay."""
+    if step.owns is not None and step.owns.is_dir():
+        shutil.rmtree(step.owns)
+    if step.makes.is_file():
+        step.makes.unlink()
 
 
 def _command(words: Sequence[str], limit_s: float | None, beat: Any) -> tuple[int, bool]:
@@ -303,7 +307,7 @@ def _prepared(args: argparse.Namespace) -> Step:
         return Step(PREPARED, words, Path(args.out) / "answers", reads=(recipe,))
     folder = Path(args.out) / "states"
     words = _launched(args, "scripts/extract_features.py", *named, "--out", str(folder))
-    return Step(PREPARED, words, folder / "manifest.json", reads=(recipe,))
+    return Step(PREPARED, words, folder / "manifest.json", reads=(recipe,), owns=folder)
 
 
 def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:

@@ -46,6 +46,14 @@ def test_a_step_is_done_once_and_again_when_it_or_what_it_reads_changed(tmp_path
     assert ran(tmp_path) == "ababb"
 
 
+def test_of_a_folder_of_its_own_a_changed_step_finds_nothing(tmp_path: Path):
+    own = tmp_path / "own"
+    for text in ("x", "y"):
+        code = f"import pathlib; p = pathlib.Path({str(own)!r}); p.mkdir(); {made(tmp_path, text=text)}"
+        perform(step(tmp_path, code, owns=own), Ledger(tmp_path))
+    assert ran(tmp_path) == "ss"
+
+
 def test_a_step_is_done_again_when_a_file_it_reads_has_changed(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     one = step(tmp_path, made(tmp_path), reads=(recipe,))
