@@ -300,7 +300,7 @@ def _prepared(args: argparse.Namespace) -> Step:
     """What all heads learn from: the answers, and without --live the target's states on them."""
     # The same for any --heads. One head's states hold what all read: the last, and those of a head that taps more.
     recipes = list(_recipes(args).values())
-    recipe = max(recipes, key=lambda place: len(getattr(load(place).head, "taps", ())))
+    recipe = max(recipes, key=lambda place: hasattr(load(place).head.config, "taps"))
     named = (str(recipe), "run.name=prepared", *_shared(args))
     if args.live:
         words = _launched(args, "scripts/regenerate.py", *named)
