@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.head_tables import as_csv, depth_plot, gains, markdown, row
-from eval.mmspec import DTYPES
+from eval.options import DTYPES
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
