@@ -37,9 +37,11 @@ from typing import Any, NoReturn
 
 from eval.head_tables import as_csv, depth_plot, gains, markdown, row
 from eval.options import DTYPES
-from eval.summary import clean
+from eval.summary import OVERALL, clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
+from mmspec.api import STATIC_TREE
+from mmspec.methods import method_names
 from mmspec.recipe import head_kinds, load
 from mmspec.types import InputError
 from train.world import free_port
@@ -49,12 +51,14 @@ GRACE_S = 120
 """What a stopped training may take to save itself, and what one that goes on gets at least."""
 PREPARED = "prepared"
 """The step that all trainings read."""
-STAGES = (PREPARED, "train", "static", "matched", "tune", "tuned", "dependence", "training-free")
+STAGES = (PREPARED, "train", "static", "tune", "matched", "tuned", "dependence")
 """First words of the steps' names."""
 PORT = "PORT"
 """Stands for a free port in a command."""
 STATIC = "eagle"
 """The head that EAGLE-1's static tree is shown of, beside the dynamic one."""
+TUNED = "tuned_tree.json"
+"""What eval.tune_tree leaves in a run folder."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -253,6 +257,16 @@ def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
     steps = [_prepared(args)]
     for head in heads:
         steps += _of_head(args, head)
+    seeing = [head for head in heads if not head.blind]
+    tree = ("--tree", *map(str, _numbers(args.tree)))
+    free = () if args.no_training_free else ("--method", *method_names())
+    fitted = [step.name for step in steps if step.name.startswith("static")]
+    policies = ("--policies", "fixed", *(["static"] if fitted else []))
+    steps.append(_evaluation(args, "matched", heads, (*tree, *policies, *free), fitted))
+    trees = [f"--tree=@{out / head.name / TUNED}" for head in seeing]
+    steps.append(
+        _evaluation(args, "tuned", seeing, (*trees, "--policies", "fixed"), [f"tune {h.name}" for h in seeing])
+    )
     for head in heads:
         if head.blind:
             folder = out / "dependence" / head.kind
@@ -260,11 +274,17 @@ def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
             words = _module("eval.dependence", *both, "--out", str(folder), *_scored(args))
             after = (f"train {head.kind}", f"train {head.name}")
             steps.append(Step(f"dependence {head.kind}", words, folder / "dependence.json", after))
-    if not args.no_training_free:
-        folder = out / "training_free"
-        words = _module("eval.mmspec", "--method", "all", "--out", str(folder), *_scored(args))
-        steps.append(Step("training-free methods", words, folder / "summary.json"))
     return steps
+
+
+def _evaluation(
+    args: argparse.Namespace, name: str, heads: Sequence[Entrant], more: Sequence[str], after: Sequence[str]
+) -> Step:
+    """One table: all of its methods decode each prompt one directly after another, beside plain decoding."""
+    folder = Path(args.out) / name
+    ckpts = [word for head in heads for word in ("--ckpt", str(Path(args.out) / head.name))]
+    words = _module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
+    return Step(name, words, folder / "summary.json", (*(f"train {head.name}" for head in heads), *after))
 
 
 def _shared(args: argparse.Namespace) -> list[str]:
@@ -311,7 +331,7 @@ def _prepared(args: argparse.Namespace) -> Step:
 
 
 def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
-    """Training and evaluation of one head, and tuning and the evaluation after it of one that sees."""
+    """Training of one head, and what its trees are chosen by."""
     folder = Path(args.out) / head.name
     trained = f"train {head.name}"
     own = [f"run.name={head.name}", f"head.blind={str(head.blind).lower()}"]
@@ -319,30 +339,17 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
     words = _launched(args, "train/distill.py", str(head.recipe), *_shared(args), *own)
     weights = folder / "head.safetensors"
     steps = [Step(trained, words, weights, (PREPARED,), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
-    ckpt = ("--ckpt", str(folder))
-    tree = [str(n) for n in _numbers(args.tree)]
-
-    def evaluation(name: str, words: Sequence[str], after: tuple[str, ...], policies: Sequence[str]) -> Step:
-        where = folder / name
-        said = _module("eval.mmspec", *ckpt, "--policies", *policies, *words, "--out", str(where), *_scored(args))
-        return Step(f"{name} {head.name}", said, where / "summary.json", after)
-
-    policies, after = ["fixed"], (trained,)
-    if head.name == STATIC:
-        budget = ("--budget", tree[2])
-        fitted = ("--data", args.tune_data, "--limit", str(args.tune_limit), "--dtype", args.dtype)
-        static = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, *budget, *fitted)
-        steps.append(Step(f"static tree {head.name}", static, folder / "static_tree.json", after))
-        policies, after = ["fixed", "static"], (trained, f"static tree {head.name}")
-    steps.append(evaluation("matched", ["--tree", *tree], after, policies))
     if head.blind:
         return steps
-    tuned = folder / "tuned_tree.json"
-    tuning = ["--data", args.tune_data, "--limit", str(args.tune_limit), "--max-new-tokens", str(args.max_new_tokens)]
-    grid = ["--grid", *args.grid] if args.grid else []
-    words = _module("eval.tune_tree", *ckpt, "--out", str(tuned), "--dtype", args.dtype, *tuning, *grid)
-    steps.append(Step(f"tune {head.name}", words, tuned, (trained,)))
-    steps.append(evaluation("tuned", [f"--tree=@{tuned}"], (trained, f"tune {head.name}"), ["fixed"]))
+    ckpt = ("--ckpt", str(folder))
+    tuning = ("--data", args.tune_data, "--limit", str(args.tune_limit), "--dtype", args.dtype)
+    if head.name == STATIC:
+        words = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, "--budget", str(_numbers(args.tree)[2]))
+        steps.append(Step(f"static {head.name}", (*words, *tuning), folder / STATIC_TREE, (trained,)))
+    grid = ("--grid", *args.grid) if args.grid else ()
+    words = _module("eval.tune_tree", *ckpt, "--out", str(folder / TUNED), *tuning, *grid)
+    words += ("--max-new-tokens", str(args.max_new_tokens))
+    steps.append(Step(f"tune {head.name}", words, folder / TUNED, (trained,)))
     return steps
 
 
@@ -368,31 +375,27 @@ def _ready(step: Step) -> Step:
 
 def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) -> dict[str, Any]:
     """Rows of both tables, and what the twins say."""
-    out = Path(args.out)
-    tables: dict[str, list[dict[str, Any]]] = {"matched": [], "tuned": []}
-    for head in heads:
-        facts = {"steps": _steps(out / head.name), "train_s": ledger.seconds(f"train {head.name}"), "blind": head.blind}
-        for table, rows in tables.items():
-            if head.blind and table == "tuned":
-                continue
-            summary = _read(out / head.name / table / "summary.json")
-            for method in summary["methods"]:
-                if method != "plain":
-                    how = summary["settings"]["methods"][method]
-                    tree = f"{how['depth']},{how.get('width', '-')},{how['budget']}"
-                    label = head.name + method.removeprefix(head.kind)
-                    rows.append(row(label, summary, method, {"tree": tree, **facts}))
+    out, runs = Path(args.out), {head.name: head for head in heads}
+    found = {table: _read(out / table / "summary.json") for table in ("matched", "tuned")}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for table, summary in found.items():
+        tables[table] = []
+        for method, how in summary["settings"]["methods"].items():
+            name = method.removesuffix("_static")
+            if name in runs:
+                tree = f"{how['depth']},{how.get('width', '-')},{how['budget']}"
+                facts = {"tree": tree, "steps": _steps(out / name), "train_s": ledger.seconds(f"train {name}")}
+                tables[table].append(row(method, summary, method, {**facts, "blind": runs[name].blind}))
     if not args.no_training_free:
-        summary = _read(out / "training_free" / "summary.json")
-        mats = {name: m["overall"]["mat"] for name, m in summary["methods"].items() if name != "plain"}
-        best = max(mats, key=lambda name: mats[name])
+        summary = found["matched"]
+        best = max(method_names(), key=lambda name: summary["methods"][name][OVERALL]["mat"])
         for rows in tables.values():
             rows.append(row(f"best training-free ({best})", summary, best, {}))
     dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
         "settings": _settings(args),
         "commit": checkpoint.git_commit(),
-        "hardware": _read(out / heads[0].name / "matched" / "summary.json")["hardware"],
+        "hardware": found["matched"]["hardware"],
         **tables,
         "dependence": {k: {key: d[key] for key in ("zeros", "overall", "topics")} for k, d in dependence.items()},
     }

@@ -152,7 +152,7 @@ def test_a_head_joins_by_its_recipe_alone():
     steps = [one.name for one in compare_heads.plan(args, compare_heads.entrants(args))]
     assert len(steps) == len(set(steps))
     assert {name.split()[0] for name in steps} == set(compare_heads.STAGES)
-    assert steps.index("train eagle3") < steps.index("matched eagle3") < steps.index("dependence eagle3")
+    assert steps.index("train eagle3") < steps.index("tune eagle3") < steps.index("tuned")
 
 
 @pytest.mark.parametrize(
