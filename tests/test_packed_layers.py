@@ -59,6 +59,27 @@ def test_a_copy_packs_what_it_holds_then_and_has_the_same_state():
         torch.testing.assert_close(twin[0](torch.ones(4, 48)), expected)
 
 
+def test_a_weight_that_changes_is_packed_again():
+    ours = layers()
+    pack(ours)
+    x = torch.ones(1, 48)
+    with torch.inference_mode():
+        ours(x)
+    with torch.no_grad():
+        ours[0].weight.mul_(2)
+        expected = nn.functional.linear(x, ours[0].weight, ours[0].bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours[0](x), expected)
+
+
+def test_a_weight_made_in_inference_mode_stays_plain():
+    with torch.inference_mode():
+        ours = layers()
+        pack(ours)
+        torch.testing.assert_close(ours(torch.ones(1, 48)), layers()(torch.ones(1, 48)))
+        assert ours[0].packed is None
+
+
 def test_a_moved_layer_is_plain():
     ours = layers()
     pack(ours)

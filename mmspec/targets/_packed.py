@@ -18,25 +18,29 @@ has no memory for that."""
 
 
 class PackedLinear(nn.Linear):
-    """A frozen linear layer that has its weight a second time, packed when it is first decoded with.
+    """A frozen linear layer that has its weight a second time, packed when it is first decoded with, or has changed.
 
-    With gradients, outside of `torch.inference_mode`, and in a dtype it is moved to later, it is the plain layer.
+    With gradients, outside of `torch.inference_mode`, in a dtype it is moved to later, and where its weight was made in
+    inference mode, so that changes of it go unnoticed, it is the plain layer.
     """
 
     packed: Tensor | None = None
+    packed_of: tuple[int, int] = (-1, -1)
+    """Which weight that is: address and version, which every change in place raises."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if weight.dtype != torch.float32 or x.device.type != "cpu" or not torch.is_inference_mode_enabled():
+        fit = weight.dtype == torch.float32 and x.device.type == "cpu" and not weight.is_inference()
+        if not fit or not torch.is_inference_mode_enabled():
             return super().forward(x)
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        if self.packed_of != (of := (weight.data_ptr(), weight._version)):
+            self.packed, self.packed_of = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), of
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy packs anew: what it shall hold may be changed first."""
-        return {name: value for name, value in self.__dict__.items() if name != "packed"}
+        """A copy packs anew."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("packed")}
 
 
 def pack(layers: nn.Module) -> None:
