@@ -35,7 +35,7 @@ from mmspec.sampling import GreedySampler
 from mmspec.types import Drafter, InputError, Target
 
 PROGRAM = "eval.tune_tree"
-GRID = ("3,1,3", "5,1,5", "7,1,7", "4,2,6", "5,2,7", "7,2,8", "7,2,10", "6,3,10", "7,4,16")
+GRID = ("3,1,3", "5,1,5", "7,1,7", "10,1,10", "13,1,13", "4,2,6", "5,2,7", "7,2,10", "10,2,14", "7,4,16")
 FIGURES = ("mat", "speedup", "speedup_lo", "speedup_hi", "exact_match")
 
 
