@@ -14,10 +14,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from eval.bench import PLAIN
 from eval.plots import Series, standalone, ticks
 from eval.report import N_COLOURS, N_DEPTHS
-from eval.summary import DEFINITIONS, interval, number
+from eval.summary import DEFINITIONS, PLAIN, interval, number
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
 from mmspec.export.engines import ENGINES
@@ -159,10 +158,12 @@ def plots(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict
         shares = [0, 0.2, 0.4, 0.6, 0.8, 1]
         title = "Rounds that accepted at least k draft tokens"
         drawn["acceptance.svg"] = standalone(title, lines, "draft depth k", "share of drafting rounds", ends, shares)
+    # Of a sweep the first cell, which is the one that the summary's figures are of.
+    rows = [row for row in rows if all(row.get(key) == rows[0].get(key) for key in ("batch", "temperature"))]
     if rows:
         lines = []
         for name in methods:
-            seconds = sorted(float(row["latency_s"]) for row in rows if row["method"] == name)
+            seconds = sorted(_seconds(row) for row in rows if row["method"] == name)
             points = [(0.0, 0.0)] + [(second, (n + 1) / len(seconds)) for n, second in enumerate(seconds)]
             lines.append(Series(name, colour[name], points, steps=True))
         longest = ticks(max(line.points[-1][0] for line in lines))
@@ -170,6 +171,11 @@ def plots(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict
         title = "Requests done within t seconds"
         drawn["latency.svg"] = standalone(title, lines, "seconds", "share of requests", longest, shares)
     return drawn
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    """From the start of a request's prefill to its last token; lines of schema 2 call it the total."""
+    return float(row["total_s"] if "total_s" in row else row["latency_s"])
 
 
 def n_parameters(path: Path) -> int:

@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub import get_token
 
 from eval import card
-from eval.bench import PLAIN
+from eval.summary import PLAIN
 from mmspec import checkpoint as checkpoints
 from mmspec.assets import EMBEDDED
 from mmspec.hub import HEAD, PAGES, is_repo, listed, look_at
@@ -172,8 +172,8 @@ def objections(loaded: checkpoints.Checkpoint, summary: Mapping[str, Any] | None
     said = (summary.get("settings") or {}).get("fingerprint")
     if said != loaded.target.fingerprint:
         doubts.append(f"its evaluation is of another target ({said}, the head's is {loaded.target.fingerprint})")
-    if summary.get("invalid"):
-        doubts.append(f"its evaluation is marked invalid ({summary['invalid']})")
+    if summary.get("invalid") or summary.get("valid") is False:
+        doubts.append("its evaluation is marked invalid")
     for name, method in summary["methods"].items():
         overall = method["overall"]
         if method.get("invalid") or overall.get("invalid"):

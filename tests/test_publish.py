@@ -183,7 +183,7 @@ def test_a_run_without_proof_is_refused_and_anyway_the_card_says_so(run, tmp_pat
     summary["methods"]["viskip"]["overall"] |= {"exact_match": None, "diverged": None}
     scores.write_text(json.dumps(summary))
     wrong("the text of viskip was not compared with plain decoding's")
-    scores.write_text(json.dumps(json.loads(whole) | {"invalid": "figures of two runs"}))
+    scores.write_text(json.dumps(json.loads(whole) | {"valid": False}))
     wrong("its evaluation is marked invalid")
     scores.write_text(json.dumps(json.loads(whole) | {"settings": {"fingerprint": "other"}}))
     wrong("its evaluation is of another target")
