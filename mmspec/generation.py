@@ -157,16 +157,13 @@ def _prompts(target: Target, input_ids: Tensor, mask: Tensor | None, pixels: Map
 
 def _sampler(config: Any) -> Any:
     """The settings of `generate` as a sampler; its noise follows torch's own seed, as `generate`'s does."""
-    penalties = {
-        "repetition_penalty": config.repetition_penalty or 1.0,
-        "no_repeat_ngram": config.no_repeat_ngram_size or 0,
-    }
+    repetition, ngram = config.repetition_penalty or 1.0, config.no_repeat_ngram_size or 0
     if not config.do_sample:
-        return make_sampler(0.0, **penalties)
+        return make_sampler(0.0, repetition_penalty=repetition, no_repeat_ngram=ngram)
     seed = int(torch.randint(0, 2**31 - 1, ()))
     temperature = 1.0 if config.temperature is None else config.temperature
     top_p = 1.0 if config.top_p is None else config.top_p
-    return make_sampler(temperature, config.top_k or 0, top_p, seed, **penalties)
+    return make_sampler(temperature, config.top_k or 0, top_p, seed, repetition, ngram)
 
 
 def _padding(config: Any) -> int:
