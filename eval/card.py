@@ -90,7 +90,8 @@ def metadata(facts: Facts) -> ModelCardData:
     if name is not None:
         more |= {"license_name": name, "license_link": f"https://huggingface.co/{facts.base_model}"}
     results = None
-    if facts.summary is not None:
+    # What is doubted is no claim for the Hub's tables.
+    if facts.summary is not None and not facts.doubts:
         settings = facts.summary.get("settings") or {}
         synthetic = str(settings.get("data", "")).startswith("synth:")
         overall = facts.summary["methods"][facts.summary["primary"]]["overall"]

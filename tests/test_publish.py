@@ -173,7 +173,9 @@ def test_a_run_without_proof_is_refused_and_anyway_the_card_says_so(run, tmp_pat
         assert not (tmp_path / "no").exists()
         out = tmp_path / "anyway"
         assert publish_now(run, "--dry-run", str(out), "--anyway") == 0
-        assert f"**Warning:** published although {said}" in (out / "README.md").read_text()
+        text = (out / "README.md").read_text()
+        assert f"**Warning:** published although {said}" in text
+        assert "model-index" not in text
         shutil.rmtree(out)
 
     summary = json.loads(whole)
