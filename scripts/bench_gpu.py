@@ -93,7 +93,7 @@ def _mid(args: argparse.Namespace) -> list[Step]:
     size = ["--size", "16", "1536", "4096", "12", "--batch-tokens", "14400", "--warmup-steps", "300", "--steps", "600"]
     changes = ["data.sources=[{path: 'synth:train', limit: 1600}]", "optim.lr=1e-3", "optim.micro_batch=16",
                "data.answer_batch=64", "target.dtype=bfloat16", "deepspeed.bf16=true", "run.eval_every=0"]  # fmt: skip
-    scored = ["--data", "synth:test", "--limit", "128", "--max-new-tokens", "192", "--dtype", "bfloat16"]
+    scored = ["--data", "synth:test", "--limit", "64", "--max-new-tokens", "128", "--dtype", "bfloat16"]
     if args.tiny:
         size = ["--size", "4", "64", "128", "2", "--batch-tokens", "400", "--warmup-steps", "2", "--steps", "3"]
         changes = ["data.sources=[{path: 'synth:val', limit: 8}]", "data.max_new_tokens=12", "run.max_steps=2",

@@ -7,4 +7,4 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 case " $* " in *" --here "*) ;; *) mmspec_environment ;; esac
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "$(command -v python || command -v python3)" scripts/bench_gpu.py "$@"
+exec python3 scripts/bench_gpu.py "$@"
