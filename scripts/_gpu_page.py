@@ -55,8 +55,10 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def verdicts(found: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
-    """What is asked of a GPU: its name, the figure, whether it is enough."""
-    out = []
+    """What is asked of a GPU: its name, the figure, whether it is enough; nothing is asked of small shapes."""
+    out: list[tuple[str, float, bool]] = []
+    if settings(found).get("tiny"):
+        return out
     for target, parts in found["targets"].items():
         for batch in ACCEPTED_AT:
             if (value := parts.get("loop", {}).get(f"loop_efficiency_b{batch}")) is not None:
@@ -147,6 +149,11 @@ def _generate(target: str, part: Mapping[str, Any]) -> Iterator[tuple[str, Seque
     yield f"{target}: against transformers", ("figure", "value"), [(name, part[name]) for name in names]
 
 
+def _loop(target: str, part: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Rows]]:
+    rows = [(name.rpartition("_b")[2], value) for name, value in part.items() if name.startswith("loop_efficiency")]
+    yield f"{target}: bare module calls / seconds of the loop, eager", ("batch", "efficiency"), rows
+
+
 def _oracle(target: str, part: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Rows]]:
     rows = [
         (f"{batch}, {p}", row["mat"], row["measured"], row["predicted"], row["measured"] / row["predicted"])
@@ -159,7 +166,7 @@ def _oracle(target: str, part: Mapping[str, Any]) -> Iterator[tuple[str, Sequenc
 
 _TABLES = {
     "roofline": _roofline, "costs": _costs, "heads": _heads, "graphs": _graphs, "generate": _generate,
-    "loop": _generate, "oracle": _oracle,
+    "loop": _loop, "oracle": _oracle,
 }  # fmt: skip
 
 
