@@ -188,7 +188,7 @@ def plots(found: Mapping[str, Any]) -> Iterator[str]:
             lines = {
                 f"batch {b}": [(float(n), seconds * 1e3) for n, seconds in row.items()] for b, row in table.items()
             }
-            yield _chart(f"{target}: a round, context {context}", lines, "nodes", "ms")
+            yield _chart(f"{target}: ms of a round, context {context}", lines, "nodes", "ms")
     if found["mid"]:
         for key, label in (("mat", "MAT"), ("speedup", "speedup")):
             lines = {}
