@@ -262,6 +262,7 @@ def method_and_policy(
     head: Drafter | None = None,
     policy: str = "adaptive",
     max_batch: int = 1,
+    costs: Path | None = None,
 ) -> tuple[Drafter, Policy]:
     """What a training-free method or the hybrid decodes with.
 
@@ -271,6 +272,7 @@ def method_and_policy(
         head: the head's drafter, where it was made already.
         policy: "adaptive" (the budget that pays on this machine, measured now) or "fixed" (the method's whole budget).
         max_batch: the largest batch to measure costs for.
+        costs: folder in which what was measured is kept and found again; None measures it now.
 
     Raises:
         InputError: see `mmspec.methods`; an unknown policy.
@@ -285,8 +287,9 @@ def method_and_policy(
         drafter, fixed = make_hybrid(target, head, tree.depth, tree.budget, settings)
     if policy == "fixed":
         return drafter, fixed
-    costs = measure(target, drafter, max_batch, fixed.max_depth, fixed.max_budget)
-    return drafter, AdaptivePolicy(costs, fixed.max_depth, fixed.max_budget)
+    asked = target, drafter, max_batch, fixed.max_depth, fixed.max_budget
+    table = measure(*asked) if costs is None else load_or_measure(costs, *asked)
+    return drafter, AdaptivePolicy(table, fixed.max_depth, fixed.max_budget)
 
 
 def find_device(name: str) -> str:

@@ -29,7 +29,7 @@ from _random_target import NAMES, picture, random_target, shared_twin, weight_by
 from bench_loop import Bench
 from PIL import Image
 
-from eval.mmspec import DTYPES
+from eval.options import DTYPES
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device
 from mmspec.costs import measure
