@@ -6,7 +6,7 @@ Invariant: pure functions of the folder; a part that is not there yet is left ou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,17 @@ th:first-child,td:first-child{text-align:left}
 Rows = Sequence[Sequence[Any]]
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """{"targets": {name: {part: figures}}, "mid": {batch: summary}} of what is there."""
-    targets: dict[str, Any] = {}
-    for path in sorted(folder.glob("*/*.json")):
-        if path.parent.name != "mid":
-            targets.setdefault(path.parent.name, {})[path.stem] = _read(path)
+def collect(folder: Path, targets: Iterable[str]) -> dict[str, Any]:
+    """{"targets": {name: {part: figures}}, "mid": {batch: summary}} of what is there.
+
+    Args:
+        folder: of the results.
+        targets: that may have a folder in it.
+    """
+    parts = {name: {path.stem: _read(path) for path in sorted((folder / name).glob("*.json"))} for name in targets}
     mid = {path.parent.name.removeprefix("batch_"): _summary(path) for path in folder.glob("mid/batch_*/summary.json")}
-    return {"targets": targets, "mid": dict(sorted(mid.items(), key=lambda item: int(item[0])))}
+    there = {name: found for name, found in parts.items() if found}
+    return {"targets": there, "mid": dict(sorted(mid.items(), key=lambda item: int(item[0])))}
 
 
 def _read(path: Path) -> dict[str, Any]:

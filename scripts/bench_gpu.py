@@ -96,6 +96,7 @@ def _mid(args: argparse.Namespace) -> list[Step]:
     scored = ["--data", "synth:test", "--limit", "64", "--max-new-tokens", "128", "--dtype", "bfloat16"]
     if args.tiny:
         size = ["--size", "4", "64", "128", "2", "--batch-tokens", "400", "--warmup-steps", "2", "--steps", "3"]
+        size += ["--threads", "1"]
         changes = ["data.sources=[{path: 'synth:val', limit: 8}]", "data.max_new_tokens=12", "run.max_steps=2",
                    "data.drop=[]", "optim.micro_batch=2", "policy.rollouts=6", "policy.steps=2", "run.eval_every=0",
                    "run.eval_prompts=2", "run.eval_max_new_tokens=8"]  # fmt: skip
@@ -122,7 +123,7 @@ def _mid(args: argparse.Namespace) -> list[Step]:
 
 def write(args: argparse.Namespace) -> str:
     """Figures and page from what is there; returns the paragraph for RESULTS.md."""
-    found = collect(args.out)
+    found = collect(args.out, NAMES)
     checkpoint.write_json(args.out / "figures.json", found)
     (args.out / "page.html").write_text(page(found), encoding="utf-8")
     said = ["bash scripts/bench_gpu.sh", *map(checkpoint.discreet, args.said)]

@@ -114,6 +114,22 @@ def test_the_page_stands_alone_and_shows_every_part_that_is_there():
     assert _gpu_page.page({"targets": {}, "mid": {}})
 
 
+def test_figures_are_gathered_of_what_is_there(tmp_path: Path):
+    """Whatever else lies in the folder, as the locks of the ledger."""
+    for name, text in {"locks/steps.json": "", "llava-1.5-7b/loop.json": '{"a": 1}', "mid/run/x.json": "{"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for batch in (16, 2):
+        (tmp_path / "mid" / f"batch_{batch}").mkdir()
+        summary = {"methods": {"plain": {"overall": {"mat": 1.0}}}, "hardware": {}}
+        (tmp_path / "mid" / f"batch_{batch}" / "summary.json").write_text(json.dumps(summary))
+    gathered = _gpu_page.collect(tmp_path, _random_target.NAMES)
+    assert gathered["targets"] == {"llava-1.5-7b": {"loop": {"a": 1}}}
+    assert list(gathered["mid"]) == ["2", "16"]
+    assert gathered["mid"]["2"]["methods"]["plain"]["mat"] == 1.0
+    assert _gpu_page.collect(tmp_path / "none", _random_target.NAMES) == {"targets": {}, "mid": {}}
+
+
 def test_every_step_names_a_script_and_a_file_of_its_own(tmp_path: Path):
     args = bench_gpu._parse(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
     steps = bench_gpu.plan(args)
