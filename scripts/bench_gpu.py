@@ -40,7 +40,7 @@ HEADS = ("eagle3", "medusa", "vispec")
 SUFFIXES = {"llava-1.5-7b": "llava7b", "qwen2.5-vl-7b": "qwen2_5_vl_7b"}
 """Of their recipes."""
 BATCHES = (1, 2, 4, 8, 16, 32)
-NEEDED = {"train": ("datasets", "psutil"), "mid": ("datasets", "psutil", "jinja2")}
+NEEDED = {"train": ("datasets", "peft", "psutil"), "mid": ("datasets", "peft", "psutil", "jinja2")}
 """Packages that a part wants beside those of mmspec."""
 GOES_ON = 75
 """Exit code of a call whose minutes are over."""
@@ -114,7 +114,19 @@ def _mid(args: argparse.Namespace) -> list[Step]:
     ]
     for batch in BATCHES[:2] if args.tiny else BATCHES:
         where = folder / f"batch_{batch}"
-        said = ["--ckpt", str(run), "--batch-size", str(batch), "--policies", "fixed", "viskip", "--out", str(where)]
+        said = [
+            "--ckpt",
+            str(run),
+            "--target",
+            str(target),
+            "--batch-size",
+            str(batch),
+            "--policies",
+            "fixed",
+            "viskip",
+            "--out",
+            str(where),
+        ]
         said += ["--device", args.device, *scored]
         evaluation = (sys.executable, "-m", "eval.mmspec", *said)
         steps.append(Step(f"mid batch {batch}", evaluation, where / "summary.json", ("mid head",)))
