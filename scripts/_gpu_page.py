@@ -236,6 +236,8 @@ def page(found: Mapping[str, Any]) -> str:
 def paragraph(found: Mapping[str, Any], command: str) -> str:
     """Markdown for RESULTS.md: the figures that are asked for, and a line a part."""
     facts = settings(found)
+    if not facts:
+        return f"`{command}`: nothing is measured yet.\n"
     lines = [f"`{command}`; {', '.join(f'{key} {value}' for key, value in facts.items())}."]
     if facts.get("tiny"):
         lines.append("Small shapes: that it runs, not how fast. The figures of a GPU are owed.")

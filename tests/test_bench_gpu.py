@@ -111,7 +111,9 @@ def test_the_page_stands_alone_and_shows_every_part_that_is_there():
     said = _gpu_page.paragraph(found(0.89, 1.9), "cmd")
     assert "loop efficiency at batch 1: 0.890 (not enough)" in said
     assert "measured / predicted speedup at batch 8: 0.950\n" in said
-    assert _gpu_page.page({"targets": {}, "mid": {}})
+    nothing: dict[str, Any] = {"targets": {}, "mid": {}}
+    assert "nothing is measured" in _gpu_page.paragraph(nothing, "cmd")
+    assert _gpu_page.page(nothing)
 
 
 def test_figures_are_gathered_of_what_is_there(tmp_path: Path):
