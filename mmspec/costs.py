@@ -92,26 +92,34 @@ def hardware(target: Target) -> str:
 
 
 @torch.inference_mode()
-def measure(target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int, repeats: int = 7) -> CostTable:
+def measure(
+    target: Target,
+    drafter: Drafter,
+    max_batch: int,
+    depth: int,
+    budget: int,
+    repeats: int = 7,
+    context: int = _CONTEXT,
+) -> CostTable:
     """Time rounds over nodes and drafting over depth, at batch sizes 1, 2, 4, .. up to `max_batch`.
 
-    The rows hold arbitrary text: what a pass costs does not depend on what the tokens say.
+    The rows hold `context` tokens of arbitrary text: what a pass costs does not depend on what the tokens say.
     """
     batches = sorted({min(2**i, max_batch) for i in range(max_batch.bit_length() + 1)})
-    cells = {batch: _measure_batch(target, drafter, batch, depth, budget, repeats) for batch in batches}
+    cells = {batch: _measure_batch(target, drafter, batch, depth, budget, repeats, context) for batch in batches}
     return CostTable(hardware(target), {b: c[0] for b, c in cells.items()}, {b: c[1] for b, c in cells.items()})
 
 
 def _measure_batch(
-    target: Target, drafter: Drafter, batch: int, depth: int, budget: int, repeats: int
+    target: Target, drafter: Drafter, batch: int, depth: int, budget: int, repeats: int, context: int
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Seconds of a round by nodes, and of drafting by depth, at one batch size."""
-    ids = torch.arange(_CONTEXT) % min(97, target.shape.vocab_size)
+    ids = torch.arange(context) % min(97, target.shape.vocab_size)
     ids = ids.masked_fill(ids == target.image_token_id, 0)
-    prompt = Prompt(ids, torch.zeros(_CONTEXT, dtype=torch.bool))
+    prompt = Prompt(ids, torch.zeros(context, dtype=torch.bool))
     request = Request("costs", prompt, 1)
     sizes = sorted({*(n for n in _NODES if n <= budget), budget + 1})
-    capacity = _CONTEXT + 2 * budget + depth + 8 + len(sizes) * _IN_A_ROW * (repeats + 1)
+    capacity = context + 2 * budget + depth + 8 + len(sizes) * _IN_A_ROW * (repeats + 1)
     state = target.open(batch, capacity)
     drafter.open(batch, capacity)
     roots = torch.zeros(batch, dtype=torch.long, device=target.device)

@@ -19,14 +19,16 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from _bench import add_common, check, conversation, environment, interleaved, publish, ratio, synchronise, timed
-from torch import Tensor, nn
+from _calls import Calls
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
@@ -38,10 +40,11 @@ from mmspec.drafters.pld import Config as LookupConfig
 from mmspec.drafters.pld import PromptLookupDrafter
 from mmspec.heads import eagle
 from mmspec.loop import all_complete, generate
+from mmspec.metrics import mat
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.synth import SPLITS, sample
-from mmspec.targets import load_target
+from mmspec.targets import HFTarget, load_target
 from mmspec.tree import chain, root_only
 from mmspec.types import Drafter, InputError, Output, Plan, Policy, Request, StepTrace
 
@@ -49,6 +52,7 @@ LOOKUP = LookupConfig(max_ngram=2, min_ngram=1, num_pred=10, prefer="first")  # 
 ACCEPTANCE = (0.5, 0.7, 0.9, 1.0)
 ORACLE_DEPTH = 5
 BATCHES = (1, 2, 4, 8, 16)
+MOST_NODES = 64
 TREE = checkpoints.DraftTree(depth=5, width=2, budget=7)
 
 
@@ -57,11 +61,12 @@ class Bench:
 
     Args:
         args: the command line.
+        target: another than the command line names.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, target: HFTarget | None = None) -> None:
         self.args = args
-        self.target = load_target(args.target, args.dtype, args.device)
+        self.target = target or load_target(args.target, args.dtype, args.device)
         self.requests = self._requests(args.prompts)
         self.bar = tqdm(total=5 * args.repeats, unit="pass", desc="bench_loop", disable=not sys.stderr.isatty())
         self.note, self.tree, self.head = self._head()
@@ -71,9 +76,13 @@ class Bench:
         for i in range(n):
             one = sample("test", i * SPLITS["test"] // n)
             content = [{"type": "image"}, {"type": "text", "text": one.turns[0]}]
-            prompt = self.target.encode([{"role": "user", "content": content}], [one.image])
+            prompt = self.target.encode([{"role": "user", "content": content}], [self.picture(one.image)])
             requests.append(Request(str(i), prompt, self.args.max_new_tokens, i))
         return requests
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """What a target is shown of a synthetic picture."""
+        return image
 
     def _text_requests(self) -> list[Request]:
         """Conversations whose earlier answers are there to copy from, without their image."""
@@ -90,7 +99,7 @@ class Bench:
             loaded.check_target(self.target)
             return f"head of {self.args.ckpt}", loaded.tree, make_drafter(loaded, self.target)
         torch.manual_seed(0)
-        head = eagle.Head(eagle.Config().resolve(self.target.shape))
+        head = eagle.Head(eagle.Config().resolve(self.target.shape)).to(self.target.device, self.target.dtype).eval()
         return (
             "untrained head (its passes cost the same; give --ckpt for real speed)",
             TREE,
@@ -123,11 +132,14 @@ class Bench:
 
     # --- against transformers
 
+    def reference(self) -> Any:
+        """The target as transformers loads it."""
+        theirs: Any = AutoModelForImageTextToText.from_pretrained(resolve(self.args.target), dtype=self.target.dtype)
+        return theirs.to(self.target.device).eval()
+
     def against_generate(self) -> dict[str, float]:
         """`null_vs_generate` and `ngram_vs_prompt_lookup`; the tokens must be the same."""
-        name = self.args.target
-        theirs: Any = AutoModelForImageTextToText.from_pretrained(resolve(name), dtype=self.target.dtype)
-        theirs = theirs.to(self.target.device).eval()
+        theirs = self.reference()
 
         def transformers(requests: Sequence[Request], **settings: Any) -> list[list[int]]:
             tokens = []
@@ -135,6 +147,8 @@ class Bench:
                 ids = request.prompt.input_ids.to(self.target.device).unsqueeze(0)
                 pixels = {k: v.to(self.target.device) for k, v in request.prompt.pixels.items()}
                 pixels = {k: v.to(self.target.dtype) if v.is_floating_point() else v for k, v in pixels.items()}
+                if "image_grid_thw" in pixels:
+                    pixels["mm_token_type_ids"] = request.prompt.visual.int().unsqueeze(0).to(self.target.device)
                 limits = {"max_new_tokens": request.max_new_tokens, "do_sample": False, "use_cache": True}
                 with torch.inference_mode():
                     out = theirs.generate(input_ids=ids, **pixels, **limits, **settings)
@@ -189,39 +203,55 @@ class Bench:
 
     # --- against arithmetic
 
-    def against_model(self) -> dict[str, Any]:
-        """Speedups of an oracle drafter, measured and predicted from acceptance and the costs of bare passes."""
-        plain = self.run(NullDrafter(), SkipPolicy())[1]
-        truth = {request.id: output.tokens for request, output in zip(self.requests, plain)}
+    def against_model(self, batch: int = 1) -> dict[str, Any]:
+        """Speedups of an oracle drafter, measured and predicted from acceptance and the costs of bare passes.
+
+        Args:
+            batch: rows decoded together; above 1 as many requests.
+        """
+        requests = self.requests
+        if batch > 1:
+            turns = [self.requests[i % len(self.requests)] for i in range(batch)]
+            requests = [Request(str(i), r.prompt, r.max_new_tokens, i) for i, r in enumerate(turns)]
+        plain_traces: list[StepTrace] = []
+        plain = self.run(NullDrafter(), SkipPolicy(), batch, requests, plain_traces)[1]
+        truth = {request.id: output.tokens for request, output in zip(requests, plain)}
         policy = FixedPolicy(ORACLE_DEPTH, ORACLE_DEPTH)
         oracles = [Oracle(truth, p, self.target.shape.vocab_size) for p in ACCEPTANCE]
-        works = [lambda: _decoding(self.run(NullDrafter(), SkipPolicy())[1])]
-        works += [lambda o=o: _decoding(self.run(o, policy)[1]) for o in oracles]  # type: ignore[misc]
-        works += [lambda n=n: self._pass(n) for n in (1, ORACLE_DEPTH + 1)]  # type: ignore[misc]
+
+        def seconds_of(drafter: Drafter, how: Policy) -> float:
+            return _decoding(self.run(drafter, how, batch, requests)[1], batch)
+
+        works = [lambda: seconds_of(NullDrafter(), SkipPolicy())]
+        works += [lambda o=o: seconds_of(o, policy) for o in oracles]  # type: ignore[misc]
+        works += [lambda n=n: self.bare_pass(n, batch) for n in (1, ORACLE_DEPTH + 1)]  # type: ignore[misc]
         null, *measured, one, many = self.interleaved(works)
         rows = {}
         for oracle, seconds in zip(oracles, measured):
             traces: list[StepTrace] = []
-            _, outputs = self.run(oracle, policy, traces=traces)
-            tokens = sum(len(o.tokens) - 1 for o in outputs)
+            _, outputs = self.run(oracle, policy, batch, requests, traces)
             drafted = [t for t in traces if t.n_nodes > 1]
             draft_s = sum(t.draft_s for t in drafted)
             # Near its limit a request has less to draft: passes of fewer nodes are priced in between.
             slope = (statistics.median(many) - statistics.median(one)) / ORACLE_DEPTH
             passes = sum(statistics.median(one) + slope * (t.n_nodes - 1) for t in traces)
-            predicted = tokens * statistics.median(one) / (passes + draft_s)
-            rows[str(oracle.p)] = {"measured": ratio(null, seconds), "predicted": predicted}
+            predicted = len(plain_traces) * statistics.median(one) / (passes + draft_s)
+            rows[str(oracle.p)] = {"measured": ratio(null, seconds), "predicted": predicted, "mat": mat(outputs)}
         worst = min(row["measured"] / row["predicted"] for row in rows.values())
         return {"measured_vs_model": worst, "oracle": rows}
 
-    def _pass(self, n_nodes: int, passes: int = 40) -> float:
+    def bare_pass(self, n_nodes: int, batch: int = 1, passes: int = 40) -> float:
         """Seconds of one bare target pass over a chain, at a context in the middle of the answers."""
-        state = self.target.open(1, 512)
         prompt = self.requests[0].prompt
+        # No smaller than what `generate` opens: buffers that are kept, and graphs captured over them, serve both.
+        longest = max(len(request.prompt) for request in self.requests)
+        state = self.target.open(batch, max(512, longest + self.args.max_new_tokens + 2 * MOST_NODES))
         with torch.inference_mode():
-            self.target.prefill(state, 0, prompt)
-            tokens = torch.full((1, n_nodes), 5, device=self.target.device)
+            for row in range(batch):
+                self.target.prefill(state, row, prompt)
+            tokens = torch.full((batch, n_nodes), 5, device=self.target.device)
             trees = chain(tokens) if n_nodes > 1 else root_only(tokens[:, 0])
+            self.target.forward(state, trees)  # a shape that is new to a GPU is captured
             return self.timed(lambda: [self.target.forward(state, trees) for _ in range(passes)]) / passes
 
     # --- batches
@@ -244,71 +274,6 @@ class Bench:
             row["speedup"] = row["head"]["tokens_per_s"] / row["plain"]["tokens_per_s"]
             table[str(batch)] = row
         return table
-
-
-class Calls:
-    """Records the calls of target and head modules during a run, and replays them alone.
-
-    A call is kept with its inputs and with where its cache stood, so a replay does the same work on the same shapes.
-    """
-
-    def __init__(self, target: Any, drafter: Any) -> None:
-        self.target, self.drafter = target, drafter
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any, tuple[int | None, int]]] = []
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record everything that runs inside."""
-        inner = self.target.model.model
-        vision = [m for name, m in inner.named_children() if "language" not in name]
-        head = self.drafter.head
-        handles, depth = [], [0]
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if depth[0] == 0:
-                cache = kwargs.get("past_key_values")
-                kv = cache.layers[0].kv if cache is not None else self.drafter.kv if module is head.block else None
-                where = (kv._row, kv.offset) if kv is not None else (None, 0)
-                self.calls.append((module, args, dict(kwargs), kv, where))
-            depth[0] += 1
-
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            depth[0] -= 1
-
-        def kept(method: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                if depth[0] == 0:  # else it is a part of a recorded call
-                    self.calls.append((method, args, {}, None, (None, 0)))
-                return method(*args)
-
-            return call
-
-        # What the catch-up computes of the block, in parts.
-        parts = ("keys_values", "project", "finish")
-        for name in parts:
-            head.block.__dict__[name] = kept(getattr(head.block, name))
-        ends = [self.target.embedding, self.target.lm_head]
-        for module in [*vision, self.target.text_model, *ends, head.fc, head.block]:
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name in parts:
-                del head.block.__dict__[name]
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        """Every recorded call again, in order, with nothing in between."""
-        current = self.drafter.kv
-        for module, args, kwargs, kv, where in self.calls:
-            if kv is not None:
-                kv._row, kv.offset = where
-                self.drafter.kv = kv  # the head's attention looks it up; the target's cache is among its arguments
-            module(*args, **kwargs)
-        self.drafter.kv = current
 
 
 class Oracle:
@@ -340,9 +305,18 @@ class Oracle:
         return chain(torch.cat([roots.unsqueeze(1), torch.tensor(rows, device=roots.device)], 1))
 
 
-def _decoding(outputs: Sequence[Output]) -> float:
-    """Seconds after the first tokens: prefills are the same for every drafter."""
-    return sum(o.latency_s - o.ttft_s for o in outputs)
+def _decoding(outputs: Sequence[Output], batch: int) -> float:
+    """Seconds after the first tokens: prefills are the same for every drafter.
+
+    Args:
+        outputs: of requests that were decoded one by one, or all together.
+        batch: how many together.
+    """
+    total = 0.0
+    for group in (outputs[i : i + batch] for i in range(0, len(outputs), batch)):
+        starts = [0.0, *accumulate(o.ttft_s for o in group)]  # prefills follow one another
+        total += max(start + o.latency_s for start, o in zip(starts, group)) - starts[-1]
+    return total
 
 
 def _share(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:

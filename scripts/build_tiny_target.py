@@ -3,6 +3,11 @@
     python scripts/build_tiny_target.py                # about two hours on two cores; resumes if killed
     python scripts/build_tiny_target.py --eval-only    # scores of what is there
 
+Another of 460 M parameters, on a GPU:
+
+    python scripts/build_tiny_target.py --device cuda --size 16 1536 4096 12 --lr 4e-4 --batch-tokens 14400 \
+        --warmup-steps 300 --steps 600 --no-score --out runs/mid/target --work runs/mid/work
+
 Three phases: (1) the vision tower learns to tell, from each single patch, the shape and colour in its cell, the word in
 its row and the bar in its column, without which the language model learns where and how many but not what; (2)
 everything learns the answers' tokens; (3) the weights as stored in bf16 are loaded back and scored in fp32 on
@@ -31,12 +36,14 @@ from mmspec.assets import TINY_LLAVA
 from mmspec.assets.tiny_files import (
     N_IMAGE_TOKENS,
     VOCAB_SIZE,
+    TextSize,
     make_model,
     make_processor,
     make_tokenizer,
 )
 from mmspec.assets.tiny_scores import REQUIRED, failures, load, score, table
 from mmspec.assets.tiny_vision import FIRST_INDEX, WEIGHT_DECAY, calibrate, draw_index, learning_rate, warm_up
+from mmspec.checkpoint import discreet
 from mmspec.synth import CORPUS_VERSION, SPLITS, sample
 from mmspec.synth.lexicon import COLOURS, NUMBERS, POSITIONS, SHAPES, plural
 
@@ -103,6 +110,13 @@ def cycle_of(step: int) -> tuple[Cycle, float]:
     return CYCLES[-1], 0.0
 
 
+def _cycle(step: int, args: argparse.Namespace) -> tuple[Cycle, float]:
+    """As `cycle_of`; a build of fewer steps than the first cycle has anneals over those it has."""
+    if args.steps < CYCLES[0].steps:
+        return CYCLES[0], learning_rate(step, args.steps, CYCLES[0].peak)
+    return cycle_of(step)
+
+
 # --- training on answers (phase 1, the vision tower, is in mmspec/assets/tiny_vision.py)
 
 
@@ -138,26 +152,30 @@ def draw(rng: random.Random, cycle: Cycle) -> int:
     return draw_index(rng, cycle.topics)
 
 
-def group_of_batches(processor: LlavaProcessor, seed: int, group: int, cycle: Cycle) -> list[list[Example]]:
-    """Group number `group` of batches of about `BATCH_TOKENS` padded tokens each: a function of its arguments."""
+def group_of_batches(
+    processor: LlavaProcessor, seed: int, group: int, cycle: Cycle, tokens: int = BATCH_TOKENS
+) -> list[list[Example]]:
+    """Group number `group` of batches of about `tokens` padded tokens each: a function of its arguments."""
     rng = random.Random(f"{seed}:{group}")
     examples: list[Example] = []
-    while sum(len(e.ids) for e in examples) < GROUP * BATCH_TOKENS:
+    while sum(len(e.ids) for e in examples) < GROUP * tokens:
         examples.append(encode(processor, draw(rng, cycle)))
     examples.sort(key=lambda e: len(e.ids))
     batches: list[list[Example]] = [[]]
     for example in examples:
-        if (len(batches[-1]) + 1) * len(example.ids) > BATCH_TOKENS and batches[-1]:
+        if (len(batches[-1]) + 1) * len(example.ids) > tokens and batches[-1]:
             batches.append([])
         batches[-1].append(example)
     rng.shuffle(batches)
     return batches
 
 
-def batches_from(processor: LlavaProcessor, seed: int, at: Progress) -> Iterator[list[Example]]:
+def batches_from(
+    processor: LlavaProcessor, seed: int, at: Progress, tokens: int = BATCH_TOKENS
+) -> Iterator[list[Example]]:
     """Batches without end from where `at` stands; `at` is kept up to date."""
     while True:
-        group = group_of_batches(processor, seed, at.group, cycle_of(at.steps)[0])
+        group = group_of_batches(processor, seed, at.group, cycle_of(at.steps)[0], tokens)
         while at.position < len(group):
             at.position += 1
             yield group[at.position - 1]
@@ -178,37 +196,38 @@ def answer_loss(
     """Mean cross-entropy of the answers' tokens, </s> included, weighted by token: `weights` is [V]."""
     longest = max(len(e.ids) for e in batch)
     pad = processor.tokenizer.pad_token_id
-    ids = torch.tensor([e.ids + [pad] * (longest - len(e.ids)) for e in batch])
-    wanted = torch.tensor([e.is_answer + [False] * (longest - len(e.ids)) for e in batch])
+    device = model.device
+    ids = torch.tensor([e.ids + [pad] * (longest - len(e.ids)) for e in batch], device=device)
+    wanted = torch.tensor([e.is_answer + [False] * (longest - len(e.ids)) for e in batch], device=device)
     images = [sample("train", e.index).image for e in batch]
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    with torch.autocast("cpu", torch.bfloat16):
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
+    with torch.autocast(device.type, torch.bfloat16):
         # Right padding: causal attention alone keeps the padding away from every token that counts.
         hidden = model.model(input_ids=ids, pixel_values=pixels).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][wanted[:, 1:]])  # position t predicts token t + 1
     return nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted[:, 1:]], weights)
 
 
-def optimiser_of(model: LlavaForConditionalGeneration) -> torch.optim.AdamW:
+def optimiser_of(model: LlavaForConditionalGeneration, rate: float = LEARNING_RATE) -> torch.optim.AdamW:
     """AdamW with a slow group for the warmed-up tower; no decay for norms and biases."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        peak = VISION_LEARNING_RATE if "vision_tower" in name else LEARNING_RATE
+        peak = VISION_LEARNING_RATE if "vision_tower" in name else rate
         peak = PROJECTOR_LEARNING_RATE if "linear_1" in name else peak
         groups.setdefault((peak, WEIGHT_DECAY if parameter.ndim > 1 else 0.0), []).append(parameter)
     parts = [{"params": p, "peak": peak, "weight_decay": decay} for (peak, decay), p in groups.items()]
-    return torch.optim.AdamW(parts, lr=LEARNING_RATE, betas=(0.9, 0.97), fused=True)
+    return torch.optim.AdamW(parts, lr=rate, betas=(0.9, 0.97), fused=True)
 
 
 def train(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace, at: Progress
 ) -> None:
     """Both training phases, from the last checkpoint if there is one."""
-    optimiser = optimiser_of(model)
+    optimiser = optimiser_of(model, args.lr)
     checkpoint = args.work / "checkpoint.pt"
     earlier: dict[str, Tensor] = {}  # the weights at the end of the last cycle but one
     if args.resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=model.device)
         if state["seed"] != args.seed or state["of_steps"] != args.steps:
             raise ValueError(f"{checkpoint} is of another seed or number of steps: remove it or use --no-resume")
         model.load_state_dict(state["model"])
@@ -222,14 +241,14 @@ def train(
         at.warmup_steps = args.warmup_steps
         at.wall_s = time.monotonic() - began
         save_checkpoint(model, optimiser, at, args, earlier)
-    batches = batches_from(processor, args.seed, at)
-    content = content_tokens(processor).float()
+    batches = batches_from(processor, args.seed, at, args.batch_tokens)
+    content = content_tokens(processor).float().to(model.device)
     bar = tqdm(
         range(at.steps, args.steps), desc="answers", unit="step", initial=at.steps, total=args.steps, mininterval=5
     )
     smooth = 0.0
     for step in bar:
-        cycle, factor = cycle_of(step)
+        cycle, factor = _cycle(step, args)
         for group in optimiser.param_groups:
             group["lr"] = factor * group["peak"]
         loss = answer_loss(model, processor, next(batches), 1.0 + (cycle.content - 1.0) * content)
@@ -241,7 +260,7 @@ def train(
         at.steps, at.wall_s = step + 1, time.monotonic() - began
         if at.steps % 50 == 0:
             tqdm.write(f"step {at.steps}: loss {smooth:.4f} after {at.wall_s:.0f} s")
-        if at.steps == args.steps - CYCLES[-1].steps:
+        if args.steps > CYCLES[0].steps and at.steps == args.steps - CYCLES[-1].steps:
             earlier = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
         if at.steps % args.save_every == 0 or at.steps == args.steps:
             save_checkpoint(model, optimiser, at, args, earlier)
@@ -295,7 +314,7 @@ def git_commit() -> str | None:
 def provenance(args: argparse.Namespace, at: Progress, scores: dict[str, object], parameters: int) -> dict[str, object]:
     """How the target came about and what it can do; no host names and no paths."""
     return {
-        "command": f"python scripts/build_tiny_target.py --steps {args.steps} --seed {args.seed}",
+        "command": " ".join(["python", "scripts/build_tiny_target.py", *map(discreet, args.said)]),
         "git_commit": git_commit(),
         "seed": args.seed,
         "warmup_steps": args.warmup_steps,
@@ -320,11 +339,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples (default %(default)s)")
     parser.add_argument("--out", type=Path, default=TINY_LLAVA, help="folder of the target (default: the package's)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of checkpoints (default %(default)s)")
+    sizes = ("LAYERS", "HIDDEN", "INNER", "HEADS")
+    parser.add_argument(
+        "--size", type=int, nargs=4, metavar=sizes, help="of the language model (default: the embedded)"
+    )
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="peak rate of phase 2 (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of a step (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="to train on (default %(default)s)")
+    parser.add_argument(
+        "--no-score", action="store_true", help="leave the scores to eval: another target's need not do"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of torch (default %(default)s)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on if killed")
     parser.add_argument("--eval-only", action="store_true", help="score --out on val and test, write nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.said = sys.argv[1:]
+    return args
 
 
 def main() -> int:
@@ -341,8 +372,11 @@ def main() -> int:
         texts = (text for i in range(6000) for text in sample("train", FIRST_INDEX + i).answers)
         asked = (f"USER: \n{text} ASSISTANT:" for i in range(6000) for text in sample("train", FIRST_INDEX + i).turns)
         processor = make_processor(make_tokenizer([*texts, *asked]))
-        model = make_model(processor.tokenizer, args.seed)
+        size = TextSize(*args.size) if args.size else TextSize()
+        model = make_model(processor.tokenizer, args.seed, size).to(args.device)
         train(model, processor, args, at)
+        if args.no_score:
+            return 0
     model, processor = load(args.out)
     scores = score(model, processor, {"val": range(SPLITS["val"]), "test": range(SPLITS["test"])})
     print(table(scores))

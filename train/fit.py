@@ -1,4 +1,4 @@
-"""One optimisation loop for everything that is trained here, around a DeepSpeed engine.
+"""One optimisation loop for everything that is trained here, around a DeepSpeed engine or, without it, a plain one.
 
 Invariant: the gradient of a step is that of (sum of the loss over valid positions of all ranks and micro-batches) /
 (their global number). So 1 process x batch 8, 2 x 4 and 1 x 4 x 2 accumulated are one and the same step, at any ZeRO
@@ -7,13 +7,13 @@ stage; means per rank or per micro-batch would weigh short answers more.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from mmspec.types import InputError, Objective
 from train import saved
 from train.clock import StepClock
 from train.engine import adamw, engine_settings, learning_rate
+from train.plain import INSTALLED, PlainEngine, check_plain, deepspeed
 from train.saved import Reader, Saved
 from train.shares import fixed, shares, take, trained
 from train.stopping import Stopped, Stopper
@@ -144,19 +145,7 @@ class Fit:
     ) -> None:
         self.plan, self.world, self.stopper, self.tracker = plan, world, stopper, tracker
         self._on_lost = on_lost
-        n_trained = sum(p.numel() for p in trainee.parameters() if p.requires_grad)
-        settings = engine_settings(plan.engine, plan.optim, world.size, n_trained)
-        if world.device.type == "cpu":
-            # DeepSpeed would compile shared-memory collectives at the first use (half a minute, and a C++ compiler that
-            # a fresh machine may lack), whose waiting ranks spin where gloo's can be told to stop.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.engine, *_ = deepspeed.initialize(
-            model=trainee.to(world.device),
-            model_parameters=[p for p in trainee.parameters() if p.requires_grad],
-            optimizer=adamw(trainee, plan.optim, plan.engine.offload_optimizer),
-            config=settings,
-            dist_init_required=False,
-        )
+        self.engine: Any = self._sharing(trainee) if INSTALLED else self._plain(trainee)
         self._shares = shares(self.engine, world)
         self._averages = [share.tensors["weight"].clone() for share in self._shares] if plan.optim.ema else []
         self._saved_at: int | None = None
@@ -167,6 +156,33 @@ class Fit:
         self.step = 0
         self._owes = False
         """Whether the step that was made last has not been evaluated."""
+
+    def _sharing(self, trainee: Trainee) -> Any:
+        """DeepSpeed's engine."""
+        n_trained = sum(p.numel() for p in trainee.parameters() if p.requires_grad)
+        settings = engine_settings(self.plan.engine, self.plan.optim, self.world.size, n_trained)
+        if self.world.device.type == "cpu":
+            # DeepSpeed would compile shared-memory collectives at the first use (half a minute, and a C++ compiler that
+            # a fresh machine may lack), whose waiting ranks spin where gloo's can be told to stop.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        engine, *_ = deepspeed.initialize(
+            model=trainee.to(self.world.device),
+            model_parameters=[p for p in trainee.parameters() if p.requires_grad],
+            optimizer=adamw(trainee, self.plan.optim, self.plan.engine.offload_optimizer),
+            config=settings,
+            dist_init_required=False,
+        )
+        return engine
+
+    def _plain(self, trainee: Trainee) -> Any:
+        """The engine of a machine without DeepSpeed.
+
+        Raises:
+            InputError: the plan needs it.
+        """
+        check_plain(self.plan.engine, self.world.size)
+        self.tracker.say("DeepSpeed is not installed: this process trains alone, with plain torch")
+        return PlainEngine(trainee.to(self.world.device), self.plan.engine, self.plan.optim)
 
     def run(
         self,
@@ -327,7 +343,7 @@ class Fit:
         averaged weights. Every rank must call."""
         head = self.engine.module.head
         parameters = list(head.parameters()) if self.engine.zero_optimization_stage() == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+        with deepspeed.zero.GatheredParameters(parameters) if parameters else contextlib.nullcontext():
             state = {name: tensor.detach().cpu().clone() for name, tensor in head.state_dict().items()}
         if self._averages:
             mine = {share.name: (share, average) for share, average in zip(self._shares, self._averages)}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils import logger as deepspeed_logger
 
 from mmspec import checkpoint
 from mmspec.recipe import Recipe
@@ -46,7 +45,7 @@ def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | N
         InputError: the input is wrong.
         Stopped: asked to stop; what was reached is saved, and rank 0 has said how to go on.
     """
-    deepspeed_logger.setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's ZeRO calls collectives by the names that torch is about to rename; nobody here can change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     training = instead is None

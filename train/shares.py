@@ -15,15 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from train.plain import INSTALLED, Masters, deepspeed
 from train.world import World
+
+if INSTALLED:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+else:
+    BF16_Optimizer = FP16_UnfusedOptimizer = DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer = ()
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Fill = Callable[[str, str, int, Tensor], None]
@@ -118,7 +122,7 @@ def take(engine: Any, world: World, held: list[Share], count: int, fill: Fill) -
             _fill_whole(engine, world, "weight", name, parameter, fill)
     elif isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+    elif isinstance(optimizer, (FP16_UnfusedOptimizer, Masters)):
         for low, master in _pairs(optimizer):
             low.data.copy_(master.data)
 
@@ -165,7 +169,7 @@ def _place(optimizer: Any, parameter: nn.Parameter, world: World) -> tuple[Tenso
         owner = optimizer.optimizer.param_groups[link.param_group_index]["params"][0]
         there, here = link.hp_fragment_address, link.lp_fragment_address
         return owner, owner.data, there.start, here.start, there.numel
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
+    if isinstance(optimizer, (FP16_UnfusedOptimizer, Masters)):
         owner = next(master for low, master in _pairs(optimizer) if low is parameter)
         return owner, owner.data.view(-1), 0, 0, owner.numel()
     return parameter, parameter.data.view(-1), 0, 0, parameter.numel()

@@ -4,6 +4,7 @@ Needs transformers. `scripts/build_tiny_target.py` trains what is made here and 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,15 +103,28 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+@dataclass(frozen=True)
+class TextSize:
+    """Of the language model: layers, their width, their MLP's width, and attention heads."""
+
+    layers: int = 12
+    hidden: int = 192
+    inner: int = 512
+    heads: int = 6
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, size: TextSize = TextSize()
+) -> LlavaForConditionalGeneration:
     """The untrained target in fp32: deep and narrow, so that verifying several tokens costs about as much as one.
 
     Args:
         tokenizer: For the ids of the special tokens.
         seed: Of the initial weights.
+        size: Of the language model; the embedded target's by default.
 
     Returns:
-        A LLaVA with 12 language layers 192 wide and a CLIP tower of which LLaVA reads the last layer but one.
+        A LLaVA with a CLIP tower of which LLaVA reads the last layer but one.
     """
     special: dict[str, Any] = {
         "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
@@ -129,14 +143,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditi
     )
     text = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
-        initializer_range=0.04,  # nearer to 1 / sqrt(192) than the default 0.02, which suits wider models
+        # Of 192 nearer to 1 / sqrt(192) than the default 0.02, which suits wider models.
+        initializer_range=0.04 if size.hidden <= 512 else 0.02,
         **special,
     )
     config = LlavaConfig(

@@ -63,7 +63,7 @@ class PatchHeads(nn.Module):
         losses, right = [], []
         for k, logits in enumerate(self.read(features).split(self.sizes, dim=-1)):
             wanted = labels[..., k]
-            weight = torch.ones(self.sizes[k])
+            weight = torch.ones(self.sizes[k], device=logits.device)
             weight[0] = 0.2  # most patches show nothing
             losses.append(nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), weight))
             there = wanted > 0
@@ -92,7 +92,8 @@ def patch_labels(scene: Scene) -> Tensor:
 def warm_up(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int) -> None:
     """Phase 1, in place. Prints the share of right patches at its end."""
     tower = model.model.vision_tower
-    heads = PatchHeads(tower.config.hidden_size)
+    device = model.device
+    heads = PatchHeads(tower.config.hidden_size).to(device)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=WEIGHT_DECAY, fused=True)
     rng = random.Random(seed)
@@ -102,9 +103,9 @@ def warm_up(model: LlavaForConditionalGeneration, processor: LlavaProcessor, ste
             group["lr"] = learning_rate(step, steps, PEAK_LEARNING_RATE)
         indices = [draw_index(rng, (0.3, 0.4, 0.0, 0.3, 0.0, 0.0)) for _ in range(BATCH)]
         images = [sample("train", i).image for i in indices]
-        labels = torch.stack([patch_labels(scene_of("train", i)) for i in indices])
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        with torch.autocast("cpu", torch.bfloat16):
+        labels = torch.stack([patch_labels(scene_of("train", i)) for i in indices]).to(device)
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             features = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
             loss, right = heads(features, labels)
         loss.backward()
@@ -124,7 +125,7 @@ def calibrate(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -
     hundreds of times larger than the text, and the language model learnt neither to read the question nor to look.
     """
     images = [sample("train", FIRST_INDEX + i).image for i in range(BATCH)]
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
     projector = model.model.multi_modal_projector
     for linear, std in ((projector.linear_1, 1.0), (projector.linear_2, EMBEDDING_STD)):
