@@ -1,7 +1,7 @@
 """Writes a trained head in the layout that a serving engine reads.
 
-    python scripts/export.py runs/eagle3_qwen2_5_vl_7b --format sglang --out served/eagle3 --verify
-    python scripts/export.py runs/eagle3_qwen2_5_vl_7b --format speculators --out served/eagle3 --dtype bfloat16
+    python scripts/export.py runs/eagle3_qwen2_5_vl_7b --format sglang --out served/sglang --verify
+    python scripts/export.py runs/eagle3_qwen2_5_vl_7b --format speculators --out served/vllm --dtype bfloat16
     python scripts/export.py runs/medusa_llava7b --format vllm-medusa --out served/medusa
 
 Formats:
@@ -173,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"export: warning: {note}", file=sys.stderr)
     for check in done.checks:
         print(f"verified, {check}")
+    if args.verify and args.format == "speculators" and len(done.checks) == 2:
+        print(f"not drafted by speculators, which is not installed here: set {SPECULATORS} to a Python that has it")
     print(f"{done.made.kind} head for {ENGINES[args.format].name}: {args.out}")
     return 0
 

@@ -355,6 +355,7 @@ def test_targets_that_are_not_the_runs(tmp_path: Path, place: Path):
     other = {"target": str(tmp_path / "other")}
     refused("fingerprint", run, "speculators", tmp_path / "out", **other)
     refused("fingerprint", run, "sglang", tmp_path / "out", ways=(), **other)
+    refused("name its folder by --target", run, "sglang", tmp_path / "out")
     refused("cannot be loaded", run, "sglang", tmp_path / "out", target=str(tmp_path / "none"))
     refused("unknown", run, "tensorrt", tmp_path / "out", target=str(place))
     refused("--dtype", run, "sglang", tmp_path / "out", target=str(place), dtype="int8")

@@ -75,6 +75,8 @@ def export(
     check_out(folder, force)
     made = checkpoint.load(run)
     name = target or made.target.name
+    if name.startswith(".../"):  # see `checkpoint.discreet`
+        raise InputError(f"{run} knows its target by no more than {name}; name its folder by --target")
     described = describe_target(name)
     notes = check(format, made, described, head_only, merged_images)
     state = load_file(str(made.folder / "head.safetensors"))
