@@ -15,7 +15,7 @@ from typing import Any
 
 from eval.tasks import Dialogues, Task
 from mmspec import metrics
-from mmspec.api import STATIC, STATIC_TREE, drafter_and_policy, make_drafter, method_and_policy
+from mmspec.api import FREE, STATIC, STATIC_TREE, TRAINED, drafter_and_policy, make_drafter, method_and_policy
 from mmspec.checkpoint import Checkpoint
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
@@ -239,7 +239,7 @@ def make_methods(
         checkpoint: was checked against the target; costs measured on this machine are kept in its folder. None: no
             head, so neither policies nor the hybrid.
         policies: of "fixed", "static" (the checkpoint needs a fitted static tree), the names of published static trees
-            (`mmspec.static_tree.NAMED`), and "viskip" (it needs a controller).
+            (`mmspec.static_tree.NAMED`), and files of `mmspec/policies` ("viskip" and the like need a controller).
         batch_size: rows decoded together; part of what the cost table is measured for.
         sampler: the run's, for a head that drafts with its noise, or draws.
         widths: of the trees of a head that draws, else empty.
@@ -260,7 +260,9 @@ def make_methods(
     if checkpoint:
         kind = checkpoint.kind
         shapes = ((policy, f"{kind}_{policy.removeprefix(kind)}", "fixed") for policy in STATIC)
-        labels = (("fixed", kind, "fixed"), *shapes, ("viskip", "viskip", "learned"))
+        free = ((policy, f"{kind}_{policy}", policy) for policy in FREE if policy != "fixed")
+        trained = ((policy, policy, "learned") for policy in TRAINED)
+        labels = (("fixed", kind, "fixed"), *shapes, *free, *trained)
         for policy, label, described in labels:
             if policy in policies:
                 drafter, decides = drafter_and_policy(checkpoint, target, policy, batch_size, head, sampler)

@@ -29,7 +29,7 @@ from eval.summary import DEFINITIONS, Contention, clean, hardware, number, summa
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
-from mmspec.api import METHOD_POLICIES, STATIC, find_device
+from mmspec.api import FREE, METHOD_POLICIES, STATIC, TRAINED, find_device
 from mmspec.assets import EMBEDDED
 from mmspec.methods import HYBRID, method_names, read_settings
 from mmspec.records import Quarantine
@@ -171,9 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--policies",
         nargs="+",
-        choices=("fixed", *STATIC, "viskip"),
-        help="what steers the head: its tree.json, the tree that scripts/fit_tree.py fitted, a published static tree, "
-        "its controller (default: fixed, and viskip if the checkpoint has a controller)",
+        choices=(*FREE, *STATIC, *TRAINED),
+        help="what steers the head: fixed is its tree.json, static the tree that scripts/fit_tree.py fitted or a "
+        "published one by its name, viskip its controller, the others are the files of mmspec/policies (default: "
+        "fixed, and viskip if the checkpoint has a controller)",
     )
     add(
         "--system",
@@ -249,8 +250,8 @@ def choose_policies(wanted: Sequence[str] | None, has_controller: bool) -> list[
     """What steers the head. Raises InputError when viskip is asked for without a controller."""
     if wanted is None:
         return ["fixed", "viskip"] if has_controller else ["fixed"]
-    if "viskip" in wanted and not has_controller:
-        raise InputError("--policies viskip: this checkpoint has no controller (viskip.safetensors); use fixed")
+    if (trained := sorted(set(TRAINED) & set(wanted))) and not has_controller:
+        raise InputError(f"--policies {trained[0]}: this checkpoint has no controller (viskip.safetensors); use fixed")
     return list(dict.fromkeys(wanted))
 
 

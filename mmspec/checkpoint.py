@@ -109,6 +109,13 @@ class Checkpoint:
         module = build_controller(self.viskip)
         return _filled(module, self.folder / "viskip.safetensors", dtype)
 
+    def deployed(self, target: Target) -> Any:
+        """The controller ready to decode with (`viskip.Deployed`), or None where none was trained."""
+        controller = self.controller()
+        if controller is None:
+            return None
+        return _viskip().Deployed(controller.to(target.device), target.embed, target.shape.vocab_size)
+
 
 def build_head(kind: str, config: Any, loss: LossConfig | None = None, blind: bool = False) -> nn.Module:
     """A fresh head of `mmspec.heads.<kind>`, or its vision-blind twin; without a loss for drafting alone."""
