@@ -93,7 +93,7 @@ class Records:
         Returns:
             [R, len(SCALARS)].
         """
-        table = np.empty((len(rows), len(SCALARS)))
+        table = np.empty((len(rows), len(SCALARS)), np.float32)
         for i, (row, (kept, reach, committed, n_prompt, visual)) in enumerate(zip(rows, counts.tolist())):
             fast, slow, last, _, age = self.state[row].tolist()
             if kept == 0 or committed < self.committed[row]:

@@ -159,7 +159,7 @@ def test_what_the_host_computes_is_what_the_controller_was_trained_on():
                 case, last_hidden=torch.randn(2, 5), logits=3 * torch.randn(2, 7), roots=torch.tensor([3, 6])
             )
             table = scalars(case, history.update(case, rows))
-            told = np.array(learned.sense(case, rows).tolist())
+            told = np.array(learned.sense(case, rows).tolist(), np.float32)
             got = learned._logits(told, [0, 1])
             with torch.no_grad():
                 expected = head._logits(case.last_hidden, embed[case.roots], table)[0]

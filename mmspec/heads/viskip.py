@@ -188,15 +188,14 @@ class Deployed:
 
         Args:
             seen: [R, width] of `look`, or [R, 0].
-            scalars: [R, K].
+            scalars: [R, K]; both fp32: a matrix in another precision would be converted every time.
         """
         s = ((scalars - self.mean) / self.std).clip(-5.0, 5.0)
         h = _apply(self.from_scalars, s)
         h = _silu(h + seen if self.reads_context else h)
         h = h + _silu(_apply(self.inner, h))
-        mass = 1 / (1 + np.exp(-_apply(self.mass, h)))
-        out: np.ndarray = _apply(self.hazard, np.concatenate([h, mass, s], -1))
-        return out
+        mass = sigmoid(_apply(self.mass, h))
+        return _apply(self.hazard, np.concatenate([h, mass, s], -1))
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -215,6 +214,12 @@ def _apply(layer: tuple[np.ndarray, np.ndarray | float], x: np.ndarray) -> np.nd
     return out
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function, which overflows nowhere."""
+    out: np.ndarray = 0.5 * np.tanh(0.5 * x) + 0.5
+    return out
+
+
 def _silu(x: np.ndarray) -> np.ndarray:
-    out: np.ndarray = x / (1 + np.exp(-x))
+    out: np.ndarray = x * sigmoid(x)
     return out

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmspec.heads.viskip import sigmoid
 from mmspec.policies._parts import Parts, Price
 from mmspec.policies._refine import Refinement
 from mmspec.policy import Records
@@ -46,12 +47,14 @@ class LearnedPolicy:
         self.controller, self.costs = parts.trained("viskip"), parts.measured("viskip")
         self.max_depth = min(parts.depth, len(self.controller.prior))
         self.max_budget, self.refines, self.bias_rate = parts.budget, refine, bias_rate
-        self.bias = np.zeros(self.max_depth)
+        self.outcomes: list[tuple[list[float], int]] | None = None
+        """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
+        self.bias = np.zeros(self.max_depth, np.float32)
         self.senses, self.rows = True, 0
 
     def open(self, max_batch: int, device: torch.device) -> None:
         self.records = Records(max_batch)
-        self.said = np.zeros((max_batch, self.max_depth))
+        self.said = np.zeros((max_batch, self.max_depth), np.float32)
         """Logits of the plan that is under way."""
         self.left = [0] * max_batch
         self.skips = self.asleep = 0
@@ -93,8 +96,8 @@ class LearnedPolicy:
             self.senses = not self.asleep
             return self._skip(remaining)
         active = [row for row, left in enumerate(remaining) if left > 0]
-        logits = self._logits(np.array([sensed[row] for row in active]), active)
-        chances = 1 / (1 + np.exp(-logits))
+        logits = self._logits(np.array([sensed[row] for row in active], np.float32), active)
+        chances = sigmoid(logits)
         gains = chances.cumprod(1).cumsum(1)
         together = gains.sum(0).tolist()
         values = [0.0, *(gain - self.price.per_s * (self.cost(d) - self.cost(0)) for d, gain in enumerate(together, 1))]
@@ -137,7 +140,10 @@ class LearnedPolicy:
                 accepted = n_kept - 1
                 observed = min(accepted + 1, reach, self.max_depth)
                 right = np.arange(1, observed + 1) <= accepted
-                self.bias[:observed] += self.bias_rate * (right - 1 / (1 + np.exp(-self.said[row, :observed])))
+                chances = sigmoid(self.said[row, :observed])
+                self.bias[:observed] += self.bias_rate * (right - chances)
+                if self.outcomes is not None:
+                    self.outcomes.append((chances.tolist(), accepted))
 
     def _budget(self, gains: Sequence[float], active: Sequence[int], remaining: Sequence[int]) -> tuple[int, ...]:
         """Nodes for the rows that pay for them; alone in its batch a row has paid already."""
