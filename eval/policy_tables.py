@@ -159,6 +159,23 @@ def plot(drafter: str, temperature: float, data: str, rows: Sequence[Mapping[str
     return standalone(f"{drafter}, T {temperature:g}, {data}", *_lines(drafter, temperature, data, rows))
 
 
+def reliability(title: str, depths: Sequence[Mapping[str, Any]]) -> str:
+    """What share of the levels was accepted over the chance that was stated, a line a depth, as an SVG document.
+
+    Args:
+        title: above it.
+        depths: of `calibration`; bins of less than ten levels are left out.
+    """
+    lines = [
+        Series(f"depth {d['depth']}", f"m{k % 9}", [(mean, share) for mean, share, n in d["bins"] if n >= 10])
+        for k, d in enumerate(depths)
+        if d["depth"] in (1, 2, 4, 8, 12)
+    ]
+    even = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    lines = [Series("honest", "m8", [(0.0, 0.0), (1.0, 1.0)]), *(line for line in lines if line.points)]
+    return standalone(title, lines, "stated chance", "share accepted", even, even)
+
+
 def page(table: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     """One HTML file, no network: the grid, the headroom, what does not hold, and plots.
 

@@ -1,5 +1,6 @@
-"""The oracle of policies: had every draft's outcome been known, how fast could decoding have been? Offline, from one
-rollout with the largest draft and a cost table.
+"""The oracle of policies: had every draft's outcome been known, how fast could decoding have been?
+
+Computed offline, from one rollout with the largest draft and a cost table.
 
 Because decoding is lossless, what a smaller draft of the same round would have accepted is in the record of the larger
 one: a tree of the `n` best nodes down to level `d` accepts to the deepest level `k <= d` whose node of the accepted

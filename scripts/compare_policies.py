@@ -28,7 +28,17 @@ from typing import Any
 import torch
 
 from eval.policies import BASELINES, LEARNED, ORACLE
-from eval.policy_tables import break_even, headroom_of, markdown, page, plot, rows_of, skip_quality, verdicts
+from eval.policy_tables import (
+    break_even,
+    headroom_of,
+    markdown,
+    page,
+    plot,
+    reliability,
+    rows_of,
+    skip_quality,
+    verdicts,
+)
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
@@ -209,7 +219,20 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
         "verdicts": verdicts(files), "break_even": break_even(rows),
         "cells": [{key: found[key] for key in facts} for found in files],
         "costs": {entrant.name: _costs_of(args, entrant) for entrant in drafters},
+        "controllers": {entrant.name: _held_out(args, entrant) for entrant in drafters},
     }  # fmt: skip
+
+
+def _held_out(args: argparse.Namespace, entrant: Entrant) -> dict[str, dict[str, float]]:
+    """The last held-out figures of each controller of a drafter: what reading more was worth (`val_survival_nll`, nats a
+    round)."""
+    found = {}
+    for name in CONTROLLERS:
+        path = Path(args.out) / "controllers" / f"{entrant.name}_{name}" / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        said = [entry for entry in map(json.loads, lines) if "viskip/val_survival_nll" in entry]
+        found[name] = {key: value for key, value in said[-1].items() if key.startswith("viskip/val_")} if said else {}
+    return found
 
 
 def _costs_of(args: argparse.Namespace, entrant: Entrant) -> list[Any]:
@@ -242,6 +265,15 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     }
     for name, drawn in plots.items():
         (results / "policies" / f"{name}.svg").write_text(drawn, encoding="utf-8")
+    for cell in table["cells"]:
+        how = cell["settings"]
+        for label, depths in cell["calibration"].items():
+            if how["batch"] == min(args.batches) and how["data"] == args.data:
+                name = f"{how['drafter']}_t{how['temperature']:g}_{label}_reliability"
+                plots[name] = reliability(
+                    f"{how['drafter']}, T {how['temperature']:g}, {label}: chances of levels", depths
+                )
+                (results / "policies" / f"{name}.svg").write_text(plots[name], encoding="utf-8")
     (results / "policies" / "index.html").write_text(page(table, plots), encoding="utf-8")
     machine = ", ".join(f"{key} {value}" for key, value in table["hardware"].items())
     missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
