@@ -224,8 +224,7 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
 
 
 def _held_out(args: argparse.Namespace, entrant: Entrant) -> dict[str, dict[str, float]]:
-    """The last held-out figures of each controller of a drafter: what reading more was worth (`val_survival_nll`, nats a
-    round)."""
+    """The last held-out figures of each controller: what reading more was worth (`val_survival_nll`, nats a round)."""
     found = {}
     for name in CONTROLLERS:
         path = Path(args.out) / "controllers" / f"{entrant.name}_{name}" / "metrics.jsonl"

@@ -112,7 +112,7 @@ def test_plans_are_made_before_any_forward_of_the_drafter_and_a_skip_has_none(na
     reread = drafter.head.block.reread
     drafter.head.block.reread = lambda *args: (events.append(("forward", 1)), reread(*args))[1]
     dear = Flat(verify=1.0, node=0.02, level=0.4)
-    settings = {"threshold": 0.3, "layer": 1} if name == "attention" else None
+    settings = {"threshold": 0.2, "layer": 1} if name == "attention" else None
     policy = make_policy(name, Parts(3, 6, dear, controller(target, 3, 0.5)), settings)
     plan = policy.plan
 

@@ -147,14 +147,11 @@ def _take_rounds(session: Session, other: Path, n_chunks: int) -> None:
     Raises:
         InputError: it is not of the same data, seed and draft.
     """
-    found = read_state(other)
+    found, mine = read_state(other), session.recipe
     keys = ("depth", "width", "budget", "method", "rollouts", "rollout_batch")
-    same = (
-        found is not None
-        and found.data == session.state.data
-        and found.recipe["run"]["seed"] == session.recipe.run.seed
-    )
-    if not same or any(found.recipe["policy"].get(k) != getattr(session.recipe.policy, k) for k in keys):
+    theirs = found.recipe if found is not None and found.data == session.state.data else None
+    same = theirs is not None and theirs["run"]["seed"] == mine.run.seed
+    if theirs is None or not same or any(theirs["policy"].get(k) != getattr(mine.policy, k) for k in keys):
         raise InputError(f"policy.rollouts_from={other} is no run of the same data, seed and draft; leave it out")
     for number in range(n_chunks):
         source = _path(other / "rollout", number)
