@@ -9,19 +9,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eval.tasks import Dialogues, Task
 from mmspec import metrics
-from mmspec.api import FREE, STATIC, STATIC_TREE, TRAINED, drafter_and_policy, make_drafter, method_and_policy
-from mmspec.checkpoint import Checkpoint
-from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
-from mmspec.methods import Settings, resolved
-from mmspec.policy import SkipPolicy
-from mmspec.types import Drafter, Output, Policy, Request, Sampler, StepTrace, Target, Verifier
+from mmspec.types import Drafter, Output, Policy, Request, StepTrace, Target, Verifier
 
 PLAIN = "plain"
 N_WARMUP = 3
@@ -219,64 +213,3 @@ class Bench:
             traces=traces,
         )
         return all_complete(outputs)
-
-
-def make_methods(
-    target: Target,
-    checkpoint: Checkpoint | None,
-    policies: Sequence[str],
-    batch_size: int,
-    sampler: Sampler | None = None,
-    widths: Sequence[int] = (),
-    named: Sequence[str] = (),
-    given: Settings | None = None,
-    budget: str = "adaptive",
-) -> tuple[list[Method], dict[str, Any]]:
-    """Plain decoding, training-free methods, the head with its fixed tree, and the head steered by its controller.
-
-    Args:
-        target: what is drafted for.
-        checkpoint: was checked against the target; costs measured on this machine are kept in its folder. None: no
-            head, so neither policies nor the hybrid.
-        policies: of "fixed", "static" (the checkpoint needs a fitted static tree), the names of published static trees
-            (`mmspec.static_tree.NAMED`), and files of `mmspec/policies` ("viskip" and the like need a controller).
-        batch_size: rows decoded together; part of what the cost table is measured for.
-        sampler: the run's, for a head that drafts with its noise, or draws.
-        widths: of the trees of a head that draws, else empty.
-        named: training-free methods, and the hybrid where there is a checkpoint.
-        given: their settings.
-        budget: their policy, of `mmspec.api.METHOD_POLICIES`.
-
-    Returns:
-        The methods, plain first, and their settings in plain words for the summary.
-    """
-    head = make_drafter(checkpoint, target, sampler, widths) if checkpoint else None
-    methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
-    settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
-    for name in named:
-        mine = (given or {}).get(name)
-        methods.append(Method(name, *method_and_policy(name, target, mine, checkpoint, head, budget, batch_size)))
-        settings[name] = {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}
-    if checkpoint:
-        kind = checkpoint.kind
-        shapes = ((policy, f"{kind}_{policy.removeprefix(kind)}", "fixed") for policy in STATIC)
-        free = ((policy, f"{kind}_{policy}", policy) for policy in FREE if policy != "fixed")
-        trained = ((policy, policy, "learned") for policy in TRAINED)
-        labels = (("fixed", kind, "fixed"), *shapes, *free, *trained)
-        for policy, label, described in labels:
-            if policy in policies:
-                drafter, decides = drafter_and_policy(checkpoint, target, policy, batch_size, head, sampler)
-                methods.append(Method(label, drafter, decides))
-                name = STATIC_TREE if policy == "static" else policy
-                static = {"tree": name, "depth": decides.max_depth, "budget": decides.max_budget}
-                tree = static if policy in STATIC else asdict(checkpoint.tree)
-                settings[label] = {"drafter": kind, "policy": described, **tree}
-    return methods, settings
-
-
-def _placeless(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without this machine's folder names."""
-    return {
-        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for key, value in settings.items()
-    }

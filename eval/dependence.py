@@ -27,12 +27,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from eval.mmspec import DTYPES, OneLineParser, open_target, output_folder
+from eval.mmspec import open_target, output_folder
+from eval.options import DTYPES
 from eval.plots import Series, standalone
 from eval.summary import clean, hardware, versions
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
+from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, write_json
 from mmspec.dependence import COUNTERFACTUALS, blurred, mean_feature, of_conversations
@@ -252,7 +254,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     records = [record for record in read if record.image is not None]
     if not records:
         raise InputError(f"--data {args.data} has no record with an image: nothing depends on one")
-    target = open_target(first, args.target, args.dtype, args.device)
+    target = open_target([first], args.target, args.dtype, args.device)
     for ckpt in loaded.values():
         ckpt.check_target(target)
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
@@ -377,9 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console = Console()
     try:
-        for name in ("limit", "max_new_tokens"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        at_least(args, limit=1, max_new_tokens=1)
         args.device = find_device(args.device)
         result = run(args, console)
     except InputError as error:

@@ -11,248 +11,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eval import report
-from eval.bench import N_WARMUP, PLAIN, Bench, Result, make_methods
+from eval.bench import N_WARMUP, PLAIN, Bench, Result
+from eval.lineup import Head, choose_heads, choose_methods, make_methods
+from eval.options import ALL, PROGRAM, build_parser, check_arguments
 from eval.samples import collect
 from eval.summary import DEFINITIONS, Contention, clean, hardware, number, summarise, table, unreliable, versions
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
-from mmspec.api import FREE, METHOD_POLICIES, STATIC, TRAINED, find_device
 from mmspec.assets import EMBEDDED
-from mmspec.methods import HYBRID, method_names, read_settings
+from mmspec.checkpoint import Checkpoint
+from mmspec.methods import read_settings
 from mmspec.records import Quarantine
 from mmspec.sampling import KeyedSampler, make_sampler
 from mmspec.targets import load_target
 from mmspec.types import InputError, Target
 from mmspec.verify import RejectionVerifier
-
-PROGRAM = "eval.mmspec"
-ALL = "all"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-EXAMPLES = """\
-examples
-  a quick look at a freshly trained head, 60 synthetic records:
-    python -m eval.mmspec --ckpt runs/viskip_tiny
-  the numbers to report (tune on synth:val, report on synth:test):
-    python -m eval.mmspec --ckpt runs/viskip_tiny --data synth:test
-  MMSpec's own records (a folder with mmspec.jsonl and images/), 4 at a time, 64 tokens each:
-    python -m eval.mmspec --ckpt runs/viskip_tiny --data data/mmspec/testmini --batch-size 4 --max-new-tokens 64
-  sampling: the text equals plain decoding's token for token at the same seed:
-    python -m eval.mmspec --ckpt runs/viskip_tiny --temperature 1.0 --seed 7
-  methods that need no training, on the embedded target or on any other one:
-    python -m eval.mmspec --method all
-    python -m eval.mmspec --method pld sam --target llava-hf/llava-1.5-7b-hf --data data/mmspec/testmini
-  the same beside a head, and in front of it (hybrid), with settings of your own:
-    python -m eval.mmspec --ckpt runs/viskip_tiny --method all --method-settings recipes/methods/training_free.yaml
-
-what is compared
-  plain     the target alone, one token a step, in the same loop
-  <method>  each training-free method of --method: {methods}; by default with the node budget that has
-            paid best so far on this machine (--method-budget fixed: all nodes, as in the papers)
-  hybrid    a method that copies where its match is long, else the head with its fixed tree
-  <head>    the checkpoint's head with its fixed draft tree (skipped with --policies viskip)
-  viskip    the same head, steered by the checkpoint's controller, when it has one
-  The figures at the top of summary.json and of the report are those of the last one in the table: of the checkpoint's
-  where there is one, else of the last one after --method.
-  Every method decodes the same prompts, one directly after another in alternating order. Later turns of a
-  conversation see plain decoding's earlier answers, so no method is measured on prompts of its own.
-
-what is written to --out
-  summary.json      figures overall and by topic, with their definitions, the settings, versions and hardware
-  requests.jsonl    one line per request and method: tokens, times, every round
-  report.html       the same to look at; one file, no network
-  quarantine.jsonl  records that could not be used, with the reason; only when there are any
-"""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage block in front."""
-
-    def error(self, message: str) -> NoReturn:
-        # Other commands of eval/ use this parser too: the error names the one that was called.
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message} (--help shows examples)\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = OneLineParser(
-        prog=f"python -m {PROGRAM}",
-        description="Scores a draft head and training-free methods: MAT, speedup over plain decoding, latency, and "
-        "whether the text is the same.",
-        epilog=EXAMPLES.format(methods=", ".join(method_names())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--ckpt", metavar="DIR", help="run folder of train/distill.py; needed without --method, and for hybrid")
-    add(
-        "--method",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"{', '.join(method_names())}, hybrid, or all (hybrid only with --ckpt)",
-    )
-    add(
-        "--method-budget",
-        choices=METHOD_POLICIES,
-        default="adaptive",
-        help="nodes a method drafts: what pays on this machine by measured costs, or always all it has (default: "
-        "%(default)s)",
-    )
-    add(
-        "--method-settings",
-        metavar="FILE",
-        help="YAML with settings of methods (default: those of recipes/methods/training_free.yaml, which has them all)",
-    )
-    add(
-        "--data",
-        default="synth:testmini",
-        metavar="DATA",
-        help="synth:testmini (60 records, default), synth:test (600), synth:val (200), or a folder in MMSpec's layout",
-    )
-    add("--out", metavar="DIR", help="where the results go (default: CKPT/eval, or runs/eval-METHODS)")
-    add("--target", metavar="NAME", help=f"to decode with (default: the checkpoint's, without one {EMBEDDED})")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="logits of tokens seen before are divided (negative: multiplied) by R (default: 1, off)",
-    )
-    add(
-        "--no-repeat-ngram",
-        type=int,
-        default=0,
-        metavar="N",
-        help="no N tokens in a row occur twice, prompt included; 0 is off (default)",
-    )
-    add("--seed", type=int, default=0, help="of the sampling noise and of the bootstrap (default: 0)")
-    add(
-        "--verifier",
-        choices=("match", "rejection"),
-        default="match",
-        help="match gives plain decoding's text (default); rejection, for sampling only, its distribution",
-    )
-    add(
-        "--draft-widths",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="candidates drawn at a node of each level, 1 beyond (default with --verifier rejection: 1, a chain)",
-    )
-    add(
-        "--tree",
-        type=int,
-        nargs=3,
-        metavar=("DEPTH", "WIDTH", "NODES"),
-        help="of the head's draft (default: the checkpoint's tree.json)",
-    )
-    add("--share-noise", action="store_true", help="the head chooses its candidates with the sampling noise in view")
-    add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
-    add(
-        "--policies",
-        nargs="+",
-        choices=(*FREE, *STATIC, *TRAINED),
-        help="what steers the head: fixed is its tree.json, static the tree that scripts/fit_tree.py fitted or a "
-        "published one by its name, viskip its controller, the others are the files of mmspec/policies (default: "
-        "fixed, and viskip if the checkpoint has a controller)",
-    )
-    add(
-        "--system",
-        metavar="TEXT",
-        help=f"system text (default: MMSpec's own, none for {EMBEDDED}, which never saw one)",
-    )
-    add(
-        "--max-bad-share",
-        type=float,
-        default=0.05,
-        metavar="S",
-        help="stop when more than this share of the records is unusable (default: 0.05)",
-    )
-    return parser
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises InputError, naming the option, its value and what is allowed."""
-    at_least = {"batch_size": 1, "max_new_tokens": 1, "limit": 1, "top_k": 0, "no_repeat_ngram": 0, "seed": 0}
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not (math.isfinite(args.temperature) and args.temperature >= 0):
-        raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
-    if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
-        raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
-    if args.tree and (min(args.tree) < 1 or not args.ckpt):
-        raise InputError(f"--tree needs --ckpt and numbers of at least 1, got {' '.join(map(str, args.tree))}")
-    if args.verifier == "rejection" and args.temperature == 0:
-        raise InputError("--verifier rejection needs a --temperature above 0: greedy decoding has nothing to reject")
-    if args.share_noise and (args.temperature == 0 or args.verifier == "rejection"):
-        raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
-    if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
-        raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
-    if args.verifier == "rejection" and (chosen := sorted(set(STATIC) & set(args.policies or ()))):
-        raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {chosen[0]} are chosen")
-    if not 0 <= args.max_bad_share <= 1:
-        raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
-    args.device = find_device(args.device)
-
-
-def choose_methods(args: argparse.Namespace) -> list[str]:
-    """The training-free methods to score, and the hybrid, in the order they were asked for.
-
-    Raises:
-        InputError: an unknown name, or options that need a checkpoint or exclude these methods.
-    """
-    if not args.ckpt and not args.method:
-        raise InputError("give --ckpt DIR, or --method all for the methods that need no training")
-    known = [*method_names(), HYBRID]
-    unknown = [name for name in args.method if name not in (*known, ALL)]
-    if unknown:
-        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, or {ALL}")
-    if args.method and args.verifier == "rejection":
-        raise InputError("--verifier rejection needs candidates drawn by a head; those of --method are chosen")
-    if not args.ckpt:
-        if HYBRID in args.method:
-            raise InputError("--method hybrid needs --ckpt: its head drafts where there is nothing to copy")
-        alone = [option for option in ("policies", "share_noise") if getattr(args, option)]
-        if alone:
-            raise InputError(f"--{alone[0].replace('_', '-')} needs --ckpt: it is about the checkpoint's head")
-    if args.method_settings and not args.method:
-        raise InputError("--method-settings needs --method")
-    if ALL not in args.method:
-        return list(dict.fromkeys(args.method))
-    return known if args.ckpt else known[:-1]
-
-
-def choose_policies(wanted: Sequence[str] | None, has_controller: bool) -> list[str]:
-    """What steers the head. Raises InputError when viskip is asked for without a controller."""
-    if wanted is None:
-        return ["fixed", "viskip"] if has_controller else ["fixed"]
-    if (trained := sorted(set(TRAINED) & set(wanted))) and not has_controller:
-        raise InputError(f"--policies {trained[0]}: this checkpoint has no controller (viskip.safetensors); use fixed")
-    return list(dict.fromkeys(wanted))
 
 
 def output_folder(path: Path) -> Path:
@@ -320,24 +104,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     named = choose_methods(args)
     given = read_settings(args.method_settings) if args.method_settings else {}
-    checkpoint = checkpoints.load(args.ckpt) if args.ckpt else None
-    if checkpoint and args.tree:
-        checkpoint = replace(checkpoint, tree=checkpoints.DraftTree(*args.tree))
-    policies = choose_policies(args.policies, checkpoint.viskip is not None) if checkpoint else []
-    what = ALL if ALL in args.method else "-".join(named)
-    usual = Path(args.ckpt) / "eval" if args.ckpt else Path("runs") / f"eval-{what}"
-    out = output_folder(Path(args.out) if args.out else usual)
+    heads = choose_heads(args.ckpt, args.tree, args.policies)
+    out = output_folder(Path(args.out) if args.out else usual_folder(args, heads, named))
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    target = open_target(checkpoint, args.target, args.dtype, args.device)
+    target = open_target([head.checkpoint for head in heads], args.target, args.dtype, args.device)
     sampler = make_sampler(
         args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty, args.no_repeat_ngram
     )
     rejects = args.verifier == "rejection"
     methods, how = make_methods(
         target,
-        checkpoint,
-        policies,
+        heads,
         args.batch_size,
         sampler if rejects or args.share_noise else None,
         (args.draft_widths or [1]) if rejects else (),
@@ -375,18 +153,26 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return summary
 
 
-def open_target(checkpoint: checkpoints.Checkpoint | None, name: str | None, dtype: str, device: str) -> Target:
-    """The named target, or the one the checkpoint was made for, or the embedded one.
+def usual_folder(args: argparse.Namespace, heads: Sequence[Head], named: Sequence[str]) -> Path:
+    """Where results go that were given no place."""
+    if len(heads) == 1:
+        return heads[0].checkpoint.folder / "eval"
+    what = [head.name for head in heads] or ([ALL] if ALL in args.method else list(named))
+    return Path("runs") / f"eval-{'-'.join(what)}"
+
+
+def open_target(loaded: Sequence[Checkpoint], name: str | None, dtype: str, device: str) -> Target:
+    """The named target, or the one the checkpoints were made for, or the embedded one.
 
     Raises:
-        InputError: it is missing, or another one than the checkpoint's.
+        InputError: it is missing, or another one than a checkpoint's.
     """
-    usual = checkpoint.target.name if checkpoint else EMBEDDED
+    usual = loaded[0].target.name if loaded else EMBEDDED
     try:
         target: Target = load_target(name or usual, dtype, device)
     except InputError as error:
         raise InputError(str(error) if name else f"{error}; --target says where it is") from None
-    if checkpoint:
+    for checkpoint in loaded:
         checkpoint.check_target(target)
     return target
 
@@ -435,7 +221,7 @@ def settings(
 ) -> dict[str, Any]:
     """Everything that could change a figure, without this machine's folder names."""
     return {
-        "checkpoint": Path(args.ckpt).name if args.ckpt else None,
+        "checkpoint": " ".join(dict.fromkeys(Path(folder).resolve().name for folder in args.ckpt)) or None,
         "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
         "target": Path(target.name).name if Path(target.name).is_absolute() else target.name,
         "fingerprint": target.fingerprint,

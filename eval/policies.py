@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from eval.bench import N_WARMUP, PLAIN, Bench, Method, Result
-from eval.mmspec import DTYPES, OneLineParser, open_target
+from eval.mmspec import open_target
+from eval.options import DTYPES
 from eval.policy_tables import calibration
 from eval.summary import OVERALL, Contention, clean, figures, hardware, unreliable
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
+from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import DraftTree
 from mmspec.costs import CostTable, load_or_measure
@@ -355,9 +357,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("give --ckpt DIR or --method NAME")
     if args.tune == bool(args.tuned):
         raise InputError("give --tune, or --tuned FILE with what it found")
-    for key in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise InputError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(args, key)}")
+    at_least(args, {"limit": 1, "max_new_tokens": 1, "batch_size": 1})
     if not args.temperature >= 0:
         raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
     if args.tuned and not Path(args.tuned).is_file():

@@ -19,11 +19,13 @@ import torch
 from rich.console import Console
 
 from eval.bench import N_WARMUP, PLAIN, Bench, Method, Result
-from eval.mmspec import DTYPES, OneLineParser, open_target
+from eval.mmspec import open_target
+from eval.options import DTYPES
 from eval.summary import Contention, clean, figures, hardware, unreliable
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
+from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, DraftTree
 from mmspec.drafters.null import NullDrafter
@@ -33,7 +35,7 @@ from mmspec.sampling import GreedySampler
 from mmspec.types import Drafter, InputError, Target
 
 PROGRAM = "eval.tune_tree"
-GRID = ("3,1,3", "5,1,5", "7,1,7", "4,2,6", "5,2,7", "7,2,8", "7,2,10", "6,3,10", "7,4,16")
+GRID = ("3,1,3", "5,1,5", "7,1,7", "10,1,10", "13,1,13", "4,2,6", "5,2,7", "7,2,10", "10,2,14", "7,4,16")
 FIGURES = ("mat", "speedup", "speedup_lo", "speedup_hi", "exact_match")
 
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     loaded = checkpoints.load(args.ckpt)
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    target = open_target(loaded, args.target, args.dtype, args.device)
+    target = open_target([loaded], args.target, args.dtype, args.device)
     methods = make_methods(target, loaded, trees)
     system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
@@ -134,9 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console = Console()
     try:
-        for key in ("limit", "max_new_tokens", "batch_size"):
-            if getattr(args, key) < 1:
-                raise InputError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(args, key)}")
+        at_least(args, limit=1, max_new_tokens=1, batch_size=1)
         args.device = find_device(args.device)
         found = run(args, console)
     except InputError as error:

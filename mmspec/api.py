@@ -274,6 +274,7 @@ def method_and_policy(
     head: Drafter | None = None,
     policy: str = "adaptive",
     max_batch: int = 1,
+    costs: Path | None = None,
 ) -> tuple[Drafter, Policy]:
     """What a training-free method or the hybrid decodes with.
 
@@ -283,6 +284,7 @@ def method_and_policy(
         head: the head's drafter, where it was made already.
         policy: of METHOD_POLICIES; those that decide by costs measure them now.
         max_batch: the largest batch to measure costs for.
+        costs: folder in which what was measured is kept and found again; None measures it now.
 
     Raises:
         InputError: see `mmspec.methods`; an unknown policy.
@@ -295,15 +297,16 @@ def method_and_policy(
         tree = checkpoint.tree
         head = head or make_drafter(checkpoint, target)
         drafter, fixed = make_hybrid(target, head, tree.depth, tree.budget, settings)
-    parts = Parts(fixed.max_depth, fixed.max_budget)
+    parts, cap = Parts(fixed.max_depth, fixed.max_budget), fixed.max_depth
     if isinstance(drafter, HybridDrafter):
         # Its head has scores, so drafts are priced by what each says of itself; no budget has to be found by trial.
-        policy = "marginal" if policy == "adaptive" else policy
-        table = measure(target, drafter, max_batch, drafter.depth, fixed.max_budget)
-        drafter.costs = table.flat_beyond(drafter.depth, fixed.max_depth)
-        parts = replace(parts, costs=drafter.costs)
-    elif policy in ("adaptive", *MEASURED):
-        parts = replace(parts, costs=measure(target, drafter, max_batch, fixed.max_depth, fixed.max_budget))
+        policy, cap = "marginal" if policy == "adaptive" else policy, drafter.depth
+    if isinstance(drafter, HybridDrafter) or policy in ("adaptive", *MEASURED):
+        asked = target, drafter, max_batch, cap, fixed.max_budget
+        table = measure(*asked) if costs is None else load_or_measure(costs, *asked)
+        parts = replace(parts, costs=table.flat_beyond(cap, fixed.max_depth))
+    if isinstance(drafter, HybridDrafter):
+        drafter.costs = parts.costs
     if policy == "adaptive":
         return drafter, AdaptivePolicy(parts.measured(policy), fixed.max_depth, fixed.max_budget)
     return drafter, make_policy(policy, parts)

@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
 from mmspec.api import POLICIES, Answer, Speculator
+from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import method_names, read_settings
@@ -42,13 +43,6 @@ colours
   yellow   tokens that the target chose itself after a draft (the bonus token of each round)
   magenta  tokens of rounds in which the policy skipped drafting
 """
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage block in front."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"mmspec.chat: error: {message} (--help shows examples)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -233,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console = Console()
     try:
-        if args.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+        at_least(args, max_new_tokens=1)
         model = load(args)
         chat = Chat(model, args, console)
         # Kernels and threads settle on a throw-away question: the figures of the first answer count like the others.

@@ -44,6 +44,8 @@ class LossConfig:
         step_decay: weight of step s is step_decay ** s.
         dependence: w, how much more a prediction weighs the more the target's choice there owes to the image
             (`Features.weight`, made in training by `train/dependence.py`); 0: all weigh alike.
+        first_pair: drafts from a prompt's last token, with which every answer begins, count as others do. The
+            references leave them out; False is for comparing.
         chunk: predictions whose [chunk, V] logits exist at a time.
         recompute: gradient checkpointing: what is widest in each step (norm and MLP) is computed again in the backward
             pass instead of kept. What is learned is the same.
@@ -59,6 +61,7 @@ class LossConfig:
     steps: int = 3
     step_decay: float = 0.8
     dependence: float = 0.0
+    first_pair: bool = True
     chunk: int = 1024
     recompute: bool = False
 

@@ -102,6 +102,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     )
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis of x [..., D], statistics in fp32 at least; weight [D], or [..., D]."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return rms_norm(x.float(), weight.float(), eps).to(x.dtype)
+    if weight.ndim == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape[-1:], None, eps) * weight
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, statistics in fp32 at least."""
 
@@ -111,9 +120,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -193,16 +200,21 @@ class DecoderBlock(nn.Module):
         self.o_proj = nn.Linear(n_heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, inner)
-        self.sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
+        self.heads = [n_heads, n_kv_heads, n_kv_heads]
+        self.sizes = [n * head_dim for n in self.heads]
         self.fused: Tensor | None = None
+        self.norms: Tensor | None = None
         self.recompute = False
         """Whether what is behind attention, the wide part, is computed again in the backward pass instead of kept."""
 
     def fuse(self) -> None:
-        """For drafting: queries, keys and values by one product, gate and up by another. Weights are not copied twice;
-        call it when they are where they stay, and not on a block that will be trained. Adapted layers stay single."""
+        """For drafting: queries, keys and values by one product, gate and up by another, both norms of a pair at once.
+        Matrices are not copied twice; call it when they are where they stay, and not on a block that will be trained.
+        Adapted layers stay single."""
         if _plain(self.q_proj, self.k_proj, self.v_proj):
             self.fused = joined([self.q_proj, self.k_proj, self.v_proj])
+        if isinstance(self.input_layernorm, RMSNorm) and self.hidden_norm is not None:
+            self.norms = torch.stack([self.input_layernorm.weight.data, self.hidden_norm.weight.data])
         self.mlp.fuse()
 
     @torch.no_grad()
@@ -247,6 +259,8 @@ class DecoderBlock(nn.Module):
         if self.hidden_norm is None:
             return self.input_layernorm(x), x
         embeds, states = x.chunk(2, -1)
+        if self.norms is not None:
+            return rms_norm(x.unflatten(-1, (2, -1)), self.norms, self.hidden_norm.eps).flatten(-2), states
         return torch.cat([self.input_layernorm(embeds), self.hidden_norm(states)], -1), states
 
     def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -266,22 +280,29 @@ class DecoderBlock(nn.Module):
             k, v = F.linear(read, self.fused[self.sizes[0] :]).split(self.sizes[1:], -1)
         return rotate(self._heads(k), rope), self._heads(v)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
-        """[B, M, D] (paired: 2D) -> [B, M, D]; `attention` gets rotated queries and keys."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What comes before attention: residual stream [B, M, D], rotated queries and keys, and values."""
         read, residual = self._read(x)
         if self.fused is None:
             q, k, v = self.q_proj(read), self.k_proj(read), self.v_proj(read)
-        else:
-            q, k, v = F.linear(read, self.fused).split(self.sizes, -1)
-        q, k = rotate(self._heads(q), rope), rotate(self._heads(k), rope)
-        return self._finish(residual, attention(q, k, self._heads(v)))
+            return residual, rotate(self._heads(q), rope), rotate(self._heads(k), rope), self._heads(v)
+        heads = self._heads(F.linear(read, self.fused))
+        n_values = self.heads[-1]
+        q, k = rotate(heads[:, :-n_values], rope).split(self.heads[:-1], 1)
+        return residual, q, k, heads[:, -n_values:]
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[B, M, D] (paired: 2D) -> [B, M, D]; `attention` gets rotated queries and keys."""
+        residual, q, k, v = self.project(x, rope)
+        return self.finish(residual, attention(q, k, v))
 
     def reread(self, x: Tensor, rope: tuple[Tensor, Tensor], attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The same for x whose keys and values are known already; `attention` gets rotated queries alone."""
         read, residual = self._read(x)
-        return self._finish(residual, attention(rotate(self._heads(self.q_proj(read)), rope)))
+        return self.finish(residual, attention(rotate(self._heads(self.q_proj(read)), rope)))
 
-    def _finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """What comes behind attention: residual [B, M, D] and attended [B, H, M, Dh] -> [B, M, D]."""
         x = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
         if self.recompute and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(self._feed, x, use_reentrant=False))

@@ -16,8 +16,8 @@ import torch
 
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device
+from mmspec.arguments import at_least
 from mmspec.synth import SPLITS, sample
-from mmspec.types import InputError
 
 
 def conversation(i: int) -> list[dict[str, Any]]:
@@ -97,9 +97,7 @@ def check(args: argparse.Namespace, *positive: str) -> None:
     Raises:
         InputError: one is not, or the device is not there.
     """
-    for name in (*positive, "threads"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    at_least(args, **dict.fromkeys((*positive, "threads"), 1))
     args.device = find_device(args.device)
 
 

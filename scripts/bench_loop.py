@@ -277,13 +277,15 @@ class Calls:
 
         def kept(method: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
-                self.calls.append((method, args, {}, None, (None, 0)))
+                if depth[0] == 0:  # else it is a part of a recorded call
+                    self.calls.append((method, args, {}, None, (None, 0)))
                 return method(*args)
 
             return call
 
-        # Two passes of the block that are not its forward: what the catch-up stores, and what the newest pair reads.
-        for name in ("keys_values", "reread"):
+        # What the catch-up computes of the block, in parts.
+        parts = ("keys_values", "project", "finish")
+        for name in parts:
             head.block.__dict__[name] = kept(getattr(head.block, name))
         ends = [self.target.embedding, self.target.lm_head]
         for module in [*vision, self.target.text_model, *ends, head.fc, head.block]:
@@ -294,7 +296,7 @@ class Calls:
         finally:
             for handle in handles:
                 handle.remove()
-            for name in ("keys_values", "reread"):
+            for name in parts:
                 del head.block.__dict__[name]
 
     @torch.inference_mode()

@@ -4,19 +4,23 @@
     bash scripts/compare_heads.sh --heads eagle eagle3 --no-blind --data synth:testmini
 
 Heads are the files of mmspec/heads that have a recipe <head>_<target>.yaml, so a new one joins by itself. All train on
-the same regenerated answers, for as many steps of as many conversations, at most --minutes each; a head that does not
-get there is scored as far as it got, and the table shows its steps. Two tables: `matched` has one tree for all heads
-(--tree), `tuned` each head's own, chosen by speedup on --tune-data. A twin reads means in place of the image
-(mmspec/heads/_blind.py); eval.dependence says at which tokens that costs acceptance.
+the same regenerated answers, whose states the target computes once (--live: in every step again), for as many steps of
+as many conversations, at most --minutes each; a head that does not get there is scored as far as it got, and the table
+shows its steps. Two tables: `matched` has one tree for all heads (--tree), `tuned` each head's own, chosen by speedup
+on --tune-data. A twin reads means in place of the image (mmspec/heads/_blind.py) and stands in the first table;
+eval.dependence says at which tokens that costs acceptance.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
-step before it has changed. Results: --results (tables, CSV, JSON, plots) and a paragraph on the terminal.
+step before it has changed. Several of these commands may share --out, each with --heads of its own and the other
+options alike; one for all heads then finds their work done. Results: --results (tables, CSV, JSON, plots) and a
+paragraph on the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,17 +29,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.head_tables import as_csv, depth_plot, gains, markdown, row
-from eval.mmspec import DTYPES
-from eval.summary import clean
+from eval.options import DTYPES
+from eval.summary import OVERALL, clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
+from mmspec.api import STATIC_TREE
+from mmspec.methods import method_names
 from mmspec.recipe import head_kinds, load
 from mmspec.types import InputError
 from train.world import free_port
@@ -43,10 +49,16 @@ from train.world import free_port
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 120
 """What a stopped training may take to save itself, and what one that goes on gets at least."""
+PREPARED = "prepared"
+"""The step that all trainings read."""
+STAGES = (PREPARED, "train", "static", "tune", "matched", "tuned", "dependence")
+"""First words of the steps' names."""
 PORT = "PORT"
 """Stands for a free port in a command."""
 STATIC = "eagle"
 """The head that EAGLE-1's static tree is shown of, beside the dynamic one."""
+TUNED = "tuned_tree.json"
+"""What eval.tune_tree leaves in a run folder."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +80,7 @@ class Step:
         limit_s: it is stopped then, and counts as done when it left `makes`; None: never.
         resume: words to add when it goes on with what an interruption left.
         reads: files that the command names and whose content counts.
+        owns: a folder of this step alone; what another command left there is removed.
     """
 
     name: str
@@ -77,6 +90,7 @@ class Step:
     limit_s: float | None = None
     resume: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
+    owns: Path | None = None
 
     def left_s(self, spent_s: float, again: bool) -> float | None:
         """Seconds of the limit that are left; a step that goes on gets enough to save what it has, however late."""
@@ -84,31 +98,43 @@ class Step:
 
 
 class Ledger:
-    """What was done, with which command, in `steps.json`."""
+    """What was done, with which command, in `steps.json`; any number of processes may keep it at once."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "steps.json"
-        self._entries: dict[str, dict[str, Any]] = {}
-        if self._path.is_file():
-            self._entries = json.loads(self._path.read_text(encoding="utf-8"))
+        self._folder, self._path = folder, folder / "steps.json"
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return _read(self._path) if self._path.is_file() else {}
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Waits until no other process is at what `name` stands for, and keeps others from it."""
+        place = self._folder / "locks" / name.replace(" ", "_")
+        place.parent.mkdir(exist_ok=True)
+        with place.open("w") as lock:
+            # The system lets go of it when this process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def key(self, step: Step) -> str:
         """Of the command, of the files it reads and of the steps it depends on."""
-        parts = [*step.words, str(step.limit_s), *(str(self._entries.get(name, {}).get("key")) for name in step.after)]
+        entries = self._entries()
+        parts = [*step.words, str(step.limit_s), *(str(entries.get(name, {}).get("key")) for name in step.after)]
         parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in step.reads]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def entry(self, step: Step) -> dict[str, Any] | None:
         """What is known of a step with this very command, or None."""
-        found = self._entries.get(step.name)
+        found = self._entries().get(step.name)
         return found if found is not None and found["key"] == self.key(step) else None
 
     def note(self, step: Step, **facts: Any) -> None:
-        self._entries[step.name] = {**(self.entry(step) or {"key": self.key(step)}), **facts}
-        checkpoint.write_json(self._path, self._entries)
+        with self.alone("steps.json"):
+            known = self.entry(step) or {"key": self.key(step)}
+            checkpoint.write_json(self._path, {**self._entries(), step.name: {**known, **facts}})
 
     def seconds(self, name: str) -> float:
-        return float(self._entries.get(name, {}).get("seconds", 0.0))
+        return float(self._entries().get(name, {}).get("seconds", 0.0))
 
 
 def perform(step: Step, ledger: Ledger) -> None:
@@ -117,6 +143,11 @@ def perform(step: Step, ledger: Ledger) -> None:
     Raises:
         InputError: it failed, or left nothing.
     """
+    with ledger.alone(step.name):
+        _perform(step, ledger)
+
+
+def _perform(step: Step, ledger: Ledger) -> None:
     known = ledger.entry(step)
     if known is not None and known.get("done") and step.makes.exists():
         print(f"== {step.name}: done already", flush=True)
@@ -126,7 +157,7 @@ def perform(step: Step, ledger: Ledger) -> None:
     print(f"== {step.name}: {' '.join(checkpoint.discreet(word) for word in words)}", flush=True)
     ledger.note(step, seconds=before)
     if known is None:
-        _remove(step.makes)
+        _remove(step)
     start = time.monotonic()
     left_s = step.left_s(before, known is not None)
     code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
@@ -137,10 +168,12 @@ def perform(step: Step, ledger: Ledger) -> None:
     ledger.note(step, seconds=seconds, done=True, stopped=stopped)
 
 
-def _remove(path: Path) -> None:
-    """What an earlier command left of a file; folders are shared and stay."""
-    if path.is_file():
-        path.unlink()
+def _remove(step: Step) -> None:
+    """What an earlier command left; folders that a step does not own are shared and stay."""
+    if step.owns is not None and step.owns.is_dir():
+        shutil.rmtree(step.owns)
+    if step.makes.is_file():
+        step.makes.unlink()
 
 
 def _command(words: Sequence[str], limit_s: float | None, beat: Any) -> tuple[int, bool]:
@@ -202,24 +235,38 @@ def entrants(args: argparse.Namespace) -> list[Entrant]:
     Raises:
         InputError: one that is asked for has none.
     """
-    found = []
-    with_recipe = [kind for kind in head_kinds() if (ROOT / "recipes" / f"{kind}_{args.suffix}.yaml").is_file()]
-    wanted = args.heads or with_recipe
-    for kind in wanted:
+    found, known = [], _recipes(args)
+    for kind in args.heads or known:
         recipe = ROOT / "recipes" / f"{kind}_{args.suffix}.yaml"
-        if kind not in head_kinds() or not recipe.is_file():
+        if kind not in known:
             raise InputError(f"--heads {kind}: there is no recipes/{kind}_{args.suffix}.yaml of a head of that name")
         found.append(Entrant(kind, kind, recipe, False))
         found += [] if args.no_blind else [Entrant(f"{kind}_blind", kind, recipe, True)]
     return found
 
 
+def _recipes(args: argparse.Namespace) -> dict[str, Path]:
+    """Of the target, by kind of head."""
+    places = {kind: ROOT / "recipes" / f"{kind}_{args.suffix}.yaml" for kind in head_kinds()}
+    return {kind: place for kind, place in places.items() if place.is_file()}
+
+
 def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
     """All steps, in order."""
     out = Path(args.out)
-    steps = [_answers(args, heads[0])]
+    steps = [_prepared(args)]
     for head in heads:
         steps += _of_head(args, head)
+    seeing = [head for head in heads if not head.blind]
+    tree = ("--tree", *map(str, _numbers(args.tree)))
+    free = () if args.no_training_free else ("--method", *method_names())
+    fitted = [step.name for step in steps if step.name.startswith("static")]
+    policies = ("--policies", "fixed", *(["static"] if fitted else []))
+    steps.append(_evaluation(args, "matched", heads, (*tree, *policies, *free), fitted))
+    trees = [f"--tree=@{out / head.name / TUNED}" for head in seeing]
+    steps.append(
+        _evaluation(args, "tuned", seeing, (*trees, "--policies", "fixed"), [f"tune {h.name}" for h in seeing])
+    )
     for head in heads:
         if head.blind:
             folder = out / "dependence" / head.kind
@@ -227,11 +274,17 @@ def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
             words = _module("eval.dependence", *both, "--out", str(folder), *_scored(args))
             after = (f"train {head.kind}", f"train {head.name}")
             steps.append(Step(f"dependence {head.kind}", words, folder / "dependence.json", after))
-    if not args.no_training_free:
-        folder = out / "training_free"
-        words = _module("eval.mmspec", "--method", "all", "--out", str(folder), *_scored(args))
-        steps.append(Step("training-free methods", words, folder / "summary.json"))
     return steps
+
+
+def _evaluation(
+    args: argparse.Namespace, name: str, heads: Sequence[Entrant], more: Sequence[str], after: Sequence[str]
+) -> Step:
+    """One table: all of its methods decode each prompt one directly after another, beside plain decoding."""
+    folder = Path(args.out) / name
+    ckpts = [word for head in heads for word in ("--ckpt", str(Path(args.out) / head.name))]
+    words = _module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
+    return Step(name, words, folder / "summary.json", (*(f"train {head.name}" for head in heads), *after))
 
 
 def _shared(args: argparse.Namespace) -> list[str]:
@@ -263,41 +316,40 @@ def _launched(args: argparse.Namespace, script: str, *words: str) -> tuple[str, 
     return (*launcher, "--master_port", PORT, str(ROOT / script), *words)
 
 
-def _answers(args: argparse.Namespace, head: Entrant) -> Step:
-    words = _launched(args, "scripts/regenerate.py", str(head.recipe), "run.name=answers", *_shared(args))
-    return Step("answers", words, Path(args.out) / "answers", reads=(head.recipe,))
+def _prepared(args: argparse.Namespace) -> Step:
+    """What all heads learn from: the answers, and without --live the target's states on them."""
+    # The same for any --heads. One head's states hold what all read: the last, and those of a head that taps more.
+    recipes = list(_recipes(args).values())
+    recipe = max(recipes, key=lambda place: hasattr(load(place).head.config, "taps"))
+    named = (str(recipe), "run.name=prepared", *_shared(args))
+    if args.live:
+        words = _launched(args, "scripts/regenerate.py", *named)
+        return Step(PREPARED, words, Path(args.out) / "answers", reads=(recipe,))
+    folder = Path(args.out) / "states"
+    words = _launched(args, "scripts/extract_features.py", *named, "--out", str(folder))
+    return Step(PREPARED, words, folder / "manifest.json", reads=(recipe,), owns=folder)
 
 
 def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
-    """Training, tuning and both evaluations of one head."""
+    """Training of one head, and what its trees are chosen by."""
     folder = Path(args.out) / head.name
     trained = f"train {head.name}"
     own = [f"run.name={head.name}", f"head.blind={str(head.blind).lower()}"]
+    own += [] if args.live else [f"data.features={Path(args.out) / 'states'}"]
     words = _launched(args, "train/distill.py", str(head.recipe), *_shared(args), *own)
     weights = folder / "head.safetensors"
-    steps = [Step(trained, words, weights, ("answers",), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
+    steps = [Step(trained, words, weights, (PREPARED,), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
+    if head.blind:
+        return steps
     ckpt = ("--ckpt", str(folder))
-    tree = [str(n) for n in _numbers(args.tree)]
-
-    def evaluation(name: str, words: Sequence[str], after: tuple[str, ...], policies: Sequence[str]) -> Step:
-        where = folder / name
-        said = _module("eval.mmspec", *ckpt, "--policies", *policies, *words, "--out", str(where), *_scored(args))
-        return Step(f"{name} {head.name}", said, where / "summary.json", after)
-
-    policies, after = ["fixed"], (trained,)
+    tuning = ("--data", args.tune_data, "--limit", str(args.tune_limit), "--dtype", args.dtype)
     if head.name == STATIC:
-        budget = ("--budget", tree[2])
-        fitted = ("--data", args.tune_data, "--limit", str(args.tune_limit), "--dtype", args.dtype)
-        static = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, *budget, *fitted)
-        steps.append(Step(f"static tree {head.name}", static, folder / "static_tree.json", after))
-        policies, after = ["fixed", "static"], (trained, f"static tree {head.name}")
-    steps.append(evaluation("matched", ["--tree", *tree], after, policies))
-    tuned = folder / "tuned_tree.json"
-    tuning = ["--data", args.tune_data, "--limit", str(args.tune_limit), "--max-new-tokens", str(args.max_new_tokens)]
-    grid = ["--grid", *args.grid] if args.grid else []
-    words = _module("eval.tune_tree", *ckpt, "--out", str(tuned), "--dtype", args.dtype, *tuning, *grid)
-    steps.append(Step(f"tune {head.name}", words, tuned, (trained,)))
-    steps.append(evaluation("tuned", [f"--tree=@{tuned}"], (trained, f"tune {head.name}"), ["fixed"]))
+        words = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, "--budget", str(_numbers(args.tree)[2]))
+        steps.append(Step(f"static {head.name}", (*words, *tuning), folder / STATIC_TREE, (trained,)))
+    grid = ("--grid", *args.grid) if args.grid else ()
+    words = _module("eval.tune_tree", *ckpt, "--out", str(folder / TUNED), *tuning, *grid)
+    words += ("--max-new-tokens", str(args.max_new_tokens))
+    steps.append(Step(f"tune {head.name}", words, folder / TUNED, (trained,)))
     return steps
 
 
@@ -323,29 +375,27 @@ def _ready(step: Step) -> Step:
 
 def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) -> dict[str, Any]:
     """Rows of both tables, and what the twins say."""
-    out = Path(args.out)
-    tables: dict[str, list[dict[str, Any]]] = {"matched": [], "tuned": []}
-    for head in heads:
-        facts = {"steps": _steps(out / head.name), "train_s": ledger.seconds(f"train {head.name}"), "blind": head.blind}
-        for table, rows in tables.items():
-            summary = _read(out / head.name / table / "summary.json")
-            for method in summary["methods"]:
-                if method != "plain":
-                    how = summary["settings"]["methods"][method]
-                    tree = f"{how['depth']},{how.get('width', '-')},{how['budget']}"
-                    label = head.name + method.removeprefix(head.kind)
-                    rows.append(row(label, summary, method, {"tree": tree, **facts}))
+    out, runs = Path(args.out), {head.name: head for head in heads}
+    found = {table: _read(out / table / "summary.json") for table in ("matched", "tuned")}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for table, summary in found.items():
+        tables[table] = []
+        for method, how in summary["settings"]["methods"].items():
+            name = method.removesuffix("_static")
+            if name in runs:
+                tree = f"{how['depth']},{how.get('width', '-')},{how['budget']}"
+                facts = {"tree": tree, "steps": _steps(out / name), "train_s": ledger.seconds(f"train {name}")}
+                tables[table].append(row(method, summary, method, {**facts, "blind": runs[name].blind}))
     if not args.no_training_free:
-        summary = _read(out / "training_free" / "summary.json")
-        mats = {name: m["overall"]["mat"] for name, m in summary["methods"].items() if name != "plain"}
-        best = max(mats, key=lambda name: mats[name])
+        summary = found["matched"]
+        best = max(method_names(), key=lambda name: summary["methods"][name][OVERALL]["mat"])
         for rows in tables.values():
             rows.append(row(f"best training-free ({best})", summary, best, {}))
     dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
         "settings": _settings(args),
         "commit": checkpoint.git_commit(),
-        "hardware": _read(out / heads[0].name / "matched" / "summary.json")["hardware"],
+        "hardware": found["matched"]["hardware"],
         **tables,
         "dependence": {k: {key: d[key] for key in ("zeros", "overall", "topics")} for k, d in dependence.items()},
     }
@@ -415,8 +465,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         ledger = Ledger(Path(args.out))
         for step in plan(args, heads):
-            perform(_ready(step), ledger)
-        print(write(args, collect(args, heads, ledger)))
+            if not args.only or step.name.split()[0] in args.only:
+                perform(_ready(step), ledger)
+        if not args.only:
+            print(write(args, collect(args, heads, ledger)))
     except InputError as error:
         print(f"compare_heads: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -433,6 +485,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--suffix", default="tiny", metavar="TARGET", help="of the recipes: <head>_TARGET.yaml (default: tiny)")
     add("--heads", nargs="+", metavar="KIND", help="only these (default: all that have a recipe)")
+    add("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}; then no tables are made")
     add("--no-blind", action="store_true", help="without vision-blind twins")
     add("--no-training-free", action="store_true", help="without the best training-free method")
     add("--out", default="runs/heads", metavar="DIR", help="run folders and evaluations (default: %(default)s)")
@@ -442,6 +495,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=600, metavar="N", help="optimizer steps of each head (default: 600)")
     add("--batch", type=int, default=16, metavar="N", help="conversations a step (default: 16)")
     add("--minutes", type=float, default=20, metavar="M", help="of training for each head (default: 20)")
+    add("--live", action="store_true", help="run the target in every training step instead of storing its states")
     add("--procs", type=int, default=2, metavar="N", help="processes that train (default: 2)")
     add("--tree", default="7,2,10", metavar="D,W,N", help="of the matched table (default: %(default)s)")
     add("--grid", nargs="+", metavar="D,W,N", help="trees to tune over (default: those of eval.tune_tree)")

@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.mmspec import EMBEDDED, output_folder
+from eval.mmspec import output_folder
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
+from mmspec.arguments import at_least
+from mmspec.assets import EMBEDDED
 from mmspec.drafters import recycling
 from mmspec.heads._objective import SteppedHead
 from mmspec.loop import all_complete, generate
@@ -201,9 +203,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.usual = EAGLE_25 if args.ckpt else TOKEN_RECYCLING_80
     args.budget = args.usual.budget if args.budget is None else args.budget
-    for name in ("limit", "budget", "depth", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    at_least(args, limit=1, budget=1, depth=1, max_new_tokens=1, batch_size=1)
     if not (args.out or args.ckpt):
         raise InputError("--out FILE says where the tree of a method without weights goes")
     if args.out:

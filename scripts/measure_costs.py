@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.mmspec import DTYPES, OneLineParser, open_target
+from eval.mmspec import open_target
+from eval.options import DTYPES
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
+from mmspec.arguments import OneLineParser, at_least
 from mmspec.costs import CostTable, hardware, load_or_measure
 from mmspec.methods import make_method, method_names
 from mmspec.types import InputError
@@ -54,8 +56,7 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
         raise InputError("give --ckpt DIR or --method NAME")
     if args.method and not args.out:
         raise InputError("--method needs --out: there is no folder of its own to keep the table in")
-    if args.max_batch < 1:
-        raise InputError(f"--max-batch must be at least 1, got {args.max_batch}")
+    at_least(args, {"max_batch": 1})
     device = find_device(args.device)
     if args.ckpt:
         loaded = checkpoints.load(args.ckpt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def test_a_step_is_done_once_and_again_when_it_or_what_it_reads_changed(tmp_path
     assert ran(tmp_path) == "ababb"
 
 
+def test_of_a_folder_of_its_own_a_changed_step_finds_nothing(tmp_path: Path):
+    own = tmp_path / "own"
+    for text in ("x", "y"):
+        code = f"import pathlib; p = pathlib.Path({str(own)!r}); p.mkdir(); {made(tmp_path, text=text)}"
+        perform(step(tmp_path, code, owns=own), Ledger(tmp_path))
+    assert ran(tmp_path) == "ss"
+
+
 def test_a_step_is_done_again_when_a_file_it_reads_has_changed(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     one = step(tmp_path, made(tmp_path), reads=(recipe,))
@@ -69,6 +78,21 @@ def test_settings_name_no_place_of_this_machine(tmp_path: Path):
     assert found["data"] == ".../mine"
     assert found["set"] == ["data.answers_dir=.../a"]
     assert found["tree"] == "3,2,5"
+
+
+def test_commands_beside_each_other_keep_one_ledger_and_do_no_step_twice(tmp_path: Path):
+    """Threads with ledgers of their own stand for processes: a lock of a file opened anew holds between them too."""
+    slow = [step(tmp_path, f"time.sleep(0.3); {made(tmp_path, name)}", name) for name in "abc"]
+    threads = [
+        threading.Thread(target=lambda order=order: [perform(one, Ledger(tmp_path)) for one in order])
+        for order in (slow, slow[1:], slow[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(ran(tmp_path)) == ["a", "b", "c"]
+    assert all(entry["done"] for entry in json.loads((tmp_path / "steps.json").read_text()).values())
 
 
 def test_an_interrupted_step_goes_on_with_the_words_for_it(tmp_path: Path):
@@ -127,7 +151,8 @@ def test_a_head_joins_by_its_recipe_alone():
     assert not {"viskip", "adapt_lora"} & set(names)
     steps = [one.name for one in compare_heads.plan(args, compare_heads.entrants(args))]
     assert len(steps) == len(set(steps))
-    assert steps.index("train eagle3") < steps.index("matched eagle3") < steps.index("dependence eagle3")
+    assert {name.split()[0] for name in steps} == set(compare_heads.STAGES)
+    assert steps.index("train eagle3") < steps.index("tune eagle3") < steps.index("tuned")
 
 
 @pytest.mark.parametrize(
@@ -178,6 +203,7 @@ def test_the_whole_comparison_at_toy_size(tmp_path: Path, capsys: pytest.Capture
     assert all(row["overall"]["exact_match"] == 1 for row in found["matched"] + found["tuned"])
     assert {row["tree"] for row in found["tuned"] if "tree" in row} == {"2,1,2"}
     assert {row["steps"] for row in found["matched"][:5]} == {20}
+    assert [row["head"] for row in found["tuned"]][:3] == ["eagle", "eagle3", names[5]]
     assert str(tmp_path) not in (tmp_path / "results" / "heads.json").read_text()
     for name in ("matched.csv", "tuned.svg", "tables.md", "dependence_eagle.svg"):
         assert (tmp_path / "results" / name).stat().st_size > 100

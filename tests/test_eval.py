@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from eval import mmspec as cli
+from mmspec import checkpoint
 from mmspec.checkpoint import DraftTree
+from mmspec.heads import medusa as medusa_head
 from mmspec.methods import method_names, resolved
 from mmspec.targets import load_target
 from tests import tiny
@@ -176,9 +178,9 @@ def test_a_checkpoint_without_a_controller_is_scored_with_its_fixed_tree(
     bare.mkdir()
     for name in ("head.json", "head.safetensors", "tree.json"):
         (bare / name).write_bytes((run_folder / name).read_bytes())
-    assert evaluate("--data", str(data), "--ckpt", str(bare), "--limit", "3") == 0
+    assert evaluate("--data", str(data), "--ckpt", str(bare), "--limit", "3", ckpt=False) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["primary"] == "eagle"
-    assert evaluate("--data", str(data), "--ckpt", str(bare), "--policies", "viskip") == 2
+    assert evaluate("--data", str(data), "--ckpt", str(bare), "--policies", "viskip", ckpt=False) == 2
     assert "has no controller" in capsys.readouterr().err
 
 
@@ -190,12 +192,13 @@ def test_a_fitted_static_tree_is_scored_beside_the_dynamic_one(
     shutil.copytree(run_folder, fitted)
     (fitted / "static_tree.json").write_text('{"paths": [[0], [0, 0], [1], [0, 1], [0, 0, 0]]}')
     words = ("--ckpt", str(fitted), "--policies", "fixed", "static")
-    assert evaluate("--data", str(data), "--limit", "4", *words, *sampling) == 0
+    assert evaluate("--data", str(data), "--limit", "4", *words, *sampling, ckpt=False) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["methods"]) == ["plain", "eagle", "eagle_static"]
     assert summary["exact_match"] == 1.0
     how = summary["settings"]["methods"]["eagle_static"]
-    assert how == {"drafter": "eagle", "policy": "fixed", "tree": "static_tree.json", "depth": 3, "budget": 5}
+    tree = {"tree": "static_tree.json", "depth": 3, "budget": 5}
+    assert how == {"drafter": "eagle", "checkpoint": "fitted", "policy": "fixed", **tree}
     nodes = {
         entry[1] for row in rows_of(tmp_path / "out") if row["method"] == "eagle_static" for entry in row["rounds"]
     }
@@ -245,6 +248,53 @@ def test_methods_need_no_checkpoint(
     assert list(summary["methods"]) == ["plain", *method_names()]
     assert summary["primary"] == method_names()[-1]
     assert "random-llava on " in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_several_heads_share_one_baseline_each_under_a_name_and_with_a_tree_of_its_own(
+    evaluate: Callable[..., int], data: Path, tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin, medusa = tmp_path / "twin", tmp_path / "medusa"
+    shutil.copytree(run_folder, twin)
+    for name in ("viskip.json", "viskip.safetensors"):
+        (twin / name).unlink()
+    target = tiny.llava()
+    config = medusa_head.Config().resolve(target.shape)
+    checkpoint.save_head(medusa, medusa_head.Head(config).state_dict(), config, target)
+    checkpoint.save_tree(medusa, DraftTree(2, 2, 4))
+    (medusa / "static_tree.json").write_text('{"paths": [[0], [1], [0, 0]]}')
+    words = [word for folder in (twin, medusa) for word in ("--ckpt", str(folder))]
+    words += [
+        "--data",
+        str(data),
+        "--limit",
+        "3",
+        "--method",
+        "hybrid",
+        "pld",
+        "--policies",
+        "viskip",
+        "static",
+        "fixed",
+    ]
+    words += ["--tree", "2", "3", "5", "--tree", "1", "1", "1", "--tree", "2", "1", "2"]
+    assert evaluate(*words) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected = ["plain", "random_hybrid", "twin_hybrid", "medusa_hybrid", "pld", "random", "viskip", "twin", "medusa"]
+    assert list(summary["methods"]) == [*expected, "medusa_static"]
+    assert summary["primary"] == "medusa_static"
+    for method in summary["methods"].values():
+        assert method["overall"]["exact_match"] == 1.0
+    how = summary["settings"]["methods"]
+    assert [how[name]["budget"] for name in ("random", "viskip", "twin", "medusa", "medusa_static")] == [5, 5, 1, 2, 3]
+    assert [how[name]["checkpoint"] for name in ("random", "twin", "medusa")] == ["random", "twin", "medusa"]
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 10 * 4, "3 records, one of them with two turns: plain decoding runs once for all heads"
+    nodes = {name: max(entry[1] for row in rows if row["method"] == name for entry in row["rounds"]) for name in how}
+    assert (nodes["random"], nodes["twin"], nodes["medusa"]) == (5, 1, 2)
+    assert evaluate("--ckpt", str(twin), "--tree", "1", "1", "1", "--tree", "1", "1", "1", "--tree", "1", "1", "1") == 2
+    assert "--tree is given once, or once for each --ckpt; got 3 for 2" in capsys.readouterr().err
+    assert evaluate("--data", str(data), "--ckpt", str(run_folder)) == 2
+    assert "two run folders are both called random_4x3x6" in capsys.readouterr().err
 
 
 BAD_METHODS = [

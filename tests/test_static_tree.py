@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.bench import make_methods
+from eval.lineup import Head, make_methods
 from mmspec import checkpoint
 from mmspec.loop import generate
 from mmspec.sampling import GreedySampler
@@ -213,9 +213,11 @@ def test_published_trees_decode_any_checkpoint_without_being_fitted(tmp_path):
     target = tiny.llava(dtype="float32")
     folder = tiny.run_folder(tmp_path / "run", target, checkpoint.DraftTree(4, 3, 9))
     loaded = checkpoint.load(folder)
-    methods, said = make_methods(target, loaded, ["fixed", "eagle25", "medusa63"], 2)
+    methods, said = make_methods(target, [Head("eagle", loaded, ("fixed", "eagle25", "medusa63"))], 2)
     assert [method.name for method in methods] == ["plain", "eagle", "eagle_25", "eagle_medusa63"]
-    assert said["eagle_25"] == {"drafter": "eagle", "policy": "fixed", "tree": "eagle25", "depth": 5, "budget": 25}
+    assert said["eagle_25"] == {
+        "drafter": "eagle", "checkpoint": "run", "policy": "fixed", "tree": "eagle25", "depth": 5, "budget": 25,
+    }  # fmt: skip
     wanted = families.requests(target, 4, 12)
     texts, widest = [], []
     for method in methods:

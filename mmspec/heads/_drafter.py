@@ -476,21 +476,23 @@ class PairDrafter:
         if not width:
             return
         entered = self.head.enter(self.states[:, :width])
-        u = self.head.pair(self.target.embed(self.tokens[:, :width]), entered, self.notes)
-        self.kv.append(0, *self.head.block.keys_values(u, self._rope(0, width)), counts)
-        self.kv.advance(counts)
+        u, rope = self.head.pair(self.target.embed(self.tokens[:, :width]), entered, self.notes), self._rope(0, width)
         if keep_last:
+            self.kv.append(0, *self.head.block.keys_values(u, rope), counts)
+            self.kv.advance(counts)
             last = upload(counts, u.device)
-            self.states = self.states.gather(1, last[:, None, None].expand(-1, 1, self.states.shape[-1]))
-            self.tokens = self.tokens.gather(1, last[:, None])
+            self.states, self.tokens = _at(self.states, last, 1), _at(self.tokens, last, 1)
             self.waiting = [min(w, 1) for w in self.waiting]
+            return
+        residual, q, k, v = self.head.block.project(u, rope)
+        self.kv.append(0, k, v, counts)
+        self.kv.advance(counts)
+        if min(counts) == width:
+            self.newest = residual[:, width - 1 :], q[:, :, width - 1 :]
         else:
-            if min(counts) == width:
-                self.newest = u[:, width - 1 :]
-            else:
-                last = upload([max(c - 1, 0) for c in counts], u.device)
-                self.newest = u.gather(1, last[:, None, None].expand(-1, 1, u.shape[-1]))
-            self.waiting = [0] * len(self.waiting)
+            last = upload([max(c - 1, 0) for c in counts], u.device)
+            self.newest = _at(residual, last, 1), _at(q, last, 2)
+        self.waiting = [0] * len(self.waiting)
 
     def _take_in_prompt(self, row: int, prompt: Prompt, forward: Forward, features: Tensor) -> None:
         """Pairs 0..L-2 of a fresh row: keys and values only, nothing else of them is ever used."""
@@ -514,10 +516,16 @@ class PairDrafter:
 
     def _root_state(self) -> Tensor:
         """The head's output [B, 1, D] at each row's newest pair, whose keys and values are stored already."""
-        width = max(self.kv.lengths)
+        width, (residual, q) = max(self.kv.lengths), self.newest
         mask = None
         if min(self.kv.lengths) != width:
-            mask = torch.zeros((len(self.newest), 1, 1, width), dtype=self.newest.dtype, device=self.newest.device)
+            mask = torch.zeros((len(q), 1, 1, width), dtype=q.dtype, device=q.device)
             mask.masked_fill_(~self.kv.visible(width)[:, None, None], float("-inf"))
         keys, values = self.kv.data[0, 0, :, :, :width], self.kv.data[0, 1, :, :, :width]
-        return self.head.block.reread(self.newest, self._rope(-1, 1), lambda q: attend(q, keys, values, mask))
+        return self.head.block.finish(residual, attend(q, keys, values, mask))
+
+
+def _at(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Of each row of x [B, ...] the one entry along `dim` that index [B] names, kept as an axis of 1."""
+    shape = [-1, *[1] * (x.ndim - 1)]
+    return x.gather(dim, index.view(shape).expand(*x.shape[:dim], 1, *x.shape[dim + 1 :]))

@@ -61,6 +61,9 @@ class SteppedHead(DraftHead):
         weight = torch.tensor(self.loss.step_decay, dtype=torch.float64, device=at.device) ** steps[order]
         if features.weight is not None:  # of the token that a prediction chooses, one behind the state it estimates
             weight = weight * features.weight.flatten()[at[order] + 1]
+        if not self.loss.first_pair:
+            begins = torch.tensor([run.first for run in packed.runs], device=at.device)
+            weight = weight * ~torch.isin(packed.drafts[drafts[order]], begins)
         loss, hits, covers = self.score(predicted, Aims(truth, of, weight, steps[order]), unembed)
         hit, covered = torch.zeros_like(valid), torch.zeros_like(valid)
         where = steps[order], drafts[order]

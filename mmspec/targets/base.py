@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from mmspec.cache import RaggedKV
 from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, NodeMass, RaggedLayer
 from mmspec.targets._marks import locate, mark
+from mmspec.targets._packed import pack
 from mmspec.targets._rows import Place, fill, lay_out, spread
 from mmspec.targets._static import StaticPasses, padded_slots
 from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
@@ -68,6 +69,7 @@ class HFTarget:
         self.text_model: Any = model.model.language_model
         self.lm_head: Any = model.get_output_embeddings()
         self.embedding: Any = model.get_input_embeddings()
+        pack(self.text_model.layers)
         text = model.config.get_text_config()
         self.shape = text_shape(text)
         self.image_token_id = int(model.config.image_token_id)

@@ -134,6 +134,23 @@ def test_the_loss_covers_the_first_reply_pair_and_ends_at_the_stop_token(kind):
 
 
 @any_head
+def test_the_first_reply_pair_can_be_left_out(kind):
+    """Then its drafts alone have no loss: of a reply of two tokens, which has no other, nothing is left."""
+    target = llava()
+    head = make_head(kind, target)
+    weights = replace(head.loss, first_pair=False)
+    features = taught(target, head, [dialogue(target, n_turns=2)])
+    short, long = torch.zeros_like(features.answer), torch.zeros_like(features.answer)
+    short[0, 5:7], long[0, 5:9] = 1, 1
+    with_it = [float(head(replace(features, answer=answer), target.unembed).loss) for answer in (short, long)]
+    head.loss = weights
+    without = [float(head(replace(features, answer=answer), target.unembed).loss) for answer in (short, long)]
+    assert with_it[0] > 0
+    assert without[0] == 0
+    assert 0 < without[1] < with_it[1]
+
+
+@any_head
 def test_padding_changes_nothing(kind):
     target = llava()
     trained = make_head(kind, target)

@@ -1,0 +1,218 @@
+"""Who is compared: plain decoding, training-free methods, and any number of heads under each of their policies.
+
+Invariant: plain decoding comes first and is there once, however many heads there are; every other one has a name of its
+own, under which its results, its settings and its figures are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from eval.bench import PLAIN, Method
+from eval.options import ALL
+from mmspec import checkpoint as checkpoints
+from mmspec.api import FREE, STATIC, STATIC_TREE, TRAINED, drafter_and_policy, make_drafter, method_and_policy
+from mmspec.checkpoint import Checkpoint, DraftTree
+from mmspec.drafters.null import NullDrafter
+from mmspec.methods import HYBRID, Settings, method_names, resolved
+from mmspec.policy import SkipPolicy
+from mmspec.types import InputError, Sampler, Target
+
+VISKIP = "viskip"
+STEERED = ("fixed", *STATIC, *(name for name in FREE if name != "fixed"), *TRAINED)
+"""What may steer a head, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checkpoint that takes part.
+
+    Args:
+        name: its own among all that take part.
+        checkpoint: with the tree to decode with.
+        policies: of `STEERED`; it has what they need.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    policies: tuple[str, ...] = ("fixed",)
+
+
+def choose_methods(args: argparse.Namespace) -> list[str]:
+    """The training-free methods to score, and the hybrid, in the order they were asked for.
+
+    Raises:
+        InputError: an unknown name, or options that need a checkpoint or exclude these methods.
+    """
+    if not args.ckpt and not args.method:
+        raise InputError("give --ckpt DIR, or --method all for the methods that need no training")
+    known = [*method_names(), HYBRID]
+    unknown = [name for name in args.method if name not in (*known, ALL)]
+    if unknown:
+        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, or {ALL}")
+    if args.method and args.verifier == "rejection":
+        raise InputError("--verifier rejection needs candidates drawn by a head; those of --method are chosen")
+    if not args.ckpt:
+        if HYBRID in args.method:
+            raise InputError("--method hybrid needs --ckpt: its head drafts where there is nothing to copy")
+        alone = [option for option in ("policies", "share_noise") if getattr(args, option)]
+        if alone:
+            raise InputError(f"--{alone[0].replace('_', '-')} needs --ckpt: it is about the checkpoint's head")
+    if args.method_settings and not args.method:
+        raise InputError("--method-settings needs --method")
+    if ALL not in args.method:
+        return list(dict.fromkeys(args.method))
+    return known if args.ckpt else known[:-1]
+
+
+def choose_heads(
+    folders: Sequence[str], trees: Sequence[Sequence[int]] = (), wanted: Sequence[str] | None = None
+) -> list[Head]:
+    """The heads to score, each under its name.
+
+    Args:
+        folders: run folders.
+        trees: (depth, width, nodes): one for all, or one for each; without, those of the checkpoints.
+        wanted: policies; each steers the heads that have what it needs. None: the fixed tree, and a controller's.
+
+    Raises:
+        InputError: a folder is no checkpoint, no head has what a policy needs, or names are not to be told apart.
+    """
+    loaded = [checkpoints.load(folder) for folder in folders]
+    each = list(trees) * len(loaded) if len(trees) == 1 else list(trees)
+    loaded = [replace(one, tree=DraftTree(*tree)) for one, tree in zip(loaded, each)] if each else loaded
+    policies = choose_policies(wanted, loaded)
+    return [Head(*entry) for entry in zip(head_names(loaded), loaded, policies)]
+
+
+def choose_policies(wanted: Sequence[str] | None, heads: Sequence[Checkpoint]) -> list[tuple[str, ...]]:
+    """What steers each head. Raises InputError when no head has what a policy needs, or a head gets none."""
+    can = [
+        set(STEERED)
+        - (set(TRAINED) if head.viskip is None else set())
+        - (set() if (head.folder / STATIC_TREE).is_file() else {"static"})
+        for head in heads
+    ]
+    if wanted is None:
+        return [tuple(name for name in ("fixed", VISKIP) if name in mine) for mine in can]
+    asked = list(dict.fromkeys(wanted))
+    what = {
+        **dict.fromkeys(TRAINED, "a controller (viskip.safetensors)"),
+        "static": f"a {STATIC_TREE} (scripts/fit_tree.py makes one)",
+    }
+    for name in asked:
+        if heads and not any(name in mine for mine in can):
+            has = "this checkpoint has no" if len(heads) == 1 else "none of these checkpoints has"
+            raise InputError(f"--policies {name}: {has} {what[name].removeprefix('a ')}; use fixed")
+    chosen = [tuple(name for name in STEERED if name in asked and name in mine) for mine in can]
+    for head, mine in zip(heads, chosen):
+        if not mine:
+            raise InputError(f"--policies {' '.join(asked)}: none of them can steer {head.folder}; add fixed")
+    return chosen
+
+
+def head_names(heads: Sequence[Checkpoint]) -> list[str]:
+    """A name each: its kind; of one kind, their folders' names; of one folder, with their trees (7x2x10).
+
+    Raises:
+        InputError: they are still the same.
+    """
+    names = [head.kind for head in heads]
+    folders = [head.folder.resolve().name for head in heads]
+    trees = [f"{head.tree.depth}x{head.tree.width}x{head.tree.budget}" for head in heads]
+    for better in (folders, [f"{folder}_{tree}" for folder, tree in zip(folders, trees)]):
+        times = Counter(names)
+        names = [new if times[name] > 1 else name for name, new in zip(names, better)]
+    times = Counter(names)
+    if same := [name for name in names if times[name] > 1]:
+        raise InputError(
+            f"--ckpt: two run folders are both called {same[0]}; rename one, or give it a --tree of its own"
+        )
+    return names
+
+
+def make_methods(
+    target: Target,
+    heads: Sequence[Head],
+    batch_size: int,
+    sampler: Sampler | None = None,
+    widths: Sequence[int] = (),
+    named: Sequence[str] = (),
+    given: Settings | None = None,
+    budget: str = "adaptive",
+    costs: Path | None = None,
+) -> tuple[list[Method], dict[str, Any]]:
+    """Plain decoding, training-free methods, and each head under each of its policies.
+
+    Args:
+        target: what is drafted for.
+        heads: were checked against the target; a controller's costs on this machine are kept in its head's folder.
+        batch_size: rows decoded together; part of what the cost table is measured for.
+        sampler: the run's, for a head that drafts with its noise, or draws.
+        widths: of the trees of a head that draws, else empty.
+        named: training-free methods, and the hybrid (one with each head).
+        given: their settings.
+        budget: their policy, of `mmspec.api.METHOD_POLICIES`.
+        costs: folder in which what their rounds cost is kept; None measures it anew.
+
+    Returns:
+        The methods, plain first, and their settings in plain words for the summary.
+
+    Raises:
+        InputError: two of them have one name, or see `mmspec.api.method_and_policy`.
+    """
+    methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
+    settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
+    drafters = {head.name: make_drafter(head.checkpoint, target, sampler, widths) for head in heads}
+
+    def add(name: str, drafter: Any, policy: Any, how: dict[str, Any]) -> None:
+        if name in settings:
+            raise InputError(f"two of what is compared are called {name}; rename a run folder of --ckpt")
+        methods.append(Method(name, drafter, policy))
+        settings[name] = how
+
+    for name in named:
+        mine = (given or {}).get(name)
+        for head in heads if name == HYBRID else [None]:
+            label = f"{head.name}_{name}" if head and len(heads) > 1 else name
+            table = costs / f"{label}-{batch_size}" if costs else None
+            ckpt, drafter = (head.checkpoint, drafters[head.name]) if head else (None, None)
+            pair = method_and_policy(name, target, mine, ckpt, drafter, budget, batch_size, table)
+            add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))})
+    lone = sum(not set(TRAINED).isdisjoint(head.policies) for head in heads) == 1
+    for head in heads:
+        for policy in head.policies:
+            pair = drafter_and_policy(head.checkpoint, target, policy, batch_size, drafters[head.name], sampler)
+            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]))
+    return methods, settings
+
+
+def _label(head: Head, policy: str, lone: bool) -> str:
+    """The name of a head under a policy."""
+    if policy == "fixed":
+        return head.name
+    if policy in TRAINED and lone:
+        return policy
+    return f"{head.name}_{policy.removeprefix(head.checkpoint.kind)}"
+
+
+def _described(ckpt: Checkpoint, policy: str, decides: Any) -> dict[str, Any]:
+    """A head's settings under a policy."""
+    how = {"drafter": ckpt.kind, "checkpoint": ckpt.folder.resolve().name}
+    if policy not in STATIC:
+        return {**how, "policy": "learned" if policy == VISKIP else policy, **asdict(ckpt.tree)}
+    tree = STATIC_TREE if policy == "static" else policy
+    return {**how, "policy": "fixed", "tree": tree, "depth": decides.max_depth, "budget": decides.max_budget}
+
+
+def _placeless(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without this machine's folder names."""
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in settings.items()
+    }

@@ -1,0 +1,194 @@
+"""The command line of `eval.mmspec`: its options, its examples, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from mmspec.api import FREE, METHOD_POLICIES, STATIC, TRAINED, find_device
+from mmspec.arguments import OneLineParser, at_least
+from mmspec.assets import EMBEDDED
+from mmspec.methods import method_names
+from mmspec.types import InputError
+
+PROGRAM = "eval.mmspec"
+ALL = "all"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+EXAMPLES = """\
+examples
+  a quick look at a freshly trained head, 60 synthetic records:
+    python -m eval.mmspec --ckpt runs/viskip_tiny
+  the numbers to report (tune on synth:val, report on synth:test):
+    python -m eval.mmspec --ckpt runs/viskip_tiny --data synth:test
+  MMSpec's own records (a folder with mmspec.jsonl and images/), 4 at a time, 64 tokens each:
+    python -m eval.mmspec --ckpt runs/viskip_tiny --data data/mmspec/testmini --batch-size 4 --max-new-tokens 64
+  sampling: the text equals plain decoding's token for token at the same seed:
+    python -m eval.mmspec --ckpt runs/viskip_tiny --temperature 1.0 --seed 7
+  methods that need no training, on the embedded target or on any other one:
+    python -m eval.mmspec --method all
+    python -m eval.mmspec --method pld sam --target llava-hf/llava-1.5-7b-hf --data data/mmspec/testmini
+  several heads beside one baseline, each with its own tree:
+    python -m eval.mmspec --ckpt runs/eagle_tiny --ckpt runs/medusa_tiny --tree 7 2 10 --tree 4 4 16
+  the same beside a head, and in front of it (hybrid), with settings of your own:
+    python -m eval.mmspec --ckpt runs/viskip_tiny --method all --method-settings recipes/methods/training_free.yaml
+
+what is compared
+  plain     the target alone, one token a step, in the same loop
+  <method>  each training-free method of --method: {methods}; by default with the node budget that has
+            paid best so far on this machine (--method-budget fixed: all nodes, as in the papers)
+  hybrid    a method that copies where its match is long, else the head with its fixed tree
+  <head>    a checkpoint's head with its fixed draft tree (skipped with --policies viskip), called by its kind, among
+            several of one kind by its run folder
+  viskip    the same head, steered by the checkpoint's controller, when it has one (<head>_viskip where several have)
+  The figures at the top of summary.json and of the report are those of the last one in the table: of the last
+  checkpoint's where there is one, else of the last one after --method.
+  Every method decodes the same prompts, one directly after another in alternating order. Later turns of a
+  conversation see plain decoding's earlier answers, so no method is measured on prompts of its own.
+
+what is written to --out
+  summary.json      figures overall and by topic, with their definitions, the settings, versions and hardware
+  requests.jsonl    one line per request and method: tokens, times, every round
+  report.html       the same to look at; one file, no network
+  quarantine.jsonl  records that could not be used, with the reason; only when there are any
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(
+        prog=f"python -m {PROGRAM}",
+        description="Scores a draft head and training-free methods: MAT, speedup over plain decoding, latency, and "
+        "whether the text is the same.",
+        epilog=EXAMPLES.format(methods=", ".join(method_names())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--ckpt",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="run folder of train/distill.py; again for each further head; needed without --method, and for hybrid",
+    )
+    add(
+        "--method",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(method_names())}, hybrid, or all (hybrid only with --ckpt)",
+    )
+    add(
+        "--method-budget",
+        choices=METHOD_POLICIES,
+        default="adaptive",
+        help="nodes a method drafts: what pays on this machine by measured costs, or always all it has (default: "
+        "%(default)s)",
+    )
+    add(
+        "--method-settings",
+        metavar="FILE",
+        help="YAML with settings of methods (default: those of recipes/methods/training_free.yaml, which has them all)",
+    )
+    add(
+        "--data",
+        default="synth:testmini",
+        metavar="DATA",
+        help="synth:testmini (60 records, default), synth:test (600), synth:val (200), or a folder in MMSpec's layout",
+    )
+    add("--out", metavar="DIR", help="where the results go (default: CKPT/eval, or runs/eval-NAMES)")
+    add("--target", metavar="NAME", help=f"to decode with (default: the checkpoint's, without one {EMBEDDED})")
+    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="logits of tokens seen before are divided (negative: multiplied) by R (default: 1, off)",
+    )
+    add(
+        "--no-repeat-ngram",
+        type=int,
+        default=0,
+        metavar="N",
+        help="no N tokens in a row occur twice, prompt included; 0 is off (default)",
+    )
+    add("--seed", type=int, default=0, help="of the sampling noise and of the bootstrap (default: 0)")
+    add(
+        "--verifier",
+        choices=("match", "rejection"),
+        default="match",
+        help="match gives plain decoding's text (default); rejection, for sampling only, its distribution",
+    )
+    add(
+        "--draft-widths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="candidates drawn at a node of each level, 1 beyond (default with --verifier rejection: 1, a chain)",
+    )
+    add(
+        "--tree",
+        type=int,
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("DEPTH", "WIDTH", "NODES"),
+        help="of the heads' drafts; again for each further --ckpt, in its order (default: the checkpoint's tree.json)",
+    )
+    add("--share-noise", action="store_true", help="the head chooses its candidates with the sampling noise in view")
+    add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
+    add(
+        "--policies",
+        nargs="+",
+        choices=(*FREE, *STATIC, *TRAINED),
+        help="what steers the head: fixed is its tree.json, static the tree that scripts/fit_tree.py fitted or a "
+        "published one by its name, viskip its controller, the others are the files of mmspec/policies (default: "
+        "fixed, and viskip if the checkpoint has a controller)",
+    )
+    add(
+        "--system",
+        metavar="TEXT",
+        help=f"system text (default: MMSpec's own, none for {EMBEDDED}, which never saw one)",
+    )
+    add(
+        "--max-bad-share",
+        type=float,
+        default=0.05,
+        metavar="S",
+        help="stop when more than this share of the records is unusable (default: 0.05)",
+    )
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError, naming the option, its value and what is allowed."""
+    at_least(args, batch_size=1, max_new_tokens=1, limit=1, top_k=0, no_repeat_ngram=0, seed=0)
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
+        raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
+    for tree in args.tree:
+        if min(tree) < 1 or not args.ckpt:
+            raise InputError(f"--tree needs --ckpt and numbers of at least 1, got {' '.join(map(str, tree))}")
+    if len(args.tree) not in (0, 1, len(args.ckpt)):
+        raise InputError(f"--tree is given once, or once for each --ckpt; got {len(args.tree)} for {len(args.ckpt)}")
+    if args.verifier == "rejection" and args.temperature == 0:
+        raise InputError("--verifier rejection needs a --temperature above 0: greedy decoding has nothing to reject")
+    if args.share_noise and (args.temperature == 0 or args.verifier == "rejection"):
+        raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
+    if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
+        raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
+    if args.verifier == "rejection" and (chosen := sorted(set(STATIC) & set(args.policies or ()))):
+        raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {chosen[0]} are chosen")
+    if not 0 <= args.max_bad_share <= 1:
+        raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
+    args.device = find_device(args.device)
