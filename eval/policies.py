@@ -357,7 +357,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("give --ckpt DIR or --method NAME")
     if args.tune == bool(args.tuned):
         raise InputError("give --tune, or --tuned FILE with what it found")
-    at_least(args, {"limit": 1, "max_new_tokens": 1, "batch_size": 1})
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1)
     if not args.temperature >= 0:
         raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
     if args.tuned and not Path(args.tuned).is_file():

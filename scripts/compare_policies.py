@@ -7,7 +7,7 @@ Drafters: the heads of --heads, an untrained one made like the first of them, an
 its controller and those that read less (recipes/viskip_only_<name>_tiny.yaml, one rollout for all three), and the costs
 of this machine; then for each batch size and temperature the tuning on synth:val, all policies on --data, and those of
 --long-policies on --long-data. All policies of a cell decode interleaved with one plain run. `--shard I/N` does every
-N-th drafter's steps alone, so that cores can share the work (one call for each, then one without to collect).
+N-th drafter's steps alone, so that cores can share the work: one call for each, with --answers, then one without.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
 step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots).
@@ -42,6 +42,7 @@ from eval.policy_tables import (
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
+from mmspec.arguments import at_least
 from mmspec.methods import method_names
 from mmspec.targets import load_target
 from mmspec.types import InputError
@@ -294,12 +295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         drafters = entrants(args)
         number, n_shards = args.shard
         mine = drafters[number - 1 :: n_shards]
-        folder = Path(args.out) / (f"shard_{number}" if n_shards > 1 else "")
-        folder.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(folder)
-        if not args.collect:
-            for step in plan(args, mine):
-                perform(step, ledger)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(Path(args.out))
+        for step in plan(args, mine):
+            perform(step, ledger)
         if n_shards == 1:
             print(write(args, collect(args, drafters)))
     except InputError as error:
@@ -336,15 +335,10 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--out", default="runs/policies", metavar="DIR", help="(default: %(default)s)")
     add("--results", default="recipes/results", metavar="DIR", help="policies.json, page, plots (default: %(default)s)")
     add("--shard", default="1/1", metavar="I/N", help="only every N-th drafter, from the I-th on; collects nothing")
-    add("--collect", action="store_true", help="only collect what shards have made")
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all controllers")
     add("--make-untrained", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(said)
-    for name in ("batches", "tune_limit", "max_new_tokens", "data_limit"):
-        value = getattr(args, name)
-        least = min(value) if isinstance(value, list) else value
-        if least is not None and least < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {least}")
+    at_least(args, batches=1, tune_limit=1, max_new_tokens=1, data_limit=1)
     if any("=" not in pair for pair in args.heads):
         raise InputError(f"--heads takes NAME=DIR, not {next(p for p in args.heads if '=' not in p)}")
     if unknown := [name for name in args.methods if name not in method_names()]:

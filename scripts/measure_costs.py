@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
         raise InputError("give --ckpt DIR or --method NAME")
     if args.method and not args.out:
         raise InputError("--method needs --out: there is no folder of its own to keep the table in")
-    at_least(args, {"max_batch": 1})
+    at_least(args, max_batch=1)
     device = find_device(args.device)
     if args.ckpt:
         loaded = checkpoints.load(args.ckpt)

@@ -187,11 +187,14 @@ def test_water_fills_columns_while_their_summed_chances_pay_for_a_wider_pass():
 
 def test_a_draft_goes_on_while_a_level_is_worth_its_pass():
     refine = refinement(Flat(verify=1.0, node=0.0, level=0.2))
-    refine.begin(4, [True], [[0.9, 0.9, 0.5, 0.1]])
-    assert refine.extend(1, torch.log(torch.tensor([[0.8, 0.1]])))  # 0.9 x 0.9 for 0.2
-    assert refine.extend(2, torch.log(torch.tensor([[0.5, 0.1]])))  # 0.6 x 0.5
-    assert not refine.extend(3, torch.log(torch.tensor([[0.4, 0.1]])))  # 0.5 x 0.1
+    refine.hazard = [40.0, 50.0]  # usually 0.8
+    refine.begin(4, [True])
+    assert refine.extend(1, torch.log(torch.tensor([[0.8, 0.1]])))  # 0.9 x 0.8 for 0.2
+    assert refine.extend(2, torch.log(torch.tensor([[0.5, 0.1]])))
+    assert not refine.extend(3, torch.log(torch.tensor([[0.1, 0.1]])))  # 0.2 x 0.8
     assert refine.levels == 3
+    refine.begin(4, [True], [[0.9, 0.1, 0.1, 0.1]])  # a controller that expects nothing counts for half
+    assert not refine.extend(1, torch.log(torch.tensor([[0.35, 0.05]])))  # 0.4 x (0.8 + 0.1) / 2
 
 
 def test_sharpness_follows_drafts_that_are_too_sure_and_too_modest():

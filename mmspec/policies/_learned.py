@@ -40,8 +40,8 @@ class LearnedPolicy:
     """
 
     mass_layer: int | None = None
-    _PATIENCE, _SLEEP = 12, 24
-    """Skips in a row after which it sleeps, and for how many rounds."""
+    _PATIENCE, _AGAIN, _SLEEP, _LONGEST = 12, 2, 24, 96
+    """Skips in a row after which it sleeps, those after another look, rounds of the first sleep and of the longest."""
 
     def __init__(self, parts: Parts, refine: bool = False, bias_rate: float = 0.02) -> None:
         self.controller, self.costs = parts.trained("viskip"), parts.measured("viskip")
@@ -51,14 +51,14 @@ class LearnedPolicy:
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
         self.senses, self.rows = True, 0
+        self.skips, self.nap = 0, self._SLEEP
 
     def open(self, max_batch: int, device: torch.device) -> None:
         self.records = Records(max_batch)
         self.said = np.zeros((max_batch, self.max_depth), np.float32)
         """Logits of the plan that is under way."""
         self.left = [0] * max_batch
-        self.skips = self.asleep = 0
-        self.senses, self.planned = True, 0
+        self.asleep, self.planned, self.senses = 0, 0, True
         if max_batch == self.rows:
             return
         self.rows = max_batch
@@ -105,9 +105,10 @@ class LearnedPolicy:
         if not depth:
             self.skips += 1
             if self.skips >= self._PATIENCE:
-                self.skips, self.asleep, self.senses = self._PATIENCE // 2, self._SLEEP, False
+                self.skips, self.asleep, self.senses = self._PATIENCE - self._AGAIN, self.nap, False
+                self.nap = min(2 * self.nap, self._LONGEST)
             return self._skip(remaining)
-        self.skips = 0
+        self.skips, self.nap = 0, self._SLEEP
         budget = self._budget(gains[:, depth - 1].tolist(), active, remaining)
         if not any(budget):
             return self._skip(remaining)

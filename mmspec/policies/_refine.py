@@ -56,7 +56,7 @@ class Refinement:
         Args:
             depth: planned levels, all of which are made unless `extend` ends it.
             active: [B], rows with a budget.
-            next_level: [B][depth], chance that each level is accepted once the one before is; None: as usual.
+            next_level: [B][depth], chance that each level is accepted once the one before is, by a controller; None: nobody says.
         """
         self.levels, self.active, self.next_level = depth, active, next_level
         self._before: list[float] = [1.0 if a else 0.0 for a in active]
@@ -73,10 +73,10 @@ class Refinement:
             self.hazard[0] = self._FADE * self.hazard[0] + sum(reached)
             self.hazard[1] = self._FADE * self.hazard[1] + sum(self._before)
         self._before = reached
-        if self.next_level is None:
-            gain = sum(reached) * self.hazard[0] / self.hazard[1]
-        else:
-            gain = sum(r * chances[level] for r, chances in zip(reached, self.next_level))
+        usual = self.hazard[0] / self.hazard[1]
+        gain = sum(reached) * usual
+        if self.next_level is not None:  # two opinions, of the text and of the drafts of late: their mean
+            gain = (gain + sum(r * chances[level] for r, chances in zip(reached, self.next_level))) / 2
         cost = self.draft_s[level + 1] - self.draft_s[level]
         if len(self.verify_s) > level + 1:
             cost += self.verify_s[level + 1] - self.verify_s[level]
