@@ -213,7 +213,7 @@ class PairDrafter:
         self.tokens = torch.zeros((max_batch, 1), dtype=torch.long, device=device)
         self.waiting = [0] * max_batch
         self.skipped: list[tuple[Tensor, Tensor, list[int]]] = []
-        """States [B, 1, W], tokens [B, 1] and counts of the latest rounds that drafted nothing; not in `waiting` yet."""
+        """States [B, 1, W], tokens [B, 1] and counts of the latest rounds without a draft; not in `waiting` yet."""
         self.keys = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.prompts: dict[int, tuple[Prompt, Forward, Tensor]] = {}
         self.dropped, self.shift = [0] * max_batch, [0] * max_batch
@@ -270,7 +270,7 @@ class PairDrafter:
         self._queue(states, round.accepted.tokens, counts)
 
     def _settle(self) -> None:
-        """Queue what rounds without a draft have committed. A row is missing in none of them but the last: it leaves."""
+        """Queue what rounds without a draft have committed. A row that is missing in one has left: later ones lack it too."""
         if self.skipped:
             states, tokens, counts = zip(*self.skipped)
             self.skipped = []

@@ -56,7 +56,8 @@ class Refinement:
         Args:
             depth: planned levels, all of which are made unless `extend` ends it.
             active: [B], rows with a budget.
-            next_level: [B][depth], chance that each level is accepted once the one before is, by a controller; None: nobody says.
+            next_level: [B][depth], a controller's chance that each level is accepted once the one before is; None:
+                nobody says.
         """
         self.levels, self.active, self.next_level = depth, active, next_level
         self._before: list[float] = [1.0 if a else 0.0 for a in active]
