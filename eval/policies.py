@@ -146,13 +146,13 @@ def prepare(args: argparse.Namespace) -> Setup:
     offer = parse_tree(args.offer)
     if args.ckpt:
         loaded = checkpoints.load(args.ckpt)
-        target = open_target(loaded, args.target, args.dtype, args.device)
+        target = open_target([loaded], args.target, args.dtype, args.device)
         drafter = make_drafter(replace(loaded, tree=offer), target)
         own = parse_tree(args.script) if args.script else loaded.tree
         script, make = (min(own.depth, offer.depth), min(own.budget, offer.budget)), lambda: drafter
         home = Path(args.ckpt)
     else:
-        target = open_target(None, args.target, args.dtype, args.device)
+        target = open_target([], args.target, args.dtype, args.device)
         drafter, plan = make_method(args.method, target)
         script = (plan.max_depth, plan.max_budget)
         make = lambda: make_method(args.method, target)[0]  # noqa: E731

@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
     if args.ckpt:
         loaded = checkpoints.load(args.ckpt)
         tree = parse_tree(args.offer) if args.offer else loaded.tree
-        target = open_target(loaded, args.target, args.dtype, device)
+        target = open_target([loaded], args.target, args.dtype, device)
         drafter, width = make_drafter(replace(loaded, tree=tree), target), tree.width
         depth, budget = tree.depth, tree.budget
     else:
-        target = open_target(None, args.target, args.dtype, device)
+        target = open_target([], args.target, args.dtype, device)
         drafter, plan = make_method(args.method, target)
         offer = parse_tree(args.offer) if args.offer else None
         depth, budget = (

@@ -270,7 +270,7 @@ class PairDrafter:
         self._queue(states, round.accepted.tokens, counts)
 
     def _settle(self) -> None:
-        """Queue what rounds without a draft have committed. A row that is missing in one has left: later ones lack it too."""
+        """Queue what rounds without a draft have committed; a row that is missing in one has left for good."""
         if self.skipped:
             states, tokens, counts = zip(*self.skipped)
             self.skipped = []
