@@ -3,11 +3,14 @@
     bash scripts/compare_policies.sh --heads eagle=runs/eagle_tiny vispec=runs/vispec_tiny
     bash scripts/compare_policies.sh --heads eagle=runs/eagle_tiny --methods --batches 1 --temperatures 0 --data-limit 6
 
-Drafters: the heads of --heads, an untrained one made like the first of them, and the training-free --methods. For each:
+Drafters: the heads of --heads, an untrained one made like the first of them (on --data alone), and the training-free --methods. For each:
 its controller and those that read less (recipes/viskip_only_<name>_tiny.yaml, one rollout for all three), and the costs
 of this machine; then for each batch size and temperature the tuning on synth:val, all policies on --data, and those of
 --long-policies on --long-data. All policies of a cell decode interleaved with one plain run. `--shard I/N` does every
 N-th drafter's steps alone, so that cores can share the work: one call for each, with --answers, then one without.
+
+About 4.5 hours of one idle core with three drafters and the untrained one, so 2.3 by two shards; a third of that without
+--long-data. Times of a busy machine are marked unreliable, and so are then the costs that policies decide by.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
 step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots).
@@ -174,12 +177,18 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
     after = (f"tune {name}", *(f"controller {entrant.name} {k}" for k in CONTROLLERS))
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
     every = [*BASELINES, *LEARNED, ORACLE]
-    parts = [("short", args.data, every)] + ([("long", args.long_data, args.long_policies)] if args.long_data else [])
-    for part, data, policies in parts:
+    what = {"short": (args.data, every), "long": (args.long_data, args.long_policies)}
+    for part in _parts(args, entrant):
+        data, policies = what[part]
         makes = folder / f"{part}.json"
         said = [*base, *read, "--tuned", str(tuned), "--data", data, *limit, "--policies", *policies]
         steps.append(Step(f"score {name} {part}", _module("eval.policies", *said, "--out", str(makes)), makes, after))
     return steps
+
+
+def _parts(args: argparse.Namespace, entrant: Entrant) -> tuple[str, ...]:
+    """What a drafter is scored on: the untrained one, about which there is one question, on the short data alone."""
+    return ("short", "long") if args.long_data and entrant.name != UNTRAINED else ("short",)
 
 
 def make_untrained(like: Path, folder: Path) -> None:
@@ -203,7 +212,7 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
         for batch in args.batches:
             for temperature in args.temperatures:
                 folder = Path(args.out) / "cells" / f"{entrant.name}_b{batch}_t{temperature:g}"
-                for part in ("short", *(["long"] if args.long_data else [])):
+                for part in _parts(args, entrant):
                     path = folder / f"{part}.json"
                     if not path.is_file():
                         raise InputError(f"{path} is missing: run the shard that makes it, then this command again")
@@ -327,7 +336,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--long-data", default="synth:test", metavar="DATA", help="for --long-policies; '' for none")
     add("--long-policies", nargs="+", default=list(LONG), metavar="P", help=f"(default: {' '.join(LONG)})")
     add("--data-limit", type=int, metavar="N", help="records of both (default: all)")
-    add("--tune-limit", type=int, default=40, metavar="N", help="records of synth:val to tune on (default: 40)")
+    add("--tune-limit", type=int, default=30, metavar="N", help="records of synth:val to tune on (default: 30)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
     add("--dtype", default="float32", help="to decode with (default: float32)")
     add("--answers", metavar="DIR", help="answers of a run on the same questions (default: made once)")

@@ -96,7 +96,7 @@ def test_every_cell_is_tuned_before_it_is_scored_and_controllers_share_a_rollout
     for step in steps:
         assert all(name in names[: names.index(step.name)] for name in step.after), step.name
     scores = [step for step in steps if step.name.startswith("score")]
-    assert len(scores) == 3 * 2 * 2 * 2  # an untrained head and sam beside it, short and long
+    assert len(scores) == (2 * 2 + 1) * 2 * 2  # the head and sam, short and long; an untrained one, short
     assert {word for step in scores for word in step.words} >= {"P9", "--scalars-controller", "synth:test"}
     shared = next(step for step in steps if step.name == "controller mine scalars")
     assert any(word.startswith("policy.rollouts_from=") and "mine_full" in word for word in shared.words)
