@@ -3,14 +3,16 @@
     bash scripts/compare_policies.sh --heads eagle=runs/eagle_tiny vispec=runs/vispec_tiny
     bash scripts/compare_policies.sh --heads eagle=runs/eagle_tiny --methods --batches 1 --temperatures 0 --data-limit 6
 
-Drafters: the heads of --heads, an untrained one made like the first of them (on --data alone), and the training-free --methods. For each:
-its controller and those that read less (recipes/viskip_only_<name>_tiny.yaml, one rollout for all three), and the costs
-of this machine; then for each batch size and temperature the tuning on synth:val, all policies on --data, and those of
---long-policies on --long-data. All policies of a cell decode interleaved with one plain run. `--shard I/N` does every
-N-th drafter's steps alone, so that cores can share the work: one call for each, with --answers, then one without.
+Drafters: the heads of --heads, an untrained one made like the first of them (scored on --data alone), and the
+training-free --methods. For each: its controller and those that read less (recipes/viskip_only_<name>_tiny.yaml, one
+rollout for all three), and the costs of this machine; then for each batch size and temperature the tuning on synth:val,
+all policies on --data, and those of --long-policies on --long-data. All policies of a cell decode interleaved with one
+plain run. `--shard I/N` does every N-th drafter's steps alone, so that cores can share the work: one call for each,
+with --answers, then one without.
 
-About 4.5 hours of one idle core with three drafters and the untrained one, so 2.3 by two shards; a third of that without
---long-data. Times of a busy machine are marked unreliable, and so are then the costs that policies decide by.
+About 4.5 hours of one idle core with three drafters and the untrained one, 2.3 by two shards; a third of that without
+--long-data (estimated from a small run). Times of a busy machine are marked unreliable, and so are the costs that
+policies then decide by.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
 step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots).
