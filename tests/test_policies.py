@@ -103,14 +103,18 @@ class Watched(NullDrafter):
 
 @pytest.mark.parametrize("name", ["attention", "ema", "marginal", "viskip", "viskip_refined"])
 def test_plans_are_made_before_any_forward_of_the_drafter_and_a_skip_has_none(name):
-    """Forward passes of the head are counted at its block: none before the plan of a round, none in a skipped one, and
-    at batch 1 as many rows as were not skipped."""
+    """Passes are counted where the head's block ends: none before the plan of a round, none in a skipped one, and at
+    batch 1 as many rows as were not skipped."""
     target = llava()
     head = HEADS["eagle"](target).double()
     drafter, events = head.drafter(target, 2), []
-    drafter.head.block.register_forward_hook(lambda *_: events.append(("forward", 1)))
-    reread = drafter.head.block.reread
-    drafter.head.block.reread = lambda *args: (events.append(("forward", 1)), reread(*args))[1]
+    finish = drafter.head.block.finish
+
+    def finished(residual, attended):
+        events.append(("forward", len(residual)))
+        return finish(residual, attended)
+
+    drafter.head.block.finish = finished
     dear = Flat(verify=1.0, node=0.02, level=0.4)
     settings = {"threshold": 0.2, "layer": 1} if name == "attention" else None
     policy = make_policy(name, Parts(3, 6, dear, controller(target, 3, 0.5)), settings)
