@@ -302,3 +302,44 @@ def test_the_oracle_is_the_best_choice_by_hand_and_beats_every_fixed_draft():
     assert oracle_rate(steps, prices) > max(fixed)
     dear = Prices(tuple(1 + 2.0 * n for n in range(5)), prices.draft_s, 1)
     assert oracle_rate(steps, dear) == pytest.approx(1.0), "where nothing pays the oracle decodes plainly"
+
+
+class Late(FixedPolicy):
+    """Skips the first rounds of every batch."""
+
+    def __init__(self, depth, budget, first):
+        super().__init__(depth, budget)
+        self.first, self.round = first, 0
+
+    def plan(self, sensed, remaining):
+        self.round += 1
+        full = super().plan(sensed, remaining)
+        return full if self.round > self.first else replace(full, depth=0, budget=(0,) * len(remaining))
+
+
+@pytest.mark.parametrize("first", [3, 75])
+def test_a_head_that_waited_drafts_what_it_would_have_drafted(first):
+    """Skipped rounds leave their pairs in a list that is settled late, and beyond 64 pairs in between: at the same
+    length the same tree comes out as of a head that drafted all along. Ragged rows, one of which ends meanwhile."""
+    target = llava()
+    wanted = [Request(str(i), prompt(target, i, 5 + i), 20 if i == 1 else 110, i) for i in range(3)]
+    seen = {}
+    for skips in (0, first):
+        torch.manual_seed(1)
+        drafter = HEADS["eagle"](target).double().drafter(target, 2)
+        policy, trees = Late(3, 5, skips), {}
+        propose = drafter.propose
+
+        def noted(roots, plan, propose=propose, trees=trees, drafter=drafter):
+            tree = propose(roots, plan)
+            for row, length in enumerate(drafter.kv.lengths):
+                trees[row, length, plan.depth] = tree.tokens[row].tolist(), tree.parents[row].tolist()
+            return tree
+
+        drafter.propose = noted
+        outputs = generate(target, wanted, drafter, policy, GreedySampler(), max_batch=3)
+        assert [o.error for o in outputs] == [None] * 3
+        seen[skips] = trees
+    both = [key for key in seen[0].keys() & seen[first].keys() if key[1] and (first < 20 or key[0] != 1)]
+    assert len(both) > 3, "no context that both drafted at"
+    assert all(seen[0][key] == seen[first][key] for key in both)
