@@ -71,19 +71,19 @@ class Timed:
     def __init__(self, policy: Policy) -> None:
         self.policy, self.own_s = policy, 0.0
         self.max_depth, self.max_budget, self.mass_layer = policy.max_depth, policy.max_budget, policy.mass_layer
-
-    @property
-    def senses(self) -> bool:
-        return self.policy.senses
+        self.senses = policy.senses
 
     def open(self, max_batch: int, device: torch.device) -> None:
         self.policy.open(max_batch, device)
+        self.senses = self.policy.senses
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
         return self._counted(lambda: self.policy.sense(evidence, rows))
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        return self._counted(lambda: self.policy.plan(sensed, remaining))
+        made = self._counted(lambda: self.policy.plan(sensed, remaining))
+        self.senses = self.policy.senses  # a policy that sleeps says so when it plans
+        return made
 
     def observe(self, trace: StepTrace) -> None:
         self._counted(lambda: self.policy.observe(trace))

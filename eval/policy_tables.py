@@ -22,7 +22,7 @@ Key = tuple[str, int, float, str]
 """Drafter, batch, temperature, data."""
 
 
-def calibration(outcomes: Sequence[tuple[Sequence[float], int]]) -> list[dict[str, float]]:
+def calibration(outcomes: Sequence[tuple[Sequence[float], int]]) -> list[dict[str, Any]]:
     """How far stated chances are from what came of the drafts, by depth.
 
     Args:
