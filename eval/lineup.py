@@ -16,7 +16,7 @@ from typing import Any
 from eval.bench import PLAIN, Method
 from eval.options import ALL
 from mmspec import checkpoint as checkpoints
-from mmspec.api import STATIC, STATIC_TREE, drafter_and_policy, make_drafter, method_and_policy
+from mmspec.api import FREE, STATIC, STATIC_TREE, TRAINED, drafter_and_policy, make_drafter, method_and_policy
 from mmspec.checkpoint import Checkpoint, DraftTree
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import HYBRID, Settings, method_names, resolved
@@ -24,7 +24,7 @@ from mmspec.policy import SkipPolicy
 from mmspec.types import InputError, Sampler, Target
 
 VISKIP = "viskip"
-STEERED = ("fixed", *STATIC, VISKIP)
+STEERED = ("fixed", *STATIC, *(name for name in FREE if name != "fixed"), *TRAINED)
 """What may steer a head, in the order of the table."""
 
 
@@ -98,15 +98,18 @@ def choose_heads(
 def choose_policies(wanted: Sequence[str] | None, heads: Sequence[Checkpoint]) -> list[tuple[str, ...]]:
     """What steers each head. Raises InputError when no head has what a policy needs, or a head gets none."""
     can = [
-        {"fixed", *STATIC, VISKIP}
-        - ({VISKIP} if head.viskip is None else set())
+        set(STEERED)
+        - (set(TRAINED) if head.viskip is None else set())
         - (set() if (head.folder / STATIC_TREE).is_file() else {"static"})
         for head in heads
     ]
     if wanted is None:
         return [tuple(name for name in ("fixed", VISKIP) if name in mine) for mine in can]
     asked = list(dict.fromkeys(wanted))
-    what = {VISKIP: "a controller (viskip.safetensors)", "static": f"a {STATIC_TREE} (scripts/fit_tree.py makes one)"}
+    what = {
+        **dict.fromkeys(TRAINED, "a controller (viskip.safetensors)"),
+        "static": f"a {STATIC_TREE} (scripts/fit_tree.py makes one)",
+    }
     for name in asked:
         if heads and not any(name in mine for mine in can):
             has = "this checkpoint has no" if len(heads) == 1 else "none of these checkpoints has"
@@ -186,7 +189,7 @@ def make_methods(
             ckpt, drafter = (head.checkpoint, drafters[head.name]) if head else (None, None)
             pair = method_and_policy(name, target, mine, ckpt, drafter, budget, batch_size, table)
             add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))})
-    lone = sum(VISKIP in head.policies for head in heads) == 1
+    lone = sum(not set(TRAINED).isdisjoint(head.policies) for head in heads) == 1
     for head in heads:
         for policy in head.policies:
             pair = drafter_and_policy(head.checkpoint, target, policy, batch_size, drafters[head.name], sampler)
@@ -198,8 +201,8 @@ def _label(head: Head, policy: str, lone: bool) -> str:
     """The name of a head under a policy."""
     if policy == "fixed":
         return head.name
-    if policy == VISKIP and lone:
-        return VISKIP
+    if policy in TRAINED and lone:
+        return policy
     return f"{head.name}_{policy.removeprefix(head.checkpoint.kind)}"
 
 
@@ -207,7 +210,7 @@ def _described(ckpt: Checkpoint, policy: str, decides: Any) -> dict[str, Any]:
     """A head's settings under a policy."""
     how = {"drafter": ckpt.kind, "checkpoint": ckpt.folder.resolve().name}
     if policy not in STATIC:
-        return {**how, "policy": "learned" if policy == VISKIP else "fixed", **asdict(ckpt.tree)}
+        return {**how, "policy": "learned" if policy == VISKIP else policy, **asdict(ckpt.tree)}
     tree = STATIC_TREE if policy == "static" else policy
     return {**how, "policy": "fixed", "tree": tree, "depth": decides.max_depth, "budget": decides.max_budget}
 

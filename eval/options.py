@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from mmspec.api import METHOD_POLICIES, STATIC, find_device
+from mmspec.api import FREE, METHOD_POLICIES, STATIC, TRAINED, find_device
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.methods import method_names
@@ -147,9 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--policies",
         nargs="+",
-        choices=("fixed", *STATIC, "viskip"),
-        help="what steers the head: its tree.json, the tree that scripts/fit_tree.py fitted, a published static tree, "
-        "its controller (default: fixed, and viskip if the checkpoint has a controller)",
+        choices=(*FREE, *STATIC, *TRAINED),
+        help="what steers the head: fixed is its tree.json, static the tree that scripts/fit_tree.py fitted or a "
+        "published one by its name, viskip its controller, the others are the files of mmspec/policies (default: "
+        "fixed, and viskip if the checkpoint has a controller)",
     )
     add(
         "--system",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ from mmspec import checkpoint as checkpoints
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
 from mmspec.costs import load_or_measure, measure
+from mmspec.drafters.hybrid import HybridDrafter
 from mmspec.drafters.null import NullDrafter
 from mmspec.generation import custom_generate
 from mmspec.loop import error_line
 from mmspec.loop import generate as decode
 from mmspec.methods import HYBRID, make_hybrid, make_method, resolved
 from mmspec.metrics import mat
-from mmspec.policy import AdaptivePolicy, FixedPolicy, LearnedPolicy, SkipPolicy
+from mmspec.policies import Parts, make_policy, policy_names
+from mmspec.policy import AdaptivePolicy, Costs, FixedPolicy, SkipPolicy
 from mmspec.records import RecordError, open_image
 from mmspec.sampling import make_sampler
 from mmspec.static_tree import NAMED, StaticTree
@@ -39,8 +41,14 @@ from mmspec.types import Drafter, Emission, InputError, Output, Policy, Request,
 
 STATIC = ("static", *NAMED)
 """Policies that fill one tree every round: the one fitted to the head, or a published one."""
-POLICIES = ("auto", "viskip", "fixed", *STATIC, "plain")
-METHOD_POLICIES = ("adaptive", "fixed")
+FREE = tuple(name for name in policy_names() if not name.startswith("viskip"))
+"""Policies that need no training, of any drafter."""
+TRAINED = tuple(name for name in policy_names() if name not in FREE)
+"""Policies of a trained controller."""
+MEASURED = ("marginal", *TRAINED)
+"""Policies that decide by measured costs."""
+POLICIES = ("auto", *FREE, *STATIC, *TRAINED, "plain")
+METHOD_POLICIES = ("adaptive", *FREE)
 STATIC_TREE = "static_tree.json"
 """In a run folder: a tree that was fitted to its head (scripts/fit_tree.py)."""
 
@@ -104,9 +112,9 @@ class Speculator:
             ckpt: run folder of train/distill.py, or a place on the Hub: "org/name", "hub:org/name@revision"
                 (`mmspec.hub`), where a head in a public layout is translated first (`mmspec.convert`).
             target: another name or place of the same target; needed for a head that does not say its own.
-            policy: "viskip" (the trained controller), "fixed" (its tree), "static" (the tree fitted to it), a name of
-                `static_tree.NAMED` (that published tree), "plain" (no drafting), or "auto": the controller where there
-                is one.
+            policy: "viskip" (the trained controller) or another file of `mmspec/policies`, "fixed" (its tree), "static"
+                (the tree fitted to it), a name of `static_tree.NAMED` (that published tree), "plain" (no drafting), or
+                "auto": the controller where there is one.
             dtype, device: of target and head; "auto" is cuda where there is one.
             max_batch: the largest batch to measure costs for, which the controller decides by.
 
@@ -138,7 +146,8 @@ class Speculator:
             settings: fields of the method's `Config`; what is not given has its default.
             ckpt: run folder of train/distill.py.
             dtype, device, max_batch: as for `from_pretrained`.
-            policy: "adaptive" (the budget that pays on this machine) or "fixed" (the method's whole budget).
+            policy: "adaptive" (the budget that pays on this machine), "fixed" (the method's whole budget), or another
+                of METHOD_POLICIES.
 
         Raises:
             InputError: an unknown method, policy, key or value; a checkpoint as for `from_pretrained`, or none for the
@@ -258,14 +267,17 @@ def drafter_and_policy(
     tree = checkpoint.tree
     usual = make_drafter(checkpoint, target)
     drafter = drafter or usual
-    controller: Any = checkpoint.controller()
-    if policy == "fixed" or (policy == "auto" and controller is None):
-        return drafter, FixedPolicy(tree.depth, tree.budget)
-    if controller is None:
+    if policy == "auto":
+        policy = "viskip" if checkpoint.viskip is not None else "fixed"
+    if policy in TRAINED and checkpoint.viskip is None:
         raise InputError(f"checkpoint {checkpoint.folder} has no controller; use --policy fixed, or train one")
-    # Kept beside the head for every later run, so measured with the drafter as it usually is.
-    costs = load_or_measure(checkpoint.folder / "costs", target, usual, max_batch, tree.depth, tree.budget)
-    return drafter, LearnedPolicy(controller.to(target.device), costs, target.embed, tree.depth, tree.budget)
+    costs: Costs | None = None
+    if policy in MEASURED:
+        # Kept beside the head for every later run, so measured with the drafter as it usually is.
+        folder, width = checkpoint.folder / "costs", f"w{tree.width}"
+        costs = load_or_measure(folder, target, usual, max_batch, tree.depth, tree.budget, width)
+    controller = checkpoint.deployed(target) if policy in TRAINED else None
+    return drafter, make_policy(policy, Parts(tree.depth, tree.budget, costs, controller))
 
 
 def method_and_policy(
@@ -284,7 +296,7 @@ def method_and_policy(
         name, target, settings: see `mmspec.methods.make_method`.
         checkpoint: of the hybrid's head, else not needed.
         head: the head's drafter, where it was made already.
-        policy: "adaptive" (the budget that pays on this machine, measured now) or "fixed" (the method's whole budget).
+        policy: of METHOD_POLICIES; those that decide by costs measure them now.
         max_batch: the largest batch to measure costs for.
         costs: folder in which what was measured is kept and found again; None measures it now.
 
@@ -299,11 +311,19 @@ def method_and_policy(
         tree = checkpoint.tree
         head = head or make_drafter(checkpoint, target)
         drafter, fixed = make_hybrid(target, head, tree.depth, tree.budget, settings)
-    if policy == "fixed":
-        return drafter, fixed
-    asked = target, drafter, max_batch, fixed.max_depth, fixed.max_budget
-    table = measure(*asked) if costs is None else load_or_measure(costs, *asked)
-    return drafter, AdaptivePolicy(table, fixed.max_depth, fixed.max_budget)
+    parts, cap = Parts(fixed.max_depth, fixed.max_budget), fixed.max_depth
+    if isinstance(drafter, HybridDrafter):
+        # Its head has scores, so drafts are priced by what each says of itself; no budget has to be found by trial.
+        policy, cap = "marginal" if policy == "adaptive" else policy, drafter.depth
+    if isinstance(drafter, HybridDrafter) or policy in ("adaptive", *MEASURED):
+        asked = target, drafter, max_batch, cap, fixed.max_budget
+        table = measure(*asked) if costs is None else load_or_measure(costs, *asked)
+        parts = replace(parts, costs=table.flat_beyond(cap, fixed.max_depth))
+    if isinstance(drafter, HybridDrafter):
+        drafter.costs = parts.costs
+    if policy == "adaptive":
+        return drafter, AdaptivePolicy(parts.measured(policy), fixed.max_depth, fixed.max_budget)
+    return drafter, make_policy(policy, parts)
 
 
 def find_device(name: str) -> str:

@@ -110,6 +110,32 @@ class Checkpoint:
         module = build_controller(self.viskip)
         return _filled(module, self.folder / "viskip.safetensors", dtype)
 
+    def deployed(self, target: Target) -> Any:
+        """The controller ready to decode with (`viskip.Deployed`), or None where none was trained."""
+        controller = self.controller()
+        if controller is None:
+            return None
+        return _viskip().Deployed(controller.to(target.device), target.embed, target.shape.vocab_size)
+
+
+def load_controller(path: Path | str, target: Target) -> Any:
+    """The controller of a run folder ready to decode with (`viskip.Deployed`), whether or not a head lies beside it.
+
+    Raises:
+        InputError: there is none, or it was made for another target.
+    """
+    folder = Path(path)
+    if not (folder / "viskip.json").is_file():
+        raise InputError(f"{folder} has no controller (viskip.json); train one with train/distill.py")
+    described = _read_json(folder / "viskip.json")
+    fingerprint = _field(_field(described, "target", folder / "viskip.json"), "fingerprint", folder / "viskip.json")
+    if fingerprint != target.fingerprint:
+        raise InputError(f"the controller of {folder} was made for another target than {target.name}")
+    values = _field(described, "config", folder / "viskip.json")
+    config = build_config(str(folder / "viskip.json"), _viskip().Config, values)
+    head: Any = _filled(build_controller(config), folder / "viskip.safetensors", torch.float32).to(target.device)
+    return _viskip().Deployed(head, target.embed, target.shape.vocab_size)
+
 
 def build_head(kind: str, config: Any, loss: LossConfig | None = None, blind: bool = False) -> nn.Module:
     """A fresh head of `mmspec.heads.<kind>`, or its vision-blind twin; without a loss for drafting alone."""

@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class CostTable:
 
     def draft(self, batch: int, depth: int) -> float:
         return _lookup(self.draft_s, batch, depth)
+
+    def flat_beyond(self, depth: int, deepest: int) -> CostTable:
+        """The same where drafts stop at `depth`, whatever plans allow, down to `deepest`."""
+        more = {b: {**row, max(deepest, depth): _line(row, depth)} for b, row in self.draft_s.items()}
+        return replace(self, draft_s=more)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +175,18 @@ def _settle(target: Target) -> None:
 
 
 def load_or_measure(
-    folder: Path, target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int
+    folder: Path, target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int, key: str = ""
 ) -> CostTable:
-    """The cost table of this hardware from `folder/<hardware>.json`; measured and stored when that one will not do."""
-    path = folder / f"{hardware(target)}.json"
+    """The cost table of this hardware from `folder/<hardware>[-<key>].json`; measured and stored when that one will not
+    do.
+
+    Args:
+        key: what else the seconds depend on and the folder does not say, as the width of a draft.
+    """
+    path = folder / f"{'-'.join(filter(None, (hardware(target), key)))}.json"
     with contextlib.suppress(FileNotFoundError, ValueError):
         table = CostTable.load(path)
-        if max(table.verify_s) >= max_batch and max(table.draft_s[1]) >= depth:
+        if max(table.verify_s) >= max_batch and max(table.draft_s[1]) >= depth and max(table.verify_s[1]) > budget:
             return table
     table = measure(target, drafter, max_batch, depth, budget)
     table.save(path)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ SCALARS = (
 """Free scalars of the controller, in the order of its input."""
 
 _FAST, _SLOW = 0.5, 0.9
+_TINY = math.exp(-20.0)
 _PRIOR_SHARE = 0.7
 
 
@@ -67,6 +69,49 @@ class History:
         new = torch.where((evidence.n_kept == 0).unsqueeze(1), self.start, new)
         self.state[rows] = new
         return new
+
+
+class Records:
+    """`History` and `scalars` on the host, for policies that decide there: the same numbers from the same evidence.
+
+    Args:
+        max_batch: rows.
+    """
+
+    def __init__(self, max_batch: int) -> None:
+        self.start = np.array([_PRIOR_SHARE] * 4 + [4.0])
+        self.state = np.tile(self.start, (max_batch, 1))
+        self.committed = [0] * max_batch
+
+    def scalars(self, counts: np.ndarray, looks: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """Take in the last round of some rows; see `History.update`. A row whose text got shorter is another's.
+
+        Args:
+            counts: [R, 5] n_kept, reach, n_committed, n_prompt, n_visual.
+            looks: [R, 4] of the logits that the root was chosen from: entropy, two largest probabilities, the root's.
+
+        Returns:
+            [R, len(SCALARS)].
+        """
+        table = np.empty((len(rows), len(SCALARS)), np.float32)
+        for i, (row, (kept, reach, committed, n_prompt, visual)) in enumerate(zip(rows, counts.tolist())):
+            fast, slow, last, _, age = self.state[row].tolist()
+            if kept == 0 or committed < self.committed[row]:
+                self.state[row] = self.start
+            elif reach > 0:
+                share = (kept - 1) / reach
+                fast, slow = _FAST * fast + (1 - _FAST) * share, _SLOW * slow + (1 - _SLOW) * share
+                self.state[row] = fast, slow, share, last, age + 1 if share > 0 else 0.0
+            self.committed[row] = committed
+            entropy, first, second, root = looks[i]
+            fast, slow, last, before, age = self.state[row].tolist()
+            table[i] = (
+                *(entropy, first, first - second, math.log(max(root, _TINY))),
+                *(fast, slow, last, before, math.log1p(age)),
+                *(math.log(committed), math.log1p(committed - n_prompt), math.log1p(visual)),
+                *(visual / committed, float(visual > 0)),
+            )
+        return table
 
 
 def scalars(evidence: Evidence, history: Tensor) -> Tensor:
@@ -250,6 +295,7 @@ class RecordingPolicy(FixedPolicy):
         super().__init__(depth, budget)
         self.embed = embed
         self._sensed: dict[int, dict[str, Tensor]] = {}
+        self._reach: dict[int, Tensor] = {}
         self._planned: dict[int, dict[str, Tensor]] = {}
         self._rounds: list[dict[str, Tensor]] = []
 
@@ -268,6 +314,7 @@ class RecordingPolicy(FixedPolicy):
                 "root_embed": embeds[i].float(),
                 "scalars": table[i],
             }
+            self._reach[row] = evidence.reach[i]  # of the round that is about to be observed
         return None
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
@@ -280,8 +327,10 @@ class RecordingPolicy(FixedPolicy):
             if active and trace.plan.budget[row]:
                 seen = {name: value.cpu() for name, value in self._planned[row].items()}
                 seen["accepted"] = torch.tensor(trace.accepted[row])
-                seen["reach"] = torch.tensor(trace.plan.depth)
-                self._rounds.append(seen)
+                # As deep as it was drafted, which may be less than what was planned; nothing at all says nothing.
+                seen["reach"] = self._reach[row].cpu()
+                if seen["reach"] > 0:
+                    self._rounds.append(seen)
 
     def rounds(self) -> dict[str, Tensor]:
         """One entry a drafted round: key, n_committed, last_hidden [R, D], root, root_embed [R, D], scalars [R, K],
@@ -299,90 +348,19 @@ class Costs(Protocol):
 
 
 class Controller(Protocol):
-    """A trained survival model: cumulative probability of accepting k tokens, [R, Dmax]."""
+    """A trained survival model, ready to decode with: what needs the device in few operations, the rest on the host."""
 
     @property
-    def prior(self) -> Tensor: ...
-    def survival(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Tensor: ...
+    def prior(self) -> Sequence[float]:
+        """Mean chance that at least k tokens are accepted, k = 1..Dmax."""
 
+    def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
+        """What it reads of the target, [R, any]; None where it reads scalars alone."""
 
-class LearnedPolicy:
-    """ViSkip: choose the depth (0: skip) with the best expected gain at the going price of time.
+    def logits(self, seen: np.ndarray, scalars: np.ndarray) -> np.ndarray:
+        """Of the chance of each level once the one before is accepted, [R, Dmax].
 
-    Tokens per second over a whole answer are maximised by `argmax E(A) - g C(A)` with g the throughput achieved
-    (renewal reward), not by the best ratio round by round. g is the running mean of expected tokens over predicted
-    cost, so that one cost table always gives one sequence of plans, whatever else the machine is doing.
-
-    Args:
-        controller: in eval mode, on the target's device.
-        costs: measured seconds.
-        embed: the target's token embedding.
-        depth, budget: the largest plan; every plan but a skip gets the whole budget of nodes.
-
-    The batch shares a depth; a row that cannot pay for its nodes gets none.
-    """
-
-    senses = True
-    mass_layer: int | None = None
-    _MEMORY = 0.98
-
-    def __init__(
-        self, controller: Controller, costs: Costs, embed: Callable[[Tensor], Tensor], depth: int, budget: int
-    ) -> None:
-        self.controller, self.costs, self.embed = controller, costs, embed
-        self.max_depth, self.max_budget = min(depth, controller.prior.shape[0]), budget
-        self.prior = controller.prior[: self.max_depth].tolist()
-
-    def nodes(self, depth: int) -> int:
-        """Draft nodes a row of a plan of this depth."""
-        # The survival model was trained with the full budget: fewer nodes would accept less than it says. A shallow
-        # plan saves draft passes; its nodes go in breadth.
-        return self.max_budget if depth else 0
-
-    def cost(self, batch: int, depth: int) -> float:
-        """Predicted seconds of a round."""
-        return self.costs.verify(batch, 1 + self.nodes(depth)) + (self.costs.draft(batch, depth) if depth else 0.0)
-
-    def open(self, max_batch: int, device: torch.device) -> None:
-        self.history = History(max_batch, device)
-        self._prices = [[self.cost(b, d) for d in range(self.max_depth + 1)] for b in range(1, max_batch + 1)]
-        per_token = self._prices[max_batch - 1]
-        gains = [1 + sum(self.prior[:d]) for d in range(self.max_depth + 1)]
-        self.throughput = max(max_batch * gain / price for gain, price in zip(gains, per_token))
-        self._tokens, self._seconds = self.throughput * 0.2, 0.2
-
-    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor:
-        """Expected accepted tokens of each depth, [R, Dmax]."""
-        table = scalars(evidence, self.history.update(evidence, rows))
-        survival = self.controller.survival(evidence.last_hidden.float(), self.embed(evidence.roots).float(), table)
-        return survival[:, : self.max_depth].cumsum(1)
-
-    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        active = [row for row, left in enumerate(remaining) if left > 0]
-        prices = self._prices[len(active) - 1]
-        deepest = min(self.max_depth, max(remaining) - 1)
-        best, best_value, best_gain = 0, -math.inf, 0.0
-        for depth in range(deepest + 1):
-            gain = len(active) + sum(sensed[row][depth - 1] for row in active) if depth else len(active)
-            value = gain - self.throughput * prices[depth]
-            if value > best_value:
-                best, best_value, best_gain = depth, value, gain
-        self._tokens = self._MEMORY * self._tokens + best_gain
-        self._seconds = self._MEMORY * self._seconds + prices[best]
-        self.throughput = self._tokens / self._seconds
-        return Plan(best, self._budgets(sensed, remaining, best, len(active)))
-
-    def _budgets(
-        self, sensed: Sequence[Sequence[float]], remaining: Sequence[int], depth: int, n_active: int
-    ) -> tuple[int, ...]:
-        if not depth:
-            return (0,) * len(remaining)
-        nodes = self.nodes(depth)
-        if n_active == 1:
-            return tuple(nodes if left > 0 else 0 for left in remaining)
-        share = (self.costs.verify(n_active, 1 + nodes) - self.costs.verify(n_active, 1)) / n_active
-        price = self.throughput * max(share, 0.0)
-        return tuple(nodes if left > 1 and sensed[row][depth - 1] > price else 0 for row, left in enumerate(remaining))
-
-    def observe(self, trace: StepTrace) -> None:
-        """The price follows the plans themselves; measured times stay out of the decisions."""
+        Args:
+            seen: [R, any], what `look` gave.
+            scalars: [R, len(SCALARS)], not standardised.
+        """

@@ -224,10 +224,15 @@ class PolicyNode:
     """Candidates kept and expanded per level."""
     budget: int = MISSING
     """Draft nodes verified per round, the root excluded."""
+    method: str | None = None
+    """Train a controller for this training-free method instead of a head; nothing else is (`run.max_steps: 0`)."""
     rollouts: int = 256
     """Training requests decoded with the trained head to label rounds."""
     rollout_batch: int = 8
     """Rows decoded together in the rollout."""
+    rollouts_from: str | None = None
+    """Take the rounds of this run folder, of the same data and draft, instead of decoding: for a controller that reads
+    something else."""
     steps: int = 300
     """Optimizer steps of the controller."""
     controller: Any = None
@@ -242,7 +247,7 @@ class Run:
     name: str = MISSING
     seed: int = MISSING
     max_steps: int = MISSING
-    """Optimizer steps of the head."""
+    """Optimizer steps of the head; 0: it stays that of `head.init_from`, and the controller alone is trained."""
     out: str = "runs"
     resume: bool = False
     """Go on with `<out>/<name>` where it stopped."""
@@ -353,6 +358,7 @@ def check(recipe: Recipe) -> None:
         InputError: the first impossible value.
     """
     _check_numbers(recipe)
+    _check_controller_alone(recipe)
     choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("target.dtype", recipe.target.dtype, ("float32", "bfloat16", "float16", "float64")),
         ("target.placement", recipe.target.placement, ("replicated", "sharded", "offloaded")),
@@ -441,6 +447,21 @@ def _check_answers(data: Data) -> None:
         )
 
 
+def _check_controller_alone(recipe: Recipe) -> None:
+    """What a run without a step of the head needs, and what a method excludes."""
+    policy, steps = recipe.policy, recipe.run.max_steps
+    if policy.method is not None and steps:
+        raise InputError(f"policy.method={policy.method} needs no head: set run.max_steps=0, not {steps}")
+    if steps:
+        return
+    if policy.kind != "learned":
+        raise InputError(f"run.max_steps=0 trains the controller alone: set policy.kind=learned, not {policy.kind}")
+    if policy.method is None and recipe.head.init_from is None:
+        raise InputError(
+            "run.max_steps=0 trains the controller alone: give head.init_from=<run folder> or policy.method"
+        )
+
+
 def _check_start(head: HeadNode) -> None:
     """Where training starts. Whether `head.init_from` is there is asked when training starts."""
     lora = head.lora
@@ -481,7 +502,7 @@ def _check_numbers(recipe: Recipe) -> None:
         ("data.workers", recipe.data.workers, 1),
         ("data.max_bad_share", recipe.data.max_bad_share, 0),
         ("data.max_degenerate_share", recipe.data.max_degenerate_share, 0),
-        ("run.max_steps", recipe.run.max_steps, 1),
+        ("run.max_steps", recipe.run.max_steps, 0),
         ("run.eval_every", recipe.run.eval_every, 0),
         ("run.eval_prompts", recipe.run.eval_prompts, 1),
         ("run.eval_max_new_tokens", recipe.run.eval_max_new_tokens, 1),

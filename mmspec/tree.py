@@ -134,6 +134,33 @@ def pruned(trees: Tree, kept: Tensor) -> Tree:
     return without_padding(trees) if parents.device.type == "cpu" else trees
 
 
+def first_nodes(trees: Tree, counts: Sequence[int]) -> Tree:
+    """The first `counts[b]` nodes behind the root of each row; of trees whose nodes stand best first, the best ones.
+
+    Views where rows agree: nothing is computed that a shorter tree would not have anyway.
+
+    Args:
+        trees: of chosen candidates, every prefix of whose nodes is a tree (topological order).
+        counts: host numbers, none beyond the width of the trees less the root.
+
+    Raises:
+        ValueError: drawn candidates.
+    """
+    if trees.proposals is not None:
+        raise ValueError("drawn trees cannot be pruned: p / q would not be what their candidates were drawn with")
+    n = max(counts) + 1
+    if n == 1:
+        return root_only(trees.tokens[:, 0])
+    parents, depths, full = trees.parents[:, :n], trees.depths[:, :n], trees.full
+    if min(counts) + 1 < n:
+        ranks, _ = _nodes(n, parents.device)
+        beyond = ranks > upload(counts, parents.device).unsqueeze(1)
+        parents, depths, full = parents.masked_fill(beyond, -1), depths.masked_fill(beyond, 0), False
+    scores = None if trees.scores is None else trees.scores[:, :n]
+    depth = min(trees.max_depth, n - 1)
+    return Tree(trees.tokens[:, :n], parents, depths, trees.ancestors[:, :n, :n], depth, None, scores, full)
+
+
 def padded(trees: Tree, n_nodes: int) -> Tree:
     """The same trees with padding behind their nodes.
 
@@ -147,7 +174,8 @@ def padded(trees: Tree, n_nodes: int) -> Tree:
     ancestors = F.pad(trees.ancestors, (0, more, 0, more))
     ancestors[:, -more:, -more:] = torch.eye(more, dtype=torch.bool, device=ancestors.device)
     tokens, parents, depths = F.pad(trees.tokens, (0, more)), F.pad(trees.parents, (0, more), value=-1), trees.depths
-    return Tree(tokens, parents, F.pad(depths, (0, more)), ancestors, trees.max_depth)
+    scores = None if trees.scores is None else F.pad(trees.scores, (0, more), value=float("-inf"))
+    return Tree(tokens, parents, F.pad(depths, (0, more)), ancestors, trees.max_depth, scores=scores)
 
 
 def by_row(first: Tensor, ours: Tree, theirs: Tree) -> Tree:
@@ -166,6 +194,7 @@ def by_row(first: Tensor, ours: Tree, theirs: Tree) -> Tree:
         torch.where(flat, ours.depths, theirs.depths),
         torch.where(flat.unsqueeze(2), ours.ancestors, theirs.ancestors),
         max(ours.max_depth, theirs.max_depth),
+        scores=None if ours.scores is None or theirs.scores is None else torch.where(flat, ours.scores, theirs.scores),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,15 +14,16 @@ from mmspec.drafters.null import NullDrafter
 from mmspec.heads import viskip
 from mmspec.heads.eagle import Config, Head
 from mmspec.loop import generate
+from mmspec.policies import Parts, make_policy
 from mmspec.policy import (
     SCALARS,
     AdaptivePolicy,
     AttentionPolicy,
     FixedPolicy,
     History,
-    LearnedPolicy,
     RecordingPolicy,
     SkipPolicy,
+    scalars,
 )
 from mmspec.sampling import GreedySampler, KeyedSampler
 from mmspec.tree import pruned
@@ -29,14 +31,18 @@ from mmspec.types import Evidence, Request, StepTrace
 from tests.tiny import llava, prompt
 
 
-class Certain:
-    """A controller that expects the same survival always."""
+class Told:
+    """A controller that is told each row's survival, in place of what it would see."""
 
     def __init__(self, survival):
-        self.prior = torch.tensor(survival)
+        self.prior = survival
 
-    def survival(self, last_hidden, root_embed, scalars):
-        return self.prior.expand(len(last_hidden), -1)
+    def look(self, last_hidden, roots):
+        return None
+
+    def logits(self, seen, scalars):
+        chances = seen / np.concatenate([np.ones((len(seen), 1)), seen[:, :-1]], 1).clip(1e-9)
+        return np.log(chances.clip(1e-6, 1 - 1e-6)) - np.log(1 - chances.clip(1e-6, 1 - 1e-6))
 
 
 class Flat:
@@ -53,13 +59,23 @@ class Flat:
 
 
 def policy(survival, costs, depth=4, budget=8, rows=1):
-    learned = LearnedPolicy(Certain(survival), costs, lambda tokens: tokens, depth, budget)
+    learned = make_policy("viskip", Parts(depth, budget, costs, Told(survival)), {"bias_rate": 0.0})
     learned.open(rows, torch.device("cpu"))
     return learned
 
 
 def sensed(survival, rows=1):
-    return [torch.tensor(survival).cumsum(0).tolist()] * rows
+    """As `sense` says it: nothing drafted in the round before, 20 tokens committed, an undecided root."""
+    return [[1, 0, 20, 12, 4, 1.0, 0.5, 0.3, 0.5, *survival]] * rows
+
+
+def settled(learned, survival, rounds=200):
+    """The plan once the price is that of what such plans achieve."""
+    for _ in range(rounds):
+        plan = learned.plan(sensed(survival), [100])
+        gain = sum(survival[: plan.depth])
+        learned.observe(StepTrace(plan, (True,), (gain,), (gain + 1,), 1 + max(plan.budget)))
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -73,12 +89,11 @@ def sensed(survival, rows=1):
 )
 def test_the_plan_is_the_best_expected_gain_at_the_price_of_time(survival, costs, depth):
     learned = policy(survival, costs)
-    for _ in range(200):  # the price settles on the throughput that its own plans achieve
-        plan = learned.plan(sensed(survival), [100])
+    plan = settled(learned, survival)
     assert plan.depth == depth
-    rates = [(1 + sum(survival[:d])) / learned.cost(1, d) for d in range(5)]
+    rates = [(1 + sum(survival[:d])) / learned.cost(d) for d in range(5)]
     assert plan.depth == max(range(5), key=rates.__getitem__)
-    assert learned.throughput == pytest.approx(max(rates), rel=0.02)
+    assert learned.price.per_s == pytest.approx(max(rates), rel=0.02)
 
 
 def test_nothing_is_drafted_beyond_what_may_still_be_emitted():
@@ -116,13 +131,69 @@ def test_history_ignores_skips_and_starts_anew_with_a_row():
 
 
 def test_scalars_are_finite_for_certain_and_for_hopeless_logits():
-    from mmspec.policy import scalars
-
     case = evidence(2, 4)
     for logits in (torch.zeros(1, 7), torch.tensor([[1e4] + [-1e4] * 6]), torch.tensor([[-1e4, 1e4, *[0.0] * 5]])):
         table = scalars(Evidence(**{**case.__dict__, "logits": logits}), torch.zeros(1, 5))
         assert table.shape == (1, len(SCALARS))
         assert torch.isfinite(table).all()
+
+
+def test_what_the_host_computes_is_what_the_controller_was_trained_on():
+    """Scalars and network of the deployed controller equal those of training, over rounds and changes of request."""
+    torch.manual_seed(0)
+    embed = torch.randn(7, 5)
+    for reads, n_mass in (("all", 2), ("all", 0), ("scalars", 0)):
+        config = viskip.Config(hidden_size=5, width=16, depth=3, n_mass=n_mass, reads=reads)
+        head = viskip.Head(config).eval()
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        head.scalar_mean.normal_()
+        head.scalar_std.uniform_(0.5, 2.0)
+        deployed = viskip.Deployed(head, lambda tokens: embed[tokens], 7)
+        learned = make_policy("viskip", Parts(3, 4, Flat(), deployed), {"bias_rate": 0.0})
+        learned.open(2, torch.device("cpu"))
+        history, rows = History(2, torch.device("cpu")), torch.tensor([0, 1])
+        for n_kept, reach in ((0, 0), (3, 4), (1, 0), (1, 4), (5, 5), (0, 0), (2, 3)):
+            case = evidence(n_kept, reach, rows=2)
+            case = replace(
+                case, last_hidden=torch.randn(2, 5), logits=3 * torch.randn(2, 7), roots=torch.tensor([3, 6])
+            )
+            table = scalars(case, history.update(case, rows))
+            told = np.array(learned.sense(case, rows).tolist(), np.float32)
+            got = learned._logits(told, [0, 1])
+            with torch.no_grad():
+                expected = head._logits(case.last_hidden, embed[case.roots], table)[0]
+            assert torch.allclose(torch.tensor(got).float(), expected, atol=1e-4), (reads, n_kept, reach)
+
+
+def test_a_policy_that_always_skips_goes_to_sleep_and_wakes_for_another_request():
+    learned = policy([0.01, 0.0, 0.0, 0.0], Flat())
+    asleep = []
+    for _ in range(60):
+        assert learned.plan(sensed([0.01, 0.0, 0.0, 0.0]), [100]).depth == 0
+        asleep.append(not learned.senses)
+    assert 0.4 < sum(asleep) / len(asleep) < 0.9
+    while learned.senses:
+        learned.plan(sensed([0.01, 0.0, 0.0, 0.0]), [100])
+    learned.plan([[]], [200])
+    assert learned.senses, "it must look at a fresh row"
+
+
+def test_the_correction_online_follows_what_came_of_the_drafts():
+    """A controller that is sure of what never happens is corrected until it skips, and the other way round."""
+    good = [0.9, 0.8, 0.7, 0.6]
+    learned = make_policy("viskip", Parts(4, 8, Flat(), Told(good)), {"bias_rate": 0.1})
+    learned.open(1, torch.device("cpu"))
+    row = sensed(good)[0]
+    depths = []
+    for _ in range(400):
+        plan = learned.plan([row], [100])
+        depths.append(plan.depth)
+        learned.observe(StepTrace(plan, (True,), (0,), (1,), 1 + max(plan.budget)))
+        row = [1, plan.depth, *row[2:]]  # nothing was accepted
+    assert depths[0] == 4
+    assert depths[-1] == 0
+    assert learned.bias[0] < -1
 
 
 def rounds(n=600, seed=0):

@@ -7,6 +7,7 @@ chunk that is on disk is complete. All ranks read the same rounds, so they train
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mmspec import checkpoint
 from mmspec.loop import all_complete, generate
+from mmspec.methods import make_method
 from mmspec.policy import RecordingPolicy
 from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
@@ -28,7 +30,7 @@ from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.order import Order
 from train.placement import uneven
-from train.session import Session
+from train.session import Session, read_state
 from train.stopping import Stopped
 
 CHUNK_BATCHES = 2
@@ -47,20 +49,26 @@ class Turn:
     turn: int
 
 
-def rollout(session: Session, head: nn.Module) -> None:
+def rollout(session: Session, head: nn.Module | None) -> None:
     """Writes what is missing of the rollout's chunks, this rank its share. Every rank must call.
 
+    Args:
+        head: None where the drafter is a training-free method.
+
     Raises:
+        InputError: the method is unknown, or the rounds to take are of another rollout.
         Stopped: finished chunks are kept.
     """
     recipe, world = session.recipe, session.world
     folder = session.folder / "rollout"
     folder.mkdir(exist_ok=True)
     chunks = _chunks(session)
+    if recipe.policy.rollouts_from is not None:
+        world.lead(lambda: _take_rounds(session, Path(str(recipe.policy.rollouts_from)), len(chunks)))
     missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
     world.barrier()
     mine = missing[world.rank :: world.size]
-    drafter = head.drafter(session.target, recipe.policy.width)  # type: ignore[operator]
+    drafter = _drafter(session, head)
     session.tracker.progress("rollout", sum(len(chunks[number]) for number in mine), 0, "prompt")
     try:
         with uneven(session.target):
@@ -124,6 +132,32 @@ def train_controller(session: Session) -> None:
     if session.world.first:
         checkpoint.save_controller(session.folder, weights, config, target)
     session.world.barrier()
+
+
+def _drafter(session: Session, head: nn.Module | None) -> Any:
+    """What the rollout drafts with: the head, or the method of the recipe with its default settings."""
+    if head is None:
+        return make_method(str(session.recipe.policy.method), session.target)[0]
+    return head.drafter(session.target, session.recipe.policy.width)  # type: ignore[operator]
+
+
+def _take_rounds(session: Session, other: Path, n_chunks: int) -> None:
+    """Copies the chunks of another run's rollout.
+
+    Raises:
+        InputError: it is not of the same data, seed and draft.
+    """
+    found, mine = read_state(other), session.recipe
+    keys = ("depth", "width", "budget", "method", "rollouts", "rollout_batch")
+    theirs = found.recipe if found is not None and found.data == session.state.data else None
+    same = theirs is not None and theirs["run"]["seed"] == mine.run.seed
+    if theirs is None or not same or any(theirs["policy"].get(k) != getattr(mine.policy, k) for k in keys):
+        raise InputError(f"policy.rollouts_from={other} is no run of the same data, seed and draft; leave it out")
+    for number in range(n_chunks):
+        source = _path(other / "rollout", number)
+        if not source.is_file():
+            raise InputError(f"policy.rollouts_from={other} has no complete rollout: {source.name} is missing")
+        shutil.copy(source, _path(session.folder / "rollout", number))
 
 
 def mass_layers(n_layers: int, n_mass: int) -> tuple[int, ...]:

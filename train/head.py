@@ -125,6 +125,21 @@ def _image_means(session: Session, source: FeatureSource, head: BlindHead) -> Te
     return total / max(n, 1)
 
 
+def adopt_head(session: Session) -> nn.Module | None:
+    """Where no step of the head is trained: the head of `head.init_from`, copied into the run folder, or None for a
+    controller of a training-free method. Every rank must call."""
+    recipe, target = session.recipe, session.target
+    if recipe.policy.method is not None:
+        return None
+    base, policy = _base(recipe, target), recipe.policy
+    head = base.head(target.dtype).to(target.device).eval().requires_grad_(False)
+    if session.world.first:
+        checkpoint.save_head(session.folder, base.head().state_dict(), base.config, target, base.blind)
+        checkpoint.save_tree(session.folder, checkpoint.DraftTree(policy.depth, policy.width, policy.budget))
+    session.world.barrier()
+    return head
+
+
 def load_head(session: Session) -> nn.Module:
     """The head that an earlier part of this run saved."""
     target = session.target

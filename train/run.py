@@ -26,7 +26,7 @@ from train.corpus import Corpus
 from train.decontaminate import read_clean
 from train.extract import head_taps, origin
 from train.features import open_store
-from train.head import check_beginning, load_head, train_head
+from train.head import adopt_head, check_beginning, load_head, train_head
 from train.session import Session, State, begin, finished
 from train.sources import LOST
 from train.stopping import Stopped, Stopper
@@ -96,7 +96,10 @@ def _answer(session: Session) -> None:
 
 def _train(session: Session) -> None:
     recipe, tracker = session.recipe, session.tracker
-    head = train_head(session) if session.state.phase == "head" else load_head(session)
+    if not recipe.run.max_steps:
+        head = adopt_head(session)
+    else:
+        head = train_head(session) if session.state.phase == "head" else load_head(session)
     if recipe.policy.kind == "learned":
         if session.state.phase == "head":
             session.enter("rollout")

@@ -212,6 +212,8 @@ class PairDrafter:
         self.states = torch.zeros((max_batch, 1, self.head.feature_size), dtype=self.target.dtype, device=device)
         self.tokens = torch.zeros((max_batch, 1), dtype=torch.long, device=device)
         self.waiting = [0] * max_batch
+        self.skipped: list[tuple[Tensor, Tensor, list[int]]] = []
+        """States [B, 1, W], tokens [B, 1] and counts of the latest rounds without a draft; not in `waiting` yet."""
         self.keys = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.prompts: dict[int, tuple[Prompt, Forward, Tensor]] = {}
         self.dropped, self.shift = [0] * max_batch, [0] * max_batch
@@ -229,6 +231,7 @@ class PairDrafter:
 
     def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
         """Note a new row; its prompt is run through the head when it is first drafted for."""
+        self._settle()
         self.kv.set_length(row, 0)
         self._place(row, 0, 0)
         if self.notes is not None:
@@ -242,6 +245,7 @@ class PairDrafter:
             self.prompts[row] = request.prompt, forward, features[:-1]
 
     def evict(self, row: int) -> None:
+        self._settle()
         self.kv.set_length(row, 0)
         self._place(row, 0, 0)
         self.waiting[row] = 0
@@ -254,15 +258,32 @@ class PairDrafter:
 
     def observe(self, round: Round) -> None:
         """Queue the pairs that the round committed: states at the kept nodes with the tokens that followed them."""
-        path, tokens, D = round.accepted.path, round.accepted.tokens, self.states.shape[-1]
-        states = self.head.read(round.forward).gather(1, path.unsqueeze(-1).expand(-1, -1, D))
         counts = [len(p) for p in round.paths]
+        if round.forward.last_hidden.shape[1] == 1:  # a skip: nothing is moved before somebody wants to draft
+            self.skipped.append((self.head.read(round.forward), round.accepted.tokens, counts))
+            if len(self.skipped) + max(self.waiting) > _FLUSH:
+                self._settle()
+            return
+        self._settle()
+        path = round.accepted.path
+        states = self.head.read(round.forward).gather(1, path.unsqueeze(-1).expand(-1, -1, self.states.shape[-1]))
+        self._queue(states, round.accepted.tokens, counts)
+
+    def _settle(self) -> None:
+        """Queue what rounds without a draft have committed; a row that is missing in one has left for good."""
+        if self.skipped:
+            states, tokens, counts = zip(*self.skipped)
+            self.skipped = []
+            self._queue(torch.cat(states, 1), torch.cat(tokens, 1), [sum(row) for row in zip(*counts)])
+
+    def _queue(self, states: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        """Add pairs, the first `counts[b]` of [B, P], to those that wait."""
         if not any(self.waiting):
             self.states, self.tokens, self.waiting = states, tokens, counts
             return
-        held, P = self.states.shape[1], path.shape[1]
-        start = upload(self.waiting, path.device).unsqueeze(1)
-        slots = start + torch.arange(P, device=path.device)
+        (held, D), P = self.states.shape[1:], tokens.shape[1]
+        start = upload(self.waiting, tokens.device).unsqueeze(1)
+        slots = start + torch.arange(P, device=tokens.device)
         self.states = torch.cat([self.states, states.new_zeros(states.shape)], 1)
         self.states.scatter_(1, slots.unsqueeze(-1).expand(-1, -1, D), states)
         self.tokens = torch.cat([self.tokens, tokens.new_zeros(tokens.shape)], 1).scatter_(1, slots, tokens)
@@ -468,6 +489,7 @@ class PairDrafter:
 
     def _take_in(self, keep_last: bool) -> None:
         """Project the waiting pairs to keys and values: all of them, or all but the newest of each row."""
+        self._settle()
         for row, (prompt, forward, features) in sorted(self.prompts.items()):
             self._take_in_prompt(row, prompt, forward, features)
         self.prompts.clear()

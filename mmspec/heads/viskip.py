@@ -8,15 +8,20 @@ paid for; this one is trained, and asked before. First version: no counterfactua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmspec.nn import RMSNorm
 from mmspec.types import Objective, TargetShape
+
+EPS = 1e-6
+_CHUNK = 8192
+"""Tokens whose embeddings are projected at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Config:
         depth: Dmax, the deepest draft it is asked about.
         n_mass: S, decoder layers whose visual attention is distilled; 0 turns the visual head off.
         mass_weight: of the visual attention term.
+        reads: "all", or "scalars" without state and embedding.
     """
 
     hidden_size: int = 0
@@ -38,6 +44,11 @@ class Config:
     depth: int = 8
     n_mass: int = 2
     mass_weight: float = 0.3
+    reads: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.reads not in ("all", "scalars"):
+            raise ValueError(f"viskip: reads must be all or scalars, got {self.reads!r}")
 
     def resolve(self, shape: TargetShape) -> Config:
         return replace(self, hidden_size=self.hidden_size or shape.hidden_size)
@@ -51,11 +62,12 @@ class Head(nn.Module):
         self.config = c = config
         if not c.hidden_size:
             raise ValueError("viskip.Config has hidden_size 0; call config.resolve(target.shape) first")
-        self.norm_state = RMSNorm(c.hidden_size, 1e-6)
-        self.norm_root = RMSNorm(c.hidden_size, 1e-6)
-        self.from_state = nn.Linear(c.hidden_size, c.width)
-        self.from_root = nn.Linear(c.hidden_size, c.width, bias=False)
-        self.from_scalars = nn.Linear(c.n_scalars, c.width, bias=False)
+        if c.reads == "all":
+            self.norm_state = RMSNorm(c.hidden_size, EPS)
+            self.norm_root = RMSNorm(c.hidden_size, EPS)
+            self.from_state = nn.Linear(c.hidden_size, c.width)
+            self.from_root = nn.Linear(c.hidden_size, c.width, bias=False)
+        self.from_scalars = nn.Linear(c.n_scalars, c.width, bias=c.reads == "scalars")
         self.inner = nn.Linear(c.width, c.width)
         self.mass = nn.Linear(c.width, max(c.n_mass, 1))
         self.hazard = nn.Linear(c.width + max(c.n_mass, 1) + c.n_scalars, c.depth)
@@ -81,11 +93,10 @@ class Head(nn.Module):
     def _logits(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
         """Conditional survival logits [R, Dmax] and visual attention logits [R, S]."""
         s = ((scalars - self.scalar_mean) / self.scalar_std).clamp(-5.0, 5.0)
-        h = F.silu(
-            self.from_state(self.norm_state(last_hidden))
-            + self.from_root(self.norm_root(root_embed))
-            + self.from_scalars(s)
-        )
+        h = self.from_scalars(s)
+        if self.config.reads == "all":
+            h = h + self.from_state(self.norm_state(last_hidden)) + self.from_root(self.norm_root(root_embed))
+        h = F.silu(h)
         h = h + F.silu(self.inner(h))
         mass = self.mass(h)
         return self.hazard(torch.cat([h, mass.sigmoid(), s], -1)), mass
@@ -130,3 +141,85 @@ class Head(nn.Module):
             counts["mass_mae"] = valid.sum()
         sums["loss"], counts["loss"] = loss.detach(), count.float()
         return Objective(loss, count, sums, counts)
+
+
+class Deployed:
+    """A trained controller to decode with.
+
+    Its network is a few vectors of a few hundred numbers: on the device each of its thirty operations would cost a
+    launch. So the device makes one projection of the state, which rides on the step's one transfer, and the rest is
+    NumPy's on the host. What the root contributes is looked up in a table of all tokens.
+
+    Args:
+        head: trained, in eval mode, on the target's device.
+        embed: the target's token embedding.
+        vocab_size: of the target.
+    """
+
+    @torch.no_grad()
+    def __init__(self, head: Head, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
+        self.prior: list[float] = head.prior.tolist()
+        self.reads_context = head.config.reads == "all"
+        if self.reads_context:
+            self.state_size = (head.config.hidden_size,)
+            # The norm's gain goes into the matrix.
+            self.state_weight = (head.from_state.weight * head.norm_state.weight).float()
+            self.state_bias = head.from_state.bias.float()
+            tokens = torch.arange(vocab_size, device=head.prior.device)
+            rows = [head.from_root(head.norm_root(embed(some).float())) for some in tokens.split(_CHUNK)]
+            self.by_root = torch.cat(rows).float()
+        self.mean, self.std = _array(head.scalar_mean), _array(head.scalar_std)
+        self.from_scalars = _layer(head.from_scalars)
+        self.inner, self.mass, self.hazard = (_layer(layer) for layer in (head.inner, head.mass, head.hazard))
+
+    def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
+        """The trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
+
+        Args:
+            last_hidden: [R, D]; roots: [R] int64.
+        """
+        if not self.reads_context:
+            return None
+        normed = F.rms_norm(last_hidden.float(), self.state_size, None, EPS)
+        return F.linear(normed, self.state_weight, self.state_bias) + self.by_root[roots]
+
+    def logits(self, seen: np.ndarray, scalars: np.ndarray) -> np.ndarray:
+        """Conditional survival logits, [R, Dmax].
+
+        Args:
+            seen: [R, width] of `look`, or [R, 0].
+            scalars: [R, K]; both fp32: a matrix in another precision would be converted every time.
+        """
+        s = ((scalars - self.mean) / self.std).clip(-5.0, 5.0)
+        h = _apply(self.from_scalars, s)
+        h = _silu(h + seen if self.reads_context else h)
+        h = h + _silu(_apply(self.inner, h))
+        mass = sigmoid(_apply(self.mass, h))
+        return _apply(self.hazard, np.concatenate([h, mass, s], -1))
+
+
+def _array(x: Tensor) -> np.ndarray:
+    out: np.ndarray = x.detach().float().cpu().numpy()
+    return out
+
+
+def _layer(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray | float]:
+    """Its matrix, transposed, and its bias."""
+    bias = _array(layer.bias) if layer.bias is not None else 0.0
+    return np.ascontiguousarray(_array(layer.weight).T), bias
+
+
+def _apply(layer: tuple[np.ndarray, np.ndarray | float], x: np.ndarray) -> np.ndarray:
+    out: np.ndarray = x @ layer[0] + layer[1]
+    return out
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function, which overflows nowhere."""
+    out: np.ndarray = 0.5 * np.tanh(0.5 * x) + 0.5
+    return out
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    out: np.ndarray = x * sigmoid(x)
+    return out

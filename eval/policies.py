@@ -1,0 +1,384 @@
+r"""Scores all policies of one drafter at one batch size and temperature, or tunes them (`--tune`).
+
+    python -m eval.policies --ckpt runs/vispec_tiny --tune --out tuned.json
+    python -m eval.policies --ckpt runs/vispec_tiny --controller runs/viskip_only_vispec_tiny --tuned tuned.json \
+        --data synth:testmini --out scores.json
+
+P0 the fixed tree of the checkpoint or method; P1 the best fixed one; P2 the attention threshold; P3 the mean of late
+acceptance; P4 the draft's confidence; marginal, the marginal rule; P5 a controller of scalars alone, P6 one without
+visual attention, P7 the whole one, P8 that with early exit and pruning; P9 the oracle in hindsight, from one more,
+recorded decoding with all that is offered. All decode the same prompts interleaved with plain decoding, so a slow
+minute falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from eval.bench import N_WARMUP, PLAIN, Bench, Method, Result
+from eval.mmspec import open_target
+from eval.options import DTYPES
+from eval.policy_tables import calibration
+from eval.summary import OVERALL, Contention, clean, figures, hardware, unreliable
+from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from eval.tune_tree import parse_tree
+from mmspec import checkpoint as checkpoints
+from mmspec.api import find_device, make_drafter
+from mmspec.arguments import OneLineParser, at_least
+from mmspec.assets import EMBEDDED
+from mmspec.checkpoint import DraftTree
+from mmspec.costs import CostTable, load_or_measure
+from mmspec.drafters.null import NullDrafter
+from mmspec.hindsight import Prices, Recorder, Step, fixed_rate, oracle_rate
+from mmspec.methods import make_method, method_names
+from mmspec.policies import Parts, make_policy
+from mmspec.policies._learned import LearnedPolicy
+from mmspec.policy import FixedPolicy, SkipPolicy
+from mmspec.records import Quarantine
+from mmspec.sampling import make_sampler
+from mmspec.types import Drafter, Evidence, InputError, Plan, Policy, StepTrace, Target
+
+T = TypeVar("T")
+
+PROGRAM = "eval.policies"
+BASELINES = ("P0", "P1", "P2", "P3", "P4", "marginal")
+LEARNED = {"P5": "viskip", "P6": "viskip", "P7": "viskip", "P8": "viskip_refined"}
+POLICIES = (*BASELINES, *LEARNED)
+ORACLE = "P9"
+RECORD = "record"
+FIXED_GRID = ((1, 2), (2, 3), (3, 4), (5, 7), (7, 8), (7, 12), (10, 12), (12, 12), (12, 16))
+THRESHOLDS = {
+    "P2": ("attention", (0.05, 0.1, 0.2, 0.35, 0.5)),
+    "P3": ("ema", (0.1, 0.2, 0.35, 0.5)),
+    "P4": ("confidence", (0.03, 0.1, 0.2, 0.35, 0.5)),
+}
+FIGURES = ("speedup", "speedup_lo", "speedup_hi", "exact_match", "mat", "skip_rate", "draft_efficiency", "n_requests")
+
+
+class Timed:
+    """A policy whose own seconds are counted: of sensing, planning and observing."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.own_s = policy, 0.0
+        self.max_depth, self.max_budget, self.mass_layer = policy.max_depth, policy.max_budget, policy.mass_layer
+        self.senses = policy.senses
+
+    def open(self, max_batch: int, device: torch.device) -> None:
+        self.policy.open(max_batch, device)
+        self.senses = self.policy.senses
+
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
+        return self._counted(lambda: self.policy.sense(evidence, rows))
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        made = self._counted(lambda: self.policy.plan(sensed, remaining))
+        self.senses = self.policy.senses  # a policy that sleeps says so when it plans
+        return made
+
+    def observe(self, trace: StepTrace) -> None:
+        self._counted(lambda: self.policy.observe(trace))
+
+    def _counted(self, call: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = call()
+        self.own_s += time.perf_counter() - start
+        return result
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One drafter with what its policies are made of.
+
+    Args:
+        make: the drafter as it is offered; a fresh one each time where it learns.
+        script: depth and nodes of P0.
+        offer: the largest draft.
+        controllers: by policy, folders.
+    """
+
+    target: Target
+    make: Callable[[], Drafter]
+    script: tuple[int, int]
+    offer: DraftTree
+    costs: CostTable
+    controllers: Mapping[str, Path]
+
+    def policy(self, label: str, tuned: Mapping[str, Any]) -> Policy:
+        """A policy by its number, with its tuned settings."""
+        depth, budget = tuned.get("P1", self.script)
+        if label in ("P0", "P1"):
+            depth, budget = self.script if label == "P0" else (depth, budget)
+            return make_policy("fixed", Parts(depth, budget))
+        if label in THRESHOLDS:
+            name, _ = THRESHOLDS[label]
+            # Early exit chooses the depth itself; the other two have the best tree or none.
+            parts = Parts(self.offer.depth if label == "P4" else depth, budget)
+            return make_policy(name, parts, {"threshold": tuned[label]} if label in tuned else None)
+        parts = Parts(self.offer.depth, self.offer.budget, self.costs)
+        if label == "marginal":
+            return make_policy(label, parts)
+        controller = checkpoints.load_controller(self.controllers[label], self.target)
+        return make_policy(LEARNED[label], replace(parts, controller=controller))
+
+    def method(self, name: str, policy: Policy) -> Method:
+        return Method(name, self.make(), Timed(policy))
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """The drafter of the command line, its costs and its controllers.
+
+    Raises:
+        InputError: it is missing or does not fit.
+    """
+    controllers = {"P5": args.scalars_controller, "P6": args.blind_controller}
+    controllers |= dict.fromkeys(("P7", "P8"), args.controller)
+    folders = {label: Path(folder) for label, folder in controllers.items() if folder}
+    offer = parse_tree(args.offer)
+    if args.ckpt:
+        loaded = checkpoints.load(args.ckpt)
+        target = open_target([loaded], args.target, args.dtype, args.device)
+        drafter = make_drafter(replace(loaded, tree=offer), target)
+        own = parse_tree(args.script) if args.script else loaded.tree
+        script, make = (min(own.depth, offer.depth), min(own.budget, offer.budget)), lambda: drafter
+        home = Path(args.ckpt)
+    else:
+        target = open_target([], args.target, args.dtype, args.device)
+        drafter, plan = make_method(args.method, target)
+        script = (plan.max_depth, plan.max_budget)
+        make = lambda: make_method(args.method, target)[0]  # noqa: E731
+        home = Path(args.costs or Path("runs") / args.method)
+    folder = Path(args.costs) if args.costs else home / "costs"
+    depth, budget = max(offer.depth, script[0]), max(offer.budget, script[1])
+    costs = load_or_measure(folder, target, drafter, args.batch_size, depth, budget, f"w{offer.width}")
+    return Setup(target, make, script, offer, costs, folders)
+
+
+class Scored:
+    """What a list of methods did on the data."""
+
+    def __init__(self, args: argparse.Namespace, setup: Setup, methods: list[Method], data: str, limit: int | None):
+        quarantine, self.args = Quarantine(None), args
+        records = load_records(data_folder(data), limit, quarantine, args.max_bad_share)
+        system = "" if setup.target.name == EMBEDDED else MMSPEC_SYSTEM
+        dialogues = Dialogues(setup.target, records, system, args.max_new_tokens, quarantine)
+        plain = Method(PLAIN, NullDrafter(), SkipPolicy())
+        sampler = make_sampler(args.temperature, seed=args.seed)
+        bench = Bench(setup.target, [plain, *methods], sampler, args.batch_size)
+        bench.warm_up(dialogues.warmup(max(N_WARMUP, args.batch_size)))
+        self.recorder = next((m.drafter for m in methods if isinstance(m.drafter, Recorder)), None)
+        self.steps: dict[str, list[Step]] = {}
+        self.results: list[Result] = []
+        for method in methods:
+            assert isinstance(method.policy, Timed)
+            method.policy.own_s = 0.0
+        if self.recorder:
+            self.recorder.steps.clear()
+        contention = Contention()
+        bench.run(dialogues, self._take)
+        self.other_cores = contention.cores()
+        self.methods = methods
+
+    def _take(self, group: list[Result]) -> None:
+        self.results.extend(group)
+        if self.recorder:
+            self.steps.setdefault(group[0].topic, []).extend(self.recorder.steps)
+            self.recorder.steps.clear()
+
+    def of(self, name: str, topic: str = OVERALL) -> list[Result]:
+        return [r for r in self.results if r.method == name and topic in (OVERALL, r.topic)]
+
+    def topics(self) -> list[str]:
+        return [OVERALL, *dict.fromkeys(result.topic for result in self.results)]
+
+    def figures(self, name: str, other: str = PLAIN, topic: str = OVERALL) -> dict[str, Any]:
+        """Figures of one method, its speedup being over `other`."""
+        return figures(self.of(name, topic), self.of(other, topic), self.args.batch_size, self.args.seed)
+
+    def control_share(self, method: Method) -> float:
+        """The policy's own seconds / all seconds."""
+        total = sum({r.group: r.group_s for r in self.of(method.name)}.values())
+        assert isinstance(method.policy, Timed)
+        return method.policy.own_s / total
+
+
+def tune(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    """The best settings of P1 to P4, then the best baseline; the fixed trees first, as two of the others use one."""
+    offer = setup.offer
+    grid = [(d, n) for d, n in FIXED_GRID if d <= offer.depth and n <= offer.budget]
+    trees = {f"{d},{n}": (d, n) for d, n in dict.fromkeys([setup.script, *grid])}
+    methods = [setup.method(name, make_policy("fixed", Parts(*tree))) for name, tree in trees.items()]
+    first = Scored(args, setup, methods, args.data, args.limit)
+    speedups = {name: first.figures(name)["speedup"] for name in trees}
+    tuned: dict[str, Any] = {"P1": trees[max(speedups, key=speedups.__getitem__)]}
+    candidates: dict[str, tuple[str, float | None]] = {"P0": ("P0", None), "P1": ("P1", None)}
+    candidates["marginal"] = ("marginal", None)
+    for label, (_, thresholds) in THRESHOLDS.items():
+        candidates |= {f"{label} {t}": (label, t) for t in thresholds}
+    methods = [
+        setup.method(name, setup.policy(label, tuned if t is None else {**tuned, label: t}))
+        for name, (label, t) in candidates.items()
+    ]
+    second = Scored(args, setup, methods, args.data, args.limit)
+    found = {name: second.figures(name)["speedup"] for name in candidates}
+    best: dict[str, float] = {}
+    for name, (label, threshold) in candidates.items():
+        if label not in best or found[name] > best[label]:
+            best[label] = found[name]
+            if threshold is not None:
+                tuned[label] = threshold
+    return {
+        "tuned": tuned,
+        "best": max(best, key=best.__getitem__),
+        "speedups": {**speedups, **found},
+        **about(args, second),
+    }
+
+
+def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of all policies, their ratios to baselines, and the oracle."""
+    tuned, best = chosen["tuned"], chosen["best"]
+    labels = list(dict.fromkeys([*args.policies, "P1", best]))
+    policies = {
+        label: setup.policy(label, tuned) for label in labels if label in BASELINES or label in setup.controllers
+    }
+    methods = [setup.method(label, policy) for label, policy in policies.items()]
+    for policy in policies.values():
+        if isinstance(policy, LearnedPolicy):
+            policy.outcomes = []
+    if ORACLE in args.policies:
+        everything = FixedPolicy(setup.offer.depth, setup.offer.budget)
+        methods.append(Method(RECORD, Recorder(setup.make()), Timed(everything)))
+    scored = Scored(args, setup, methods, args.data, args.limit)
+    rows, against = [], []
+    for topic in scored.topics():
+        for label in policies:
+            mine = scored.figures(label, topic=topic)
+            rows.append({"policy": label, "topic": topic, **{key: mine[key] for key in FIGURES}})
+            for other in dict.fromkeys((best, "P1", "P2")):
+                if label in LEARNED and other in policies:
+                    ratio = scored.figures(label, other, topic)
+                    spans = {key: ratio[f"speedup{end}"] for key, end in (("ratio", ""), ("lo", "_lo"), ("hi", "_hi"))}
+                    against.append({"policy": label, "over": other, "topic": topic, **spans})
+        if ORACLE in args.policies:
+            rows.append(oracle_row(args, setup, scored, tuned["P1"], topic))
+    return {
+        "best": best,
+        "rows": rows,
+        "against": against,
+        "control": {method.name: scored.control_share(method) for method in methods},
+        "calibration": {
+            k: calibration(p.outcomes) for k, p in policies.items() if isinstance(p, LearnedPolicy) and p.outcomes
+        },
+        "outcomes": {
+            k: [[chances[:1], accepted] for chances, accepted in p.outcomes]
+            for k, p in policies.items()
+            if isinstance(p, LearnedPolicy) and p.outcomes
+        },
+        **about(args, scored),
+    }
+
+
+def oracle_row(
+    args: argparse.Namespace, setup: Setup, scored: Scored, tree: Sequence[int], topic: str
+) -> dict[str, Any]:
+    """P9: P1's measured speedup times what the oracle gains over P1 by predicted cost, on the recorded steps."""
+    steps = [s for name, some in scored.steps.items() if topic in (OVERALL, name) for s in some]
+    row: dict[str, Any] = {"policy": ORACLE, "topic": topic, **dict.fromkeys(FIGURES)}
+    if steps:
+        prices = Prices.of(setup.costs, args.batch_size, setup.offer.depth, setup.offer.budget)
+        depth, nodes = min(tree[0], setup.offer.depth), min(tree[1], setup.offer.budget)
+        gain = oracle_rate(steps, prices) / fixed_rate(steps, prices, depth, nodes)
+        row |= {"speedup": scored.figures("P1", topic=topic)["speedup"] * gain, "over_P1": gain}
+    return row
+
+
+def about(args: argparse.Namespace, scored: Scored) -> dict[str, Any]:
+    """What else a reader must know."""
+    return {
+        "settings": {
+            "drafter": args.method or Path(args.ckpt).name, "batch": args.batch_size, "temperature": args.temperature,
+            "data": args.data if args.data.startswith("synth:") else Path(args.data).name, "limit": args.limit,
+            "offer": args.offer, "max_new_tokens": args.max_new_tokens, "seed": args.seed, "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
+        },
+        "contention": {
+            "other_cores": scored.other_cores, "unreliable": unreliable(scored.other_cores, torch.get_num_threads()),
+        },
+        "hardware": hardware(torch.device(args.device)),
+    }  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = OneLineParser(
+        prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--ckpt", metavar="DIR", help="run folder of a head, or")
+    add("--method", choices=method_names(), help="a training-free method")
+    add("--controller", metavar="DIR", help="run folder with its controller, for P7 and P8")
+    add("--scalars-controller", metavar="DIR", help="the same with controller.reads=scalars, for P5")
+    add("--blind-controller", metavar="DIR", help="the same with controller.n_mass=0, for P6")
+    add("--offer", default="12,2,16", metavar="D,W,N", help="the largest draft (default: %(default)s)")
+    add("--script", metavar="D,W,N", help="the draft of P0 (default: the checkpoint's tree.json, a method's own)")
+    add("--costs", metavar="DIR", help="where the cost table is kept (default: beside the head)")
+    add("--tune", action="store_true", help="tune P1 to P4 and name the best baseline, instead of scoring")
+    add("--tuned", metavar="FILE", help="what --tune found")
+    add("--policies", nargs="+", choices=(*POLICIES, ORACLE), default=[*POLICIES, ORACLE], metavar="P")
+    add("--data", default="synth:val", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="records, taken in turn from the topics (default: all)")
+    add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add("--target", metavar="NAME", help="to decode with (default: the checkpoint's)")
+    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--seed", type=int, default=0, help="of noise and bootstrap (default: 0)")
+    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
+    add("--out", required=True, metavar="FILE", help="JSON file to write")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError."""
+    if bool(args.ckpt) == bool(args.method):
+        raise InputError("give --ckpt DIR or --method NAME")
+    if args.tune == bool(args.tuned):
+        raise InputError("give --tune, or --tuned FILE with what it found")
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1)
+    if not args.temperature >= 0:
+        raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
+    if args.tuned and not Path(args.tuned).is_file():
+        raise InputError(f"--tuned {args.tuned} does not exist; make it with --tune")
+    args.device = find_device(args.device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        check_arguments(args)
+        setup = prepare(args)
+        found = tune(args, setup) if args.tune else score(args, setup, json.loads(Path(args.tuned).read_text("utf-8")))
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(Path(args.out), clean(found))
+    except InputError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

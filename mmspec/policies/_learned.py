@@ -1,0 +1,171 @@
+"""The policy of a trained controller: the depth with the best expected gain at the going price of time.
+
+A step's share of it is meant to stay below 2%: the device makes a handful of operations, whose results ride on the
+step's one transfer; history, network and choice are the host's (`heads/viskip.py`, `Deployed`). While nothing pays it
+sleeps, and costs nothing.
+
+Source: methods, D3 (calibration online) and D4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmspec.heads.viskip import sigmoid
+from mmspec.policies._parts import Parts, Price
+from mmspec.policies._refine import Refinement
+from mmspec.policy import Records
+from mmspec.types import Evidence, Plan, StepTrace
+
+_COUNTS = 5
+"""n_kept, reach, n_committed, n_prompt, n_visual."""
+_LOOKS = 4
+"""Entropy, two largest probabilities, the root's."""
+
+
+class LearnedPolicy:
+    """See the module.
+
+    Args:
+        parts: with measured costs and a controller.
+        refine: whether the draft's own scores have a say as well: early exit and pruning.
+        bias_rate: of the additive correction of each depth's logit, by what came of the drafts; 0: none.
+
+    The batch shares a depth; a row that cannot pay for its nodes gets none. Without `refine` every plan but a skip gets
+    the whole budget: the survival model was trained with it, and fewer nodes would accept less than it says.
+    """
+
+    mass_layer: int | None = None
+    _PATIENCE, _AGAIN, _SLEEP, _LONGEST = 12, 2, 24, 96
+    """Skips in a row after which it sleeps, those after another look, rounds of the first sleep and of the longest."""
+
+    def __init__(self, parts: Parts, refine: bool = False, bias_rate: float = 0.02) -> None:
+        self.controller, self.costs = parts.trained("viskip"), parts.measured("viskip")
+        self.max_depth = min(parts.depth, len(self.controller.prior))
+        self.max_budget, self.refines, self.bias_rate = parts.budget, refine, bias_rate
+        self.outcomes: list[tuple[list[float], int]] | None = None
+        """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
+        self.bias = np.zeros(self.max_depth, np.float32)
+        self.senses, self.rows = True, 0
+        self.skips, self.nap = 0, self._SLEEP
+
+    def open(self, max_batch: int, device: torch.device) -> None:
+        self.records = Records(max_batch)
+        self.said = np.zeros((max_batch, self.max_depth), np.float32)
+        """Logits of the plan that is under way."""
+        self.left = [0] * max_batch
+        self.asleep, self.planned, self.senses = 0, 0, True
+        if max_batch == self.rows:
+            return
+        self.rows = max_batch
+        self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
+        self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
+        self.usual_nodes = float(self.max_budget)
+        prior = self.controller.prior
+        rates = [max_batch * (1 + sum(prior[:d])) / self.cost(d) for d in range(self.max_depth + 1)]
+        self.price = Price(max(rates))
+        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
+
+    def cost(self, depth: int) -> float:
+        """Predicted seconds of a round."""
+        if not depth:
+            return self.verify_s[0]
+        nodes = round(self.usual_nodes) if self.refines else self.max_budget
+        return self.verify_s[nodes] + self.draft_s[depth]
+
+    def sense(self, evidence: Evidence, rows: Tensor) -> Tensor:
+        """What the host needs of each row, [R, _COUNTS + _LOOKS + any]."""
+        e = evidence
+        counts = torch.stack([e.n_kept, e.reach, e.n_committed, e.n_prompt, e.n_visual], 1)
+        p = e.logits.float().softmax(-1)
+        entropy = torch.special.entr(p).sum(-1, keepdim=True)
+        looks = [counts, entropy, p.topk(2, dim=-1).values, p.gather(1, e.roots.unsqueeze(1))]
+        seen = self.controller.look(e.last_hidden, e.roots)
+        return torch.cat(looks if seen is None else [*looks, seen], 1)
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        fresh = any(now > before for now, before in zip(remaining, self.left))
+        self.left = list(remaining)
+        deepest = min(self.max_depth, max(remaining) - 1)
+        if self.asleep or deepest < 1:
+            self.asleep = 0 if fresh else max(self.asleep - 1, 0)
+            self.senses = not self.asleep
+            return self._skip(remaining)
+        active = [row for row, left in enumerate(remaining) if left > 0]
+        logits = self._logits(np.array([sensed[row] for row in active], np.float32), active)
+        chances = sigmoid(logits)
+        gains = chances.cumprod(1).cumsum(1)
+        together = gains.sum(0).tolist()
+        values = [0.0, *(gain - self.price.per_s * (self.cost(d) - self.cost(0)) for d, gain in enumerate(together, 1))]
+        depth = max(range(deepest + 1), key=values.__getitem__)
+        if not depth:
+            self.skips += 1
+            if self.skips >= self._PATIENCE:
+                self.skips, self.asleep, self.senses = self._PATIENCE - self._AGAIN, self.nap, False
+                self.nap = min(2 * self.nap, self._LONGEST)
+            return self._skip(remaining)
+        self.skips, self.nap = 0, self._SLEEP
+        budget = self._budget(gains[:, depth - 1].tolist(), active, remaining)
+        if not any(budget):
+            return self._skip(remaining)
+        if not self.refines:
+            self.planned = depth
+            return Plan(depth, budget)
+        self.planned = deepest
+        by_row = {row: chances[i].tolist() for i, row in enumerate(active)}
+        nothing = [0.0] * self.max_depth
+        self.refine.begin(deepest, [n > 0 for n in budget], [by_row.get(row, nothing) for row in range(len(remaining))])
+        return Plan(deepest, budget, self.refine.extend, self.refine.prune)
+
+    def _skip(self, remaining: Sequence[int]) -> Plan:
+        self.planned = 0
+        return Plan(0, (0,) * len(remaining))
+
+    def _logits(self, told: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """Bias-corrected logits of each depth, [R, Dmax], once what came of the last plan was learned from."""
+        counts, looks = told[:, :_COUNTS], told[:, _COUNTS : _COUNTS + _LOOKS]
+        if self.bias_rate:
+            self._correct(counts, rows)
+        table = self.records.scalars(counts, looks, rows)
+        logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth] + self.bias
+        self.said[list(rows)] = logits
+        return logits
+
+    def _correct(self, counts: np.ndarray, rows: Sequence[int]) -> None:
+        for row, (n_kept, reach) in zip(rows, counts[:, :2].astype(int).tolist()):
+            if n_kept and reach:
+                accepted = n_kept - 1
+                observed = min(accepted + 1, reach, self.max_depth)
+                right = np.arange(1, observed + 1) <= accepted
+                chances = sigmoid(self.said[row, :observed])
+                self.bias[:observed] += self.bias_rate * (right - chances)
+                if self.outcomes is not None:
+                    self.outcomes.append((chances.tolist(), accepted))
+
+    def _budget(self, gains: Sequence[float], active: Sequence[int], remaining: Sequence[int]) -> tuple[int, ...]:
+        """Nodes for the rows that pay for them; alone in its batch a row has paid already."""
+        price = 0.0
+        if len(active) > 1:
+            nodes = round(self.usual_nodes) if self.refines else self.max_budget
+            price = self.price.per_s * (self.verify_s[nodes] - self.verify_s[0]) / len(active)
+        budget = [0] * len(remaining)
+        for row, gain in zip(active, gains):
+            if (remaining[row] > 1 and gain > price) or len(active) == 1:
+                budget[row] = self.max_budget
+        return tuple(budget)
+
+    def observe(self, trace: StepTrace) -> None:
+        """Measured times stay out of the decisions."""
+        tokens = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active)
+        if self.refines and self.planned:
+            seconds = self.refine.seconds(trace.n_nodes, True)
+            self.refine.settle(trace)
+            self.usual_nodes += 0.02 * (self.refine.nodes - self.usual_nodes)
+        else:
+            nodes = min(trace.n_nodes - 1, self.max_budget)
+            seconds = self.verify_s[nodes] + self.draft_s[self.planned]
+        self.price.add(tokens, seconds)

@@ -1,0 +1,85 @@
+"""What policies are made of: the offered draft, measured costs, a controller; and the price that they go by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmspec.policy import Controller, Costs
+from mmspec.types import InputError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a policy may decide by.
+
+    Args:
+        depth, budget: the largest plan that the drafter is offered: levels, and draft nodes a row.
+        costs: seconds on this machine, measured with this drafter; None where nobody measured.
+        controller: trained for this drafter; None where there is none.
+    """
+
+    depth: int
+    budget: int
+    costs: Costs | None = None
+    controller: Controller | None = None
+
+    def measured(self, name: str) -> Costs:
+        """The costs. Raises ValueError where a policy that needs them was made without."""
+        if self.costs is None:
+            raise ValueError(f"policy {name} needs measured costs")
+        return self.costs
+
+    def trained(self, name: str) -> Controller:
+        """The controller. Raises InputError where there is none."""
+        if self.controller is None:
+            raise InputError(
+                f"policy {name} needs a trained controller (viskip.safetensors); train one, or use another"
+            )
+        return self.controller
+
+
+class Price:
+    """g, the tokens that a second is worth: what has been achieved lately, by tokens accepted and seconds predicted.
+
+    Tokens per second over a whole answer are maximised by choosing `argmax E(A) - g C(A)` in each round (renewal
+    reward), not by the best ratio round by round. Predicted seconds, not measured ones, so that one cost table always
+    gives one sequence of plans, whatever else the machine is doing.
+
+    Args:
+        tokens_per_s: to start from.
+    """
+
+    _MEMORY = 0.98
+    _PRIOR_S = 0.2
+    """Seconds that the start counts for."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._tokens, self._seconds = tokens_per_s * self._PRIOR_S, self._PRIOR_S
+        self.per_s = tokens_per_s
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """Take in a round."""
+        self._tokens = self._MEMORY * self._tokens + tokens
+        self._seconds = self._MEMORY * self._seconds + seconds
+        self.per_s = self._tokens / self._seconds
+
+
+class Probing:
+    """When to try what does not seem to pay: as long as all such tries together lose little.
+
+    Args:
+        share: of the time that trying may lose.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.spent_s = self.lost_s = 0.0
+
+    def due(self, loss_s: float) -> bool:
+        """Whether a try that is expected to lose `loss_s` fits."""
+        return self.lost_s + max(loss_s, 0.0) <= self.share * self.spent_s
+
+    def add(self, seconds: float, lost_s: float = 0.0) -> None:
+        """Take in a round, and what it lost where it was a try."""
+        self.spent_s += seconds
+        self.lost_s += max(lost_s, 0.0)

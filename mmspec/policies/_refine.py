@@ -1,0 +1,122 @@
+"""What draft scores say while and after a draft is made: when to stop, and which nodes are worth verifying.
+
+Invariant: everything here depends on chosen candidates and the committed context alone, so no choice changes a token
+(`types.Plan`). Drawn candidates are refused by their drafters.
+
+Source: SMART (arXiv 2604.09731), marginal benefit against marginal cost; methods, D4 and D5. Deviations: the gain of a
+node is its path's probability, sharpened by what came of earlier drafts; verification is padded to the widest row, so
+what water-filling fills are columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mmspec.policies._parts import Price
+from mmspec.policy import Costs
+from mmspec.tree import first_nodes
+from mmspec.types import StepTrace, Tree
+
+
+class Refinement:
+    """Early exit and pruning of one draft at a time, at the going price of time.
+
+    `plan.extend` and `plan.prune` are its methods of these names.
+
+    Args:
+        costs: measured seconds.
+        rows: of the batch.
+        depth, budget: the largest plan.
+        price: of time; read here, kept by the policy.
+    """
+
+    _RATE = 0.02
+    """Of the sharpness: how fast it follows predicted and accepted tokens."""
+    _FADE = 0.99
+    _UNLIKELY = 1e-3
+    """Nodes below this chance are not worth a row's place even where a column is free."""
+
+    def __init__(self, costs: Costs, rows: int, depth: int, budget: int, price: Price) -> None:
+        self.price = price
+        self.verify_s = [costs.verify(rows, 1 + n) for n in range(budget + 1)]
+        self.draft_s = [0.0, *(costs.draft(rows, d) for d in range(1, depth + 1))]
+        self.sharpness = 1.0
+        """Exponent of the draft's path probabilities that makes them chances of acceptance."""
+        self.hazard = [4.0, 5.0]
+        """Fading sums of chances of a level and of the one before: their ratio is the usual chance of the next."""
+        self.levels = self.nodes = 0
+        self._expected = 0.0
+
+    def begin(self, depth: int, active: Sequence[bool], next_level: Sequence[Sequence[float]] | None = None) -> None:
+        """A draft is about to be made.
+
+        Args:
+            depth: planned levels, all of which are made unless `extend` ends it.
+            active: [B], rows with a budget.
+            next_level: [B][depth], a controller's chance that each level is accepted once the one before is; None:
+                nobody says.
+        """
+        self.levels, self.active, self.next_level = depth, active, next_level
+        self._before: list[float] = [1.0 if a else 0.0 for a in active]
+        self._expected, self.nodes = 0.0, 0
+
+    def extend(self, level: int, scores: Tensor) -> bool:
+        """Whether the next level's expected gain is worth a draft pass and a node more to verify."""
+        rows = scores.tolist()
+        reached = [
+            min(sum(math.exp(self.sharpness * s) for s in row), before) if before else 0.0
+            for row, before in zip(rows, self._before)
+        ]
+        if level > 1:  # the first level says how sure the root's state is, not how chances go on
+            self.hazard[0] = self._FADE * self.hazard[0] + sum(reached)
+            self.hazard[1] = self._FADE * self.hazard[1] + sum(self._before)
+        self._before = reached
+        usual = self.hazard[0] / self.hazard[1]
+        gain = sum(reached) * usual
+        if self.next_level is not None:  # two opinions, of the text and of the drafts of late: their mean
+            gain = (gain + sum(r * chances[level] for r, chances in zip(reached, self.next_level))) / 2
+        cost = self.draft_s[level + 1] - self.draft_s[level]
+        if len(self.verify_s) > level + 1:
+            cost += self.verify_s[level + 1] - self.verify_s[level]
+        if gain > self.price.per_s * cost:
+            return True
+        self.levels = level
+        return False
+
+    def prune(self, trees: Tree) -> Tree:
+        """The nodes that pay, best first: columns of the padded batch while their summed chances are worth them.
+
+        Scores never rise from one column to the next, so a row's best nodes are its first ones, and they are a tree.
+        """
+        assert trees.scores is not None
+        chances = [
+            [math.exp(self.sharpness * s) for s in row[1:]] if active else []
+            for row, active in zip(trees.scores.tolist(), self.active)
+        ]
+        widest = trees.tokens.shape[1] - 1
+        best, best_value, gain = 0, -self.price.per_s * self.verify_s[0], 0.0
+        for n in range(1, widest + 1):
+            gain += sum(row[n - 1] for row in chances if row)
+            value = gain - self.price.per_s * self.verify_s[n]
+            if value > best_value:
+                best, best_value = n, value
+        counts = [sum(chance >= self._UNLIKELY for chance in row[:best]) for row in chances]
+        self.nodes = max(counts)
+        self._expected = sum(sum(row[:n]) for row, n in zip(chances, counts))
+        return first_nodes(trees, counts)
+
+    def settle(self, trace: StepTrace) -> None:
+        """Learn how sure drafts should have been, from a round that `prune` was asked in."""
+        if not 0 < self._expected < math.inf:  # not a number of a head that overflowed
+            return
+        got = sum(a for a, active in zip(trace.accepted, trace.active) if active)
+        surprise = (self._expected - got) / (1.0 + max(self._expected, got))
+        self.sharpness = min(max(self.sharpness * math.exp(self._RATE * surprise), 0.1), 10.0)
+        self._expected = 0.0
+
+    def seconds(self, n_nodes: int, drafted: bool) -> float:
+        """Predicted seconds of a round as it was made; `n_nodes` with the root."""
+        return self.verify_s[min(n_nodes, len(self.verify_s)) - 1] + (self.draft_s[self.levels] if drafted else 0.0)

@@ -1,0 +1,95 @@
+"""Marginal benefit against marginal cost, without training: stop a draft, prune it, or make none, at the price of time.
+
+Levels go on while the draft's own scores say that one more is worth a pass; nodes are verified while they are worth
+their place; and a draft is made at all while drafts of late have paid, looked at again now and then.
+
+Source: SMART (arXiv 2604.09731), from whose rule this differs in the price: tokens per second achieved, not a ratio of
+one round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmspec.policies._parts import Parts, Price, Probing
+from mmspec.policies._refine import Refinement
+from mmspec.policy import FixedPolicy
+from mmspec.types import Plan, StepTrace
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings.
+
+    Args:
+        probe_share: of the time that drafts which do not seem to pay may lose.
+    """
+
+    probe_share: float = 0.005
+
+
+class MarginalPolicy(FixedPolicy):
+    """See the module.
+
+    Args:
+        parts: with measured costs.
+    """
+
+    _FADE = 0.95
+    _TRUSTED = 6
+    """Drafts that are made before anything is concluded from them."""
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        super().__init__(parts.depth, parts.budget)
+        self.costs, self.probing = parts.measured("marginal"), Probing(config.probe_share)
+        self.rows = 0
+
+    def open(self, max_batch: int, device: torch.device) -> None:
+        if max_batch == self.rows:
+            return  # what was learned of the drafter stays from one call to the next
+        self.rows = max_batch
+        self.plain_s = self.costs.verify(max_batch, 1)
+        self.price = Price(max_batch / self.plain_s)
+        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
+        self.drafts, self._weight, self._gain, self._cost = 0, 0.0, 0.0, 0.0
+        self.drafting = False
+
+    def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        full = super().plan(sensed, remaining)
+        self.drafting = full.depth > 0 and self._pays()
+        if not self.drafting:
+            return Plan(0, (0,) * len(remaining))
+        self.refine.begin(full.depth, [n > 0 for n in full.budget])
+        return Plan(full.depth, full.budget, self.refine.extend, self.refine.prune)
+
+    def _pays(self) -> bool:
+        if self.drafts < self._TRUSTED:
+            return True
+        return self._lost() <= 0 or self.probing.due(self._lost())
+
+    def _lost(self) -> float:
+        """Seconds that a draft loses on average: what it costs beyond a plain round, less what its tokens are worth."""
+        return (self._cost - self._gain / self.price.per_s) / self._weight
+
+    def observe(self, trace: StepTrace) -> None:
+        gain = sum(a for a, active in zip(trace.accepted, trace.active) if active)
+        seconds = self.refine.seconds(trace.n_nodes, self.drafting)
+        self.price.add(gain + sum(trace.active), seconds)
+        lost = 0.0
+        if self.drafting:
+            if self._weight and self._lost() > 0:
+                lost = seconds - self.plain_s - gain / self.price.per_s
+            self.refine.settle(trace)
+            self.drafts += 1
+            self._weight = self._FADE * self._weight + 1
+            self._gain = self._FADE * self._gain + gain
+            self._cost = self._FADE * self._cost + seconds - self.plain_s
+        self.probing.add(seconds, lost)
+
+
+def make(config: Config, parts: Parts) -> MarginalPolicy:
+    """The policy of a drafter."""
+    return MarginalPolicy(config, parts)

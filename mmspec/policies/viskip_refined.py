@@ -1,0 +1,27 @@
+"""The trained controller before drafting, and the draft's own scores while it is made and after: early exit, pruning.
+
+Source: methods, D6 (P8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmspec.policies._learned import LearnedPolicy
+from mmspec.policies._parts import Parts
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings.
+
+    Args:
+        bias_rate: of the online correction of each depth's logit; 0: none.
+    """
+
+    bias_rate: float = 0.02
+
+
+def make(config: Config, parts: Parts) -> LearnedPolicy:
+    """The policy of a drafter."""
+    return LearnedPolicy(parts, refine=True, bias_rate=config.bias_rate)
