@@ -185,10 +185,11 @@ def recipe(args: argparse.Namespace) -> int:
     given, steps, before = (str(args.recipe), *args.overrides), [], ()
     if settings.data.decontaminated:
         words = (sys.executable, str(ROOT / "scripts/decontaminate.py"), *given, "--benchmark", str(args.data))
-        steps.append(Step("decontaminate", words, Path(settings.data.decontaminated), reads=(args.recipe,)))
+        steps.append(Step("decontaminate", words, Path(settings.data.decontaminated).parent, reads=(args.recipe,)))
         before = ("decontaminate",)
-    train = _launched(args.procs, "train/distill.py", *given)
-    steps.append(Step("train", train, folder / "head.safetensors", before, None, ("run.resume=true",), (args.recipe,)))
+    # A step that is first begun loses the file it makes; of a run that is there already nothing may be lost.
+    train = _launched(args.procs, "train/distill.py", *given, "run.resume=true")
+    steps.append(Step("train", train, folder, before, reads=(args.recipe,)))
     out = args.out or folder / "mmspec"
     dtype = args.dtype or settings.target.dtype
     words = ("--ckpt", str(folder), "--target", settings.target.name, "--method", "all", "--out", str(out))

@@ -125,3 +125,9 @@ def test_a_recipe_is_trained_and_scored_beside_every_method(tmp_path: Path, capf
     capfd.readouterr()
     assert on_mmspec.main(words) == 0
     assert capfd.readouterr().out.count("done already") == 2
+    # Without the notes of what was done, a finished head is still taken as it is.
+    (tmp_path / "runs" / "t" / "on_mmspec" / "steps.json").unlink()
+    head = (tmp_path / "runs" / "t" / "head.safetensors").read_bytes()
+    assert on_mmspec.main(words) == 0
+    assert "is finished" in capfd.readouterr().out
+    assert (tmp_path / "runs" / "t" / "head.safetensors").read_bytes() == head
