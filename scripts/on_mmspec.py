@@ -28,13 +28,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "scripts"))
+
+from compare_heads import PORT, Ledger, Parser, Step, perform  # noqa: E402
 
 from eval.mmspec import DTYPES  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
-from scripts.compare_heads import PORT, ROOT, Ledger, Parser, Step, perform  # noqa: E402
 
 PUBLISHED = ROOT / "recipes" / "results" / "published.yaml"
 TOLERANCE = 0.05

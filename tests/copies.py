@@ -76,10 +76,12 @@ def build(name: str, n_layers: int = 2) -> HFTarget:
             if parameter.dim() > 1:
                 parameter.mul_(gain)
     stops = ["<|im_end|>", "<|endoftext|>"] if kind in families.MROPE else ["</s>"]
-    model.generation_config.eos_token_id = ids = tokenizer.convert_tokens_to_ids(stops)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stops)
+    # Answers that stop at once, or are special tokens and halves of characters, teach nothing.
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    mute = [token for token, text in enumerate(texts) if not text.strip() or not text.isascii()]
     with torch.no_grad():
-        # Answers that begin with a stop token teach nothing.
-        model.get_output_embeddings().weight[ids] *= 0.01
+        model.get_output_embeddings().weight[[*mute, *tokenizer.all_special_ids]] *= 0.01
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return family_of(kind)(model, processor, f"copy-of-{name}")
 

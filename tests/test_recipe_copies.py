@@ -65,13 +65,15 @@ def alone(group: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def changes(recipe: Recipe, target: Path, width: int, places: Path) -> list[str]:
     """What a copy needs changed: places, amounts, and sizes that only the public target has room for."""
     data = places / "data" / "data.json"
+    # Wide ones bear less; Medusa's blocks start at zero and move little.
+    rate = (1.0 if recipe.head.kind == "medusa" else 0.1) / width
     said = [
         f"target.name={target}", "target.dtype=float32", "deepspeed.bf16=false",
         f"data.sources=[{{path: {data}}}]", "data.decontaminated=null", "data.max_new_tokens=6", "data.answer_batch=4",
         "data.drop=[]", f"data.answers_dir={places / 'answers'}",
         f"run.max_steps={STEPS}", f"run.out={places / 'runs'}", "run.trackers=[]", "run.eval_every=0",
         f"run.eval_data={data}", "run.eval_prompts=1", "run.eval_max_new_tokens=4", "run.save_every=0",
-        f"optim.lr={0.1 / width}", "optim.warmup=2",
+        f"optim.lr={rate}", "optim.warmup=2",
         "policy.rollouts=4", "policy.rollout_batch=2", "policy.steps=4", "policy.optim.micro_batch=16",
         "policy.controller.n_mass=1",
     ]  # fmt: skip
@@ -94,8 +96,9 @@ def test_a_copy_trains_and_decodes_losslessly(name: str, places: Path, alone: No
     curve = losses(folder)
     assert list(curve) == list(range(1, STEPS + 1))
     assert all(map(math.isfinite, curve.values()))
-    # Of the half in which MSD sees text alone.
-    assert sum(curve[step] for step in (8, 9, 10)) < sum(curve[step] for step in (1, 2, 3)), curve
+    # Three steps are two rounds through the data, or four through MSD's texts, which fill the first half.
+    end = STEPS // 2 - 1 if recipe.data.text_first else STEPS - 2
+    assert curve[end - 2] + curve[end - 1] + curve[end] < curve[1] + curve[2] + curve[3], curve
     made, model = checkpoint.load(folder), load_target(str(target), "float64")
     made.check_target(model)
     wanted = []
@@ -105,8 +108,8 @@ def test_a_copy_trains_and_decodes_losslessly(name: str, places: Path, alone: No
         wanted.append(Request(f"r{i}", asked, 9 - i, key=i))
     plain = [o.tokens for o in generate(model, wanted, NullDrafter(), SkipPolicy(), GreedySampler())]
     for policy in ("fixed", "viskip") if recipe.policy.kind == "learned" else ("fixed",):
-        drafter, steering = drafter_and_policy(made, model, policy, 2)
-        drafted = generate(model, wanted, drafter, steering, GreedySampler(), max_batch=2)
+        drafter, steering = drafter_and_policy(made, model, policy, rows := 2 if policy == "fixed" else 1)
+        drafted = generate(model, wanted, drafter, steering, GreedySampler(), max_batch=rows)
         assert [o.tokens for o in drafted] == plain, policy
     assert model.dtype == torch.float64
 
