@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmspec.recipe import DeepSpeedNode, Optim, load
@@ -27,7 +26,7 @@ from train.session import begin
 from train.sources import Live, Loader
 from train.stopping import Stopper
 from train.tracking import Tracker
-from train.world import World, join
+from train.world import World
 
 # Of collectives that DeepSpeed calls by their old names.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed")
@@ -154,14 +153,12 @@ def test_nothing_saved_is_nothing_found(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """A process group of this process alone."""
-    before = dict(os.environ)
-    os.environ["WANDB_MODE"] = "disabled"
-    yield join("cpu")
-    dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
+def world(group: World) -> Iterator[World]:
+    """The process group, without W&B."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("LOCAL_RANK", "0")
+        yield group
 
 
 class Line(nn.Module):
