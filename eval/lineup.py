@@ -7,14 +7,19 @@ own, under which its results, its settings and its figures are found.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.bench import PLAIN, Method
+from safetensors import safe_open
+
+from eval.bench import Method
 from eval.options import ALL
+from eval.tasks import PLAIN
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC, STATIC_TREE, drafter_and_policy, make_drafter, method_and_policy
 from mmspec.checkpoint import Checkpoint, DraftTree
@@ -26,6 +31,8 @@ from mmspec.types import InputError, Sampler, Target
 VISKIP = "viskip"
 STEERED = ("fixed", *STATIC, VISKIP)
 """What may steer a head, in the order of the table."""
+NO_HEAD: dict[str, Any] = {"drafter_hash": None, "params": 0}
+"""Of a drafter without weights."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,12 @@ def head_names(heads: Sequence[Checkpoint]) -> list[str]:
     return names
 
 
+def check_frozen(args: argparse.Namespace, named: Sequence[str], given: Settings) -> None:
+    """Raises InputError where `--frozen` is asked of a method that keeps what it has seen."""
+    if args.frozen and "recycling" in named and (given.get("recycling") or {}).get("persist"):
+        raise InputError("--frozen: recycling.persist=true shares what was seen between requests; set it to false")
+
+
 def make_methods(
     target: Target,
     heads: Sequence[Head],
@@ -163,14 +176,16 @@ def make_methods(
     Raises:
         InputError: two of them have one name, or see `mmspec.api.method_and_policy`.
     """
-    methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
+    methods = [Method(PLAIN, NullDrafter(), SkipPolicy(), {"drafter": "none"} | NO_HEAD)]
     settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
     drafters = {head.name: make_drafter(head.checkpoint, target, sampler, widths) for head in heads}
 
-    def add(name: str, drafter: Any, policy: Any, how: dict[str, Any]) -> None:
+    facts = {head.name: _facts(head.checkpoint) for head in heads}
+
+    def add(name: str, drafter: Any, policy: Any, how: dict[str, Any], said: dict[str, Any]) -> None:
         if name in settings:
             raise InputError(f"two of what is compared are called {name}; rename a run folder of --ckpt")
-        methods.append(Method(name, drafter, policy))
+        methods.append(Method(name, drafter, policy, said))
         settings[name] = how
 
     for name in named:
@@ -180,12 +195,13 @@ def make_methods(
             table = costs / f"{label}-{batch_size}" if costs else None
             ckpt, drafter = (head.checkpoint, drafters[head.name]) if head else (None, None)
             pair = method_and_policy(name, target, mine, ckpt, drafter, budget, batch_size, table)
-            add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))})
+            said = (facts[head.name] if head else NO_HEAD) | {"drafter": name}
+            add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}, said)
     lone = sum(VISKIP in head.policies for head in heads) == 1
     for head in heads:
         for policy in head.policies:
             pair = drafter_and_policy(head.checkpoint, target, policy, batch_size, drafters[head.name], sampler)
-            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]))
+            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]), facts[head.name])
     return methods, settings
 
 
@@ -205,6 +221,20 @@ def _described(ckpt: Checkpoint, policy: str, decides: Any) -> dict[str, Any]:
         return {**how, "policy": "learned" if policy == VISKIP else "fixed", **asdict(ckpt.tree)}
     tree = STATIC_TREE if policy == "static" else policy
     return {**how, "policy": "fixed", "tree": tree, "depth": decides.max_depth, "budget": decides.max_budget}
+
+
+def _facts(ckpt: Checkpoint) -> dict[str, Any]:
+    """A head in every line of its results: its kind, the hash of its weights, and how many of them there are."""
+    path = ckpt.folder / "head.safetensors"
+    with safe_open(path, "pt") as weights:
+        params = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return {"drafter": ckpt.kind, "drafter_hash": file_hash(path), "params": params}
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _placeless(settings: dict[str, Any]) -> dict[str, Any]:

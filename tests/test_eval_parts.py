@@ -33,6 +33,7 @@ class WordTarget:
 
     max_length = 40
     name = "words"
+    device = torch.device("cpu")
 
     def encode(self, messages: Sequence[Any], images: Sequence[Any]) -> Prompt:
         words = [word for message in messages for part in message["content"] for word in part["text"].split()]
@@ -194,7 +195,7 @@ def test_a_report_of_answers_without_rounds_still_renders() -> None:
         "hardware": hardware(torch.device("cpu")),
         "definitions": {},
     }
-    page = render(clean(summary), [r.row() for r in lone], [])
+    page = render(clean(summary), lone, [])
     assert "Other processes used 1.50 cores" in page or "Other processes used 1.5 cores" in page
     assert "one image: no interval" in page
 
