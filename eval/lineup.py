@@ -29,6 +29,8 @@ from mmspec.policy import SkipPolicy
 from mmspec.types import InputError, Sampler, Target
 
 VISKIP = "viskip"
+AGAIN = "plain_again"
+"""Plain decoding beside itself: what the clock alone makes of equal work."""
 STEERED = ("fixed", *STATIC, VISKIP)
 """What may steer a head, in the order of the table."""
 NO_HEAD: dict[str, Any] = {"drafter_hash": None, "params": 0}
@@ -59,9 +61,9 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
     if not args.ckpt and not args.method:
         raise InputError("give --ckpt DIR, or --method all for the methods that need no training")
     known = [*method_names(), HYBRID]
-    unknown = [name for name in args.method if name not in (*known, ALL)]
+    unknown = [name for name in args.method if name not in (*known, PLAIN, ALL)]
     if unknown:
-        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, or {ALL}")
+        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, {PLAIN}, or {ALL}")
     if args.method and args.verifier == "rejection":
         raise InputError("--verifier rejection needs candidates drawn by a head; those of --method are chosen")
     if not args.ckpt:
@@ -74,7 +76,9 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
         raise InputError("--method-settings needs --method")
     if ALL not in args.method:
         return list(dict.fromkeys(args.method))
-    return known if args.ckpt else known[:-1]
+    return [
+        name for name in (PLAIN, *known) if (name != PLAIN or PLAIN in args.method) and (args.ckpt or name != HYBRID)
+    ]
 
 
 def choose_heads(
@@ -189,6 +193,9 @@ def make_methods(
         settings[name] = how
 
     for name in named:
+        if name == PLAIN:
+            add(AGAIN, NullDrafter(), SkipPolicy(), settings[PLAIN], methods[0].facts)
+            continue
         mine = (given or {}).get(name)
         for head in heads if name == HYBRID else [None]:
             label = f"{head.name}_{name}" if head and len(heads) > 1 else name

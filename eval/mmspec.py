@@ -44,7 +44,7 @@ from eval.summary import (
     unreliable,
     versions,
 )
-from eval.tasks import MMSPEC_SYSTEM, data_folder, limit_pixels, load_records
+from eval.tasks import MMSPEC_SYSTEM, PLAIN, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.assets import EMBEDDED
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     said = settings(args, target, system, len(records), pixels)
     run_id, facts = identify(
-        said, target, heads, {name: resolved(name, given.get(name)) for name in named}, records, ranks
+        said, target, heads, {name: resolved(name, given.get(name)) for name in named if name != PLAIN}, records, ranks
     )
     ranks.in_turn(lambda: begin(out, facts, args.resume) if ranks.first else None)
     own = out / (f"requests.{ranks.rank}.jsonl" if ranks.size > 1 else REQUESTS)

@@ -85,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(method_names())}, hybrid, or all (hybrid only with --ckpt)",
+        help=f"{', '.join(method_names())}, hybrid, all (hybrid only with --ckpt), or plain: once more, for what the "
+        "clock alone makes of equal work",
     )
     add(
         "--method-budget",

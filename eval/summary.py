@@ -11,7 +11,6 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.bench import PHASES, Result
+from eval.claims import Units, claims, divergences
 from eval.references import References
 from eval.tasks import PLAIN
 from mmspec import metrics
@@ -78,8 +78,6 @@ OF_THE_RUN = {
     "divergences": "first tokens that differ from plain decoding's: how many answers, where, and the top-2 gap there",
 }
 MACRO = ("mat", "speedup", "decode_speedup", "exact_match")
-N_DIVERGENCES = 50
-"""Listed by name for each method."""
 
 TOP_LEVEL = tuple(name for name in DEFINITIONS if name != "seconds")
 
@@ -105,7 +103,7 @@ def figures(
     """
     outputs = [result.output for result in results]
     latencies = [output.latency_s for output in outputs]
-    units = _Units.of(results, plain, batch_size)
+    units = Units.of(results, plain, batch_size)
     gain = metrics.speedup(units.plain_s, units.mine_s, units.clusters, seed=seed)
     decode_gain = metrics.speedup(units.plain_decode_s, units.mine_decode_s, units.clusters, seed=seed)
     compared = [result.match for result in results if result.match is not None]
@@ -161,42 +159,6 @@ def figures(
     )
 
 
-@dataclass(frozen=True)
-class _Units:
-    """The units of time of a method and of plain decoding, in one order: requests, at batch > 1 groups.
-
-    Args:
-        groups: one result of each group of the method, which has the group's figures.
-        clusters: what the bootstrap draws: images, at batch > 1 groups.
-    """
-
-    groups: list[Result]
-    plain_s: list[float]
-    mine_s: list[float]
-    plain_decode_s: list[float]
-    mine_decode_s: list[float]
-    clusters: list[Any]
-
-    @staticmethod
-    def of(results: Sequence[Result], plain: Sequence[Result], batch_size: int) -> _Units:
-        mine, base = ({result.group: result for result in some} for some in (results, plain))
-        groups, pairs = list(mine.values()), [base[number] for number in mine]
-        clusters: list[Any] = [result.image for result in groups] if batch_size == 1 else list(mine)
-
-        def decode_s(result: Result) -> float:
-            output = result.output
-            return output.latency_s - output.ttft_s if batch_size == 1 else sum(result.phases_s.values())
-
-        return _Units(
-            groups,
-            [result.group_s for result in pairs],
-            [result.group_s for result in groups],
-            list(map(decode_s, pairs)),
-            list(map(decode_s, groups)),
-            clusters,
-        )
-
-
 def summarise(
     results: Sequence[Result],
     names: Sequence[str],
@@ -242,56 +204,6 @@ def summarise(
         "claims": clean(claims(results, names, primary, batch_size, seed)),
         "divergences": clean({name: divergences([r for r in results if r.method == name]) for name in names}),
     }
-
-
-def claims(
-    results: Sequence[Result], names: Sequence[str], primary: str, batch_size: int, seed: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Two families of claims about time, each ratio with its interval, p and p after Holm within the family.
-
-    `faster_than_plain`: every method against plain decoding. `primary_faster_than`: the primary against every other.
-    """
-    by_name = {name: [result for result in results if result.method == name] for name in names}
-
-    def family(pairs: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
-        rows = []
-        for label, slow, fast in pairs:
-            units = _Units.of(by_name[fast], by_name[slow], batch_size)
-            given = units.plain_s, units.mine_s, units.clusters
-            gain = metrics.speedup(*given, seed=seed)
-            p = metrics.p_value(*given, seed=seed)
-            rows.append({"method": label, "ratio": gain.value, "lo": gain.lo, "hi": gain.hi, "p": p})
-        for row, adjusted in zip(rows, metrics.holm([row["p"] for row in rows])):
-            row["p_holm"] = adjusted
-        return rows
-
-    drafting = [name for name in names if name != PLAIN]
-    return {
-        "faster_than_plain": family([(name, PLAIN, name) for name in drafting]),
-        "primary_faster_than": family([(name, name, primary) for name in drafting if name != primary]),
-    }
-
-
-def divergences(results: Sequence[Result]) -> dict[str, Any] | None:
-    """Where a method's answers first differ from plain decoding's, and how close the runner-up was there; None where
-    all are identical or only their distribution is the same."""
-    differ = [result for result in results if result.match is not None and not result.match.identical]
-    if not differ:
-        return None
-    places = [float(result.match.first_divergence or 0) for result in differ if result.match is not None]
-    gaps = [result.gap for result in differ if result.gap is not None]
-    return {
-        "count": len(differ),
-        "share": len(differ) / len(results),
-        "first_p50": metrics.percentile(places, 50),
-        "gap_p50": metrics.percentile(gaps, 50),
-        "gap_max": max(gaps, default=math.nan),
-        "first": [
-            {"id": result.id, "turn": result.turn, "at": result.match.first_divergence, "gap": result.gap,
-             "tie": result.match.tie}
-            for result in differ[:N_DIVERGENCES] if result.match is not None
-        ],
-    }  # fmt: skip
 
 
 def _seconds(results: Sequence[Result]) -> dict[str, float]:

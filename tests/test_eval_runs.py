@@ -151,6 +151,14 @@ def test_a_run_goes_on_only_as_what_it_was(
     assert len(said(tmp_path / "out")) == 6
 
 
+def test_plain_decoding_beside_itself_is_the_same_work(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    assert evaluate("--method", "plain", "--policies", "fixed", "--limit", "3") == 0
+    methods = summary_of(tmp_path / "out")["methods"]
+    assert list(methods) == ["plain", "plain_again", "eagle"]
+    again = methods["plain_again"]["overall"]
+    assert (again["mat"], again["exact_match"], again["skip_rate"]) == (1.0, 1.0, 1.0)
+
+
 def test_own_histories_are_plain_decoding_s_where_nothing_differs(evaluate: Callable[..., int], tmp_path: Path) -> None:
     assert evaluate("--history", "self") == 0
     own = said(tmp_path / "out")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from eval.bench import Result
-from eval.summary import claims, figures, summarise
+from eval.claims import claims
+from eval.summary import figures, summarise
 from mmspec import metrics
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
