@@ -65,7 +65,7 @@ def claims(
     by_name = {name: [result for result in results if result.method == name] for name in names}
 
     def family(pairs: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for label, slow, fast in pairs:
             units = Units.of(by_name[fast], by_name[slow], batch_size)
             given = units.plain_s, units.mine_s, units.clusters
