@@ -20,6 +20,7 @@ from eval.rows import ROUND, SCHEMA
 from mmspec.checkpoint import DraftTree
 from tests import tiny
 from tests.test_eval import records_in, rows_of, write_records
+from train.world import free_port
 
 Key = tuple[int, float, str, int, str]
 
@@ -183,6 +184,37 @@ def test_the_device_counters_are_null_where_there_are_none_and_read_where_there_
     meter.start()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("7\n")
     assert meter.stop() == (None, None), "the counter began anew"
+
+
+SHARING = """
+from eval.ranks import join, leave
+from mmspec.types import InputError
+ranks = join()
+order = ranks.in_turn(lambda: (print(f"turn of {ranks.rank}", flush=True), ranks.rank)[1])
+assert order == ranks.rank
+assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
+def work():
+    if ranks.rank == 1:
+        raise InputError("one of us failed")
+try:
+    ranks.agree(work)
+except InputError as error:
+    print(f"{ranks.rank}: {error}", flush=True)
+leave(ranks)
+"""
+
+
+def test_two_processes_take_turns_and_an_error_of_one_is_everyone_s() -> None:
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARING], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert said == [[f"turn of {rank}", f"{rank}: one of us failed"] for rank in range(2)]
 
 
 def _stored_target(folder: Path) -> Path:
