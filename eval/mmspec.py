@@ -30,7 +30,7 @@ from eval.cells import Decoded, Work, cells, decode
 from eval.lineup import Head, check_frozen, choose_heads, choose_methods, file_hash
 from eval.options import ALL, PROGRAM, build_parser, check_arguments
 from eval.ranks import Ranks, join, leave, own_device
-from eval.references import load_references
+from eval.references import References, load_references
 from eval.rows import Cell, Rows, from_row, merge
 from eval.samples import collect
 from eval.summary import (
@@ -119,13 +119,10 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     results = gather_rows(out, ranks, decoded, records)
     if not any(results.values()):
         raise InputError(f"no usable record in {args.data}: all were quarantined, see {listed}")
-    swept = []
-    for place, one in enumerate(decoded):
-        batch, temperature = one.cell
-        summary = summarise(results[one.cell], one.names, one.names[-1], batch, args.seed, references)
-        idle = others([seen[place] for seen in busy])
-        contention = {"other_cores": idle, "unreliable": unreliable(idle, torch.get_num_threads() * ranks.size)}
-        swept.append({"batch_size": batch, "temperature": temperature, **summary, "contention": contention})
+    swept = [
+        cell_summary(one, results[one.cell], args, ranks, references, [seen[place] for seen in busy])
+        for place, one in enumerate(decoded)
+    ]
     first = {key: value for key, value in swept[0].items() if key not in ("batch_size", "temperature")}
     whole = {
         **first,
@@ -142,6 +139,22 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     write_results(out, clean(whole), shown, collect(target, records, shown, whole["primary"]))
     announce(whole, out, console)
     return whole
+
+
+def cell_summary(
+    one: Decoded,
+    results: Sequence[Result],
+    args: argparse.Namespace,
+    ranks: Ranks,
+    references: References | None,
+    busy: Sequence[tuple[float, float] | None],
+) -> dict[str, Any]:
+    """The entry of a cell under `cells`; `busy` is of each process, see `Contention.busy`."""
+    batch, temperature = one.cell
+    summary = summarise(results, one.names, one.names[-1], batch, args.seed, references)
+    idle = others(busy)
+    contention = {"other_cores": idle, "unreliable": unreliable(idle, torch.get_num_threads() * ranks.size)}
+    return {"batch_size": batch, "temperature": temperature, **summary, "contention": contention}
 
 
 def begin(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
