@@ -6,18 +6,19 @@ reversed from group to group (ABBA), so that a drift of the machine's speed fall
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from eval.tasks import Dialogues, Task
+from eval.meters import Meter
+from eval.tasks import PLAIN, Dialogues, Task
 from mmspec import metrics
 from mmspec.loop import all_complete, generate
 from mmspec.types import Drafter, Output, Policy, Request, StepTrace, Target, Verifier
 
-PLAIN = "plain"
 N_WARMUP = 3
 PHASES = ("draft_s", "verify_s", "commit_s", "control_s")
 
@@ -27,13 +28,13 @@ class Method:
     """A drafter with the policy that steers it, under the name it is reported by.
 
     Args:
-        seconds: where the loop's seconds went, summed over the timed groups.
+        facts: of the drafter, for each of its results: what it is, its weights' hash and number.
     """
 
     name: str
     drafter: Drafter
     policy: Policy
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Result:
     """One request decoded by one method.
 
     Args:
-        id, topic, image: of the record; `image` is the path as text, or the id for a text-only record.
+        id, topic, image: of the record; `image` is its file's name, or the id for a text-only record.
         turn: 1-based.
         method: name.
         output: what the loop returned.
@@ -50,6 +51,11 @@ class Result:
         group_s: seconds of the whole group by this method.
         match: against plain decoding; None where only the distribution is the same.
         prompt_tokens, visual_tokens: length of the prompt and image placeholders in it.
+        category: of the record.
+        steps: per round its planned depth, and the microseconds of drafting, verification and commit, of its batch.
+        phases_s: where the seconds of the loop went, of the whole group.
+        energy_j, peak_bytes: of the whole group, where the device tells.
+        gap: top-2 gap of plain decoding at the first divergence, where there is one.
     """
 
     id: str
@@ -64,29 +70,23 @@ class Result:
     match: metrics.Match | None
     prompt_tokens: int
     visual_tokens: int
+    category: str = ""
+    steps: Sequence[tuple[int, ...]] = ()
+    phases_s: Mapping[str, float] = field(default_factory=dict)
+    energy_j: float | None = None
+    peak_bytes: int | None = None
+    gap: float | None = None
 
-    def row(self) -> dict[str, Any]:
-        """The line of `requests.jsonl`."""
-        output = self.output
-        return {
-            "id": self.id,
-            "topic": self.topic,
-            "turn": self.turn,
-            "method": self.method,
-            "prompt_tokens": self.prompt_tokens,
-            "visual_tokens": self.visual_tokens,
-            "output_ids": output.tokens,
-            "text": self.text,
-            "finish_reason": output.finish_reason,
-            "ttft_s": output.ttft_s,
-            "latency_s": output.latency_s,
-            "group": self.group,
-            "group_s": self.group_s,
-            "rounds": [list(round) for round in output.rounds],
-            "identical": self.match.identical if self.match else None,
-            "tie": self.match.tie if self.match else None,
-            "first_divergence": self.match.first_divergence if self.match else None,
-        }
+
+@dataclass(frozen=True)
+class _Timed:
+    """One group decoded by one method."""
+
+    outputs: list[Output]
+    group_s: float
+    traces: list[StepTrace]
+    energy_j: float | None
+    peak_bytes: int | None
 
 
 @dataclass
@@ -101,6 +101,9 @@ class Bench:
         tie_gap: see `metrics.compare`.
         verifier: of all methods; None is the one that gives plain decoding's text, and any other one is taken to be
             lossless in distribution only.
+        first, stride: numbers of the groups are `first`, `first + stride`, ...: of one process among several.
+        frozen: every group starts from the policies as they were made, so that what was decoded before changes neither
+            plans nor rounds.
     """
 
     target: Target
@@ -109,6 +112,9 @@ class Bench:
     batch_size: int
     tie_gap: float = metrics.TIE_GAP
     verifier: Verifier | None = None
+    first: int = 0
+    stride: int = 1
+    frozen: bool = False
     n_groups: int = field(default=0, init=False)
 
     def warm_up(self, tasks: Sequence[Task]) -> None:
@@ -127,72 +133,97 @@ class Bench:
         self,
         dialogues: Dialogues,
         on_group: Callable[[list[Result]], None],
+        recall: Callable[[int, Sequence[Task]], list[Result] | None] = lambda number, group: None,
     ) -> None:
         """Decode all groups by all methods.
 
         Args:
-            dialogues: makes the groups and takes plain decoding's answers.
+            dialogues: makes the groups and takes the answers.
             on_group: told of each finished group, its results ordered by method, then request.
+            recall: what is known of a group by its number, or None: then it is decoded.
         """
+        self.meter = Meter(self.target.device)
         for group in dialogues.groups(self.batch_size):
-            order = self.methods if self.n_groups % 2 == 0 else self.methods[::-1]
-            timed = {method.name: self._timed(method, [task.request for task in group]) for method in order}
-            texts = [self.target.decode(output.tokens).strip() for output in timed[PLAIN][0]]
-            for task, text in zip(group, texts):
-                dialogues.answer(task, text)
-            on_group(self._results(group, timed))
+            number = self.first + self.stride * self.n_groups
+            results = recall(number, group)
+            if results is None:
+                order = self.methods if self.n_groups % 2 == 0 else self.methods[::-1]
+                timed = {method.name: self._timed(method, group) for method in order}
+                results = self._results(number, group, timed)
+            for place, result in enumerate(results):
+                dialogues.answer(group[place % len(group)], result.text, result.method)
+            on_group(results)
             self.n_groups += 1
 
-    def _results(self, group: Sequence[Task], timed: dict[str, tuple[list[Output], float]]) -> list[Result]:
+    def _results(self, number: int, group: Sequence[Task], timed: Mapping[str, _Timed]) -> list[Result]:
         """Pair every output with plain decoding's."""
-        reference = timed[PLAIN][0]
+        reference = timed[PLAIN].outputs
         differs = self.verifier is None and any(
             metrics.first_divergence(output.tokens, plain.tokens) is not None
-            for outputs, _ in timed.values()
-            for output, plain in zip(outputs, reference)
+            for one in timed.values()
+            for output, plain in zip(one.outputs, reference)
         )
         # Gaps cost plain decoding time at every token, so they are fetched in a second, untimed pass, if ever.
         gaps = self._gaps(group, reference) if differs else [[] for _ in group]
         results = []
-        for name, (outputs, group_s) in timed.items():
-            for task, output, plain, gap in zip(group, outputs, reference, gaps):
-                record, prompt = task.record, task.request.prompt
+        for method in self.methods:
+            one = timed[method.name]
+            phases_s = {phase: sum(getattr(trace, phase) for trace in one.traces) for phase in PHASES}
+            steps = _steps(one.outputs, one.traces)
+            for place, (task, output, plain) in enumerate(zip(group, one.outputs, reference)):
+                record, prompt = task.record, task.asked(method.name).prompt
+                match = self._match(task, method.name, output, plain, gaps[place])
+                at = match.first_divergence if match else None
                 results.append(
                     Result(
                         id=record.id,
                         topic=record.topic,
-                        image=str(record.image or record.id),
+                        image=record.image.name if record.image else record.id,
                         turn=task.turn,
-                        method=name,
+                        method=method.name,
                         output=output,
                         text=self.target.decode(output.tokens).strip(),
-                        group=self.n_groups,
-                        group_s=group_s,
-                        match=metrics.compare(output.tokens, plain.tokens, gap, self.tie_gap)
-                        if self.verifier is None or name == PLAIN
-                        else None,
+                        group=number,
+                        group_s=one.group_s,
+                        match=match,
                         prompt_tokens=len(prompt),
                         visual_tokens=int(prompt.visual.sum()),
+                        category=record.category,
+                        steps=steps[place],
+                        phases_s=phases_s,
+                        energy_j=one.energy_j,
+                        peak_bytes=one.peak_bytes,
+                        gap=gaps[place][at] if at is not None and at < len(gaps[place]) else None,
                     )
                 )
-        place = {method.name: number for number, method in enumerate(self.methods)}
-        return sorted(results, key=lambda result: place[result.method])
+        return results
+
+    def _match(
+        self, task: Task, name: str, output: Output, plain: Output, gaps: Sequence[float]
+    ) -> metrics.Match | None:
+        """How an output compares with plain decoding's; None where only the distribution is the same."""
+        if self.verifier is not None and name != PLAIN:
+            return None
+        match = metrics.compare(output.tokens, plain.tokens, gaps, self.tie_gap)
+        # Behind an answer of its own that differed, a method answers another prompt: what counts is the first answer.
+        return metrics.Match(match.first_divergence, not match.identical) if name in task.own else match
 
     def _gaps(self, group: Sequence[Task], reference: Sequence[Output]) -> list[list[float]]:
         """Top-2 gaps of plain decoding, [] for a row that did not repeat itself (then nothing can be called a tie)."""
         again = self._decode(self.methods[0], [task.request for task in group], want_gaps=True)
         return [a.gaps if a.tokens == b.tokens else [] for a, b in zip(again, reference)]
 
-    def _timed(self, method: Method, requests: Sequence[Request]) -> tuple[list[Output], float]:
-        """Decode one group. Returns its outputs and its seconds, first prefill to last token."""
+    def _timed(self, method: Method, group: Sequence[Task]) -> _Timed:
+        """Decode one group; its seconds are those from the first prefill to the last token."""
         traces: list[StepTrace] = []
+        requests = [task.asked(method.name) for task in group]
+        self.meter.start()
         start = time.perf_counter()
         outputs = self._decode(method, requests, traces=traces)
         makespan_s = time.perf_counter() - start
-        for phase in PHASES:
-            method.seconds[phase] += sum(getattr(trace, phase) for trace in traces)
         # Alone in its group, a request's own clock is the sharper one: it leaves out the opening of the buffers.
-        return outputs, outputs[0].latency_s if len(outputs) == 1 else makespan_s
+        group_s = outputs[0].latency_s if len(outputs) == 1 else makespan_s
+        return _Timed(outputs, group_s, traces, *self.meter.stop())
 
     def _decode(
         self,
@@ -205,7 +236,7 @@ class Bench:
             self.target,
             list(requests),
             method.drafter,
-            method.policy,
+            _as_made(method.policy) if self.frozen else method.policy,
             self.sampler,
             max_batch=self.batch_size,
             verifier=self.verifier,
@@ -213,3 +244,36 @@ class Bench:
             traces=traces,
         )
         return all_complete(outputs)
+
+
+def _as_made(policy: Policy) -> Policy:
+    """A copy that learns without the original: its numbers, lists and dicts are its own, tables and modules shared."""
+    twin = copy.copy(policy)
+    for name, value in vars(policy).items():
+        if isinstance(value, list | dict):
+            setattr(twin, name, copy.copy(value))
+    return twin
+
+
+def _steps(outputs: Sequence[Output], traces: Sequence[StepTrace]) -> list[list[tuple[int, ...]]]:
+    """Per output and round: planned depth (0 of a skip), microseconds of drafting, verification and commit.
+
+    All requests of a group fit into the batch, and one that ends with its first token makes room for the next: so those
+    that have rounds have the first rows, in order.
+    """
+    steps: list[list[tuple[int, ...]]] = []
+    row = 0
+    for output in outputs:
+        mine = [trace for trace in traces if trace.active[row]] if output.rounds else []
+        steps.append(
+            [
+                (trace.plan.depth if entry[0] == "draft" else 0, *(round(1e6 * s) for s in _seconds(trace)))
+                for trace, entry in zip(mine, output.rounds)
+            ]
+        )
+        row += bool(output.rounds)
+    return steps
+
+
+def _seconds(trace: StepTrace) -> tuple[float, float, float]:
+    return trace.draft_s, trace.verify_s, trace.commit_s

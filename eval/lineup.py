@@ -7,14 +7,19 @@ own, under which its results, its settings and its figures are found.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.bench import PLAIN, Method
+from safetensors import safe_open
+
+from eval.bench import Method
 from eval.options import ALL
+from eval.tasks import PLAIN
 from mmspec import checkpoint as checkpoints
 from mmspec.api import FREE, STATIC, STATIC_TREE, TRAINED, drafter_and_policy, make_drafter, method_and_policy
 from mmspec.checkpoint import Checkpoint, DraftTree
@@ -24,8 +29,12 @@ from mmspec.policy import SkipPolicy
 from mmspec.types import InputError, Sampler, Target
 
 VISKIP = "viskip"
+AGAIN = "plain_again"
+"""Plain decoding beside itself: what the clock alone makes of equal work."""
 STEERED = ("fixed", *STATIC, *(name for name in FREE if name != "fixed"), *TRAINED)
 """What may steer a head, in the order of the table."""
+NO_HEAD: dict[str, Any] = {"drafter_hash": None, "params": 0}
+"""Of a drafter without weights."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,9 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
     if not args.ckpt and not args.method:
         raise InputError("give --ckpt DIR, or --method all for the methods that need no training")
     known = [*method_names(), HYBRID]
-    unknown = [name for name in args.method if name not in (*known, ALL)]
+    unknown = [name for name in args.method if name not in (*known, PLAIN, ALL)]
     if unknown:
-        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, or {ALL}")
+        raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, {PLAIN}, or {ALL}")
     if args.method and args.verifier == "rejection":
         raise InputError("--verifier rejection needs candidates drawn by a head; those of --method are chosen")
     if not args.ckpt:
@@ -67,7 +76,9 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
         raise InputError("--method-settings needs --method")
     if ALL not in args.method:
         return list(dict.fromkeys(args.method))
-    return known if args.ckpt else known[:-1]
+    return [
+        name for name in (PLAIN, *known) if (name != PLAIN or PLAIN in args.method) and (args.ckpt or name != HYBRID)
+    ]
 
 
 def choose_heads(
@@ -141,6 +152,12 @@ def head_names(heads: Sequence[Checkpoint]) -> list[str]:
     return names
 
 
+def check_frozen(args: argparse.Namespace, named: Sequence[str], given: Settings) -> None:
+    """Raises InputError where `--frozen` is asked of a method that keeps what it has seen."""
+    if args.frozen and "recycling" in named and (given.get("recycling") or {}).get("persist"):
+        raise InputError("--frozen: recycling.persist=true shares what was seen between requests; set it to false")
+
+
 def make_methods(
     target: Target,
     heads: Sequence[Head],
@@ -171,29 +188,35 @@ def make_methods(
     Raises:
         InputError: two of them have one name, or see `mmspec.api.method_and_policy`.
     """
-    methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
+    methods = [Method(PLAIN, NullDrafter(), SkipPolicy(), {"drafter": "none"} | NO_HEAD)]
     settings: dict[str, Any] = {PLAIN: {"drafter": "none", "policy": "never draft"}}
     drafters = {head.name: make_drafter(head.checkpoint, target, sampler, widths) for head in heads}
 
-    def add(name: str, drafter: Any, policy: Any, how: dict[str, Any]) -> None:
+    facts = {head.name: _facts(head.checkpoint) for head in heads}
+
+    def add(name: str, drafter: Any, policy: Any, how: dict[str, Any], said: dict[str, Any]) -> None:
         if name in settings:
             raise InputError(f"two of what is compared are called {name}; rename a run folder of --ckpt")
-        methods.append(Method(name, drafter, policy))
+        methods.append(Method(name, drafter, policy, said))
         settings[name] = how
 
     for name in named:
+        if name == PLAIN:
+            add(AGAIN, NullDrafter(), SkipPolicy(), settings[PLAIN], methods[0].facts)
+            continue
         mine = (given or {}).get(name)
         for head in heads if name == HYBRID else [None]:
             label = f"{head.name}_{name}" if head and len(heads) > 1 else name
             table = costs / f"{label}-{batch_size}" if costs else None
             ckpt, drafter = (head.checkpoint, drafters[head.name]) if head else (None, None)
             pair = method_and_policy(name, target, mine, ckpt, drafter, budget, batch_size, table)
-            add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))})
+            said = (facts[head.name] if head else NO_HEAD) | {"drafter": name}
+            add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}, said)
     lone = sum(not set(TRAINED).isdisjoint(head.policies) for head in heads) == 1
     for head in heads:
         for policy in head.policies:
             pair = drafter_and_policy(head.checkpoint, target, policy, batch_size, drafters[head.name], sampler)
-            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]))
+            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]), facts[head.name])
     return methods, settings
 
 
@@ -213,6 +236,20 @@ def _described(ckpt: Checkpoint, policy: str, decides: Any) -> dict[str, Any]:
         return {**how, "policy": "learned" if policy == VISKIP else policy, **asdict(ckpt.tree)}
     tree = STATIC_TREE if policy == "static" else policy
     return {**how, "policy": "fixed", "tree": tree, "depth": decides.max_depth, "budget": decides.max_budget}
+
+
+def _facts(ckpt: Checkpoint) -> dict[str, Any]:
+    """A head in every line of its results: its kind, the hash of its weights, and how many of them there are."""
+    path = ckpt.folder / "head.safetensors"
+    with safe_open(path, "pt") as weights:
+        params = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return {"drafter": ckpt.kind, "drafter_hash": file_hash(path), "params": params}
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _placeless(settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,33 +10,51 @@ spent where it can be known then. (`python eval/mmspec.py` would shadow the pack
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eval import report
-from eval.bench import N_WARMUP, PLAIN, Bench, Result
-from eval.lineup import Head, choose_heads, choose_methods, make_methods
+from eval.bench import Result
+from eval.cells import Decoded, Work, cells, decode
+from eval.lineup import Head, check_frozen, choose_heads, choose_methods, file_hash
 from eval.options import ALL, PROGRAM, build_parser, check_arguments
+from eval.ranks import Ranks, join, leave, own_device
+from eval.references import References, load_references
+from eval.rows import Cell, Rows, from_row, merge
 from eval.samples import collect
-from eval.summary import DEFINITIONS, Contention, clean, hardware, number, summarise, table, unreliable, versions
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from eval.summary import (
+    DEFINITIONS,
+    OF_THE_RUN,
+    clean,
+    hardware,
+    others,
+    show,
+    summarise,
+    unreliable,
+    versions,
+)
+from eval.tasks import MMSPEC_SYSTEM, PLAIN, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
-from mmspec.methods import read_settings
-from mmspec.records import Quarantine
-from mmspec.sampling import KeyedSampler, make_sampler
+from mmspec.methods import read_settings, resolved
+from mmspec.records import Quarantine, Record
 from mmspec.targets import load_target
 from mmspec.types import InputError, Target
-from mmspec.verify import RejectionVerifier
+
+REQUESTS, RUN, METHOD_COSTS = "requests.jsonl", "run.json", "method_costs"
 
 
 def output_folder(path: Path) -> Path:
@@ -51,53 +69,16 @@ def output_folder(path: Path) -> Path:
     return path
 
 
-class Running:
-    """The progress bar: requests done, and the running MAT and speedup of the primary method."""
-
-    def __init__(self, console: Console, total: int, primary: str) -> None:
-        self.primary = primary
-        self.kept = self.rounds = 0
-        self.seconds = {PLAIN: 0.0, primary: 0.0}
-        # Refreshed by hand between groups: a refreshing thread would run on the cores that are being timed.
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,
-        )
-        self.bar = self.progress.add_task("decoding", total=total, figures="")
-
-    def update(self, results: Sequence[Result], total: int, n_quarantined: int) -> None:
-        """Take in one finished group."""
-        mine = [result for result in results if result.method == self.primary]
-        for result in mine:
-            self.kept += len(result.output.tokens) - 1
-            self.rounds += len(result.output.rounds)
-        for name in self.seconds:
-            self.seconds[name] += next(result.group_s for result in results if result.method == name)
-        words = f"MAT {number(ratio(self.kept, self.rounds))}"
-        words += f" speedup {number(ratio(self.seconds[PLAIN], self.seconds[self.primary]))}x"
-        words += f" quarantined {n_quarantined}"
-        self.progress.update(self.bar, advance=len(mine), total=total, figures=words, refresh=True)
-
-
-def ratio(numerator: float, denominator: float) -> float | None:
-    """A ratio for the progress bar, None before there is one."""
-    return numerator / denominator if denominator else None
-
-
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Score a checkpoint and methods, and write all results.
+def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, Any]:
+    """Score checkpoints and methods, and write all results.
 
     Args:
         args: checked options.
         console: for the progress bar and the final table.
+        ranks: this process among those that share the records.
 
     Returns:
-        What was written to `summary.json`.
+        What was written to `summary.json`; {} on any process but the first.
 
     Raises:
         InputError: see the module's invariant.
@@ -105,52 +86,173 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     named = choose_methods(args)
     given = read_settings(args.method_settings) if args.method_settings else {}
     heads = choose_heads(args.ckpt, args.tree, args.policies, args.target, args.dtype)
-    out = output_folder(Path(args.out) if args.out else usual_folder(args, heads, named))
-    quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
-    records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    target = open_target([head.checkpoint for head in heads], args.target, args.dtype, args.device)
-    sampler = make_sampler(
-        args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty, args.no_repeat_ngram
-    )
-    rejects = args.verifier == "rejection"
-    methods, how = make_methods(
-        target,
-        heads,
-        args.batch_size,
-        sampler if rejects or args.share_noise else None,
-        (args.draft_widths or [1]) if rejects else (),
-        named,
-        given,
-        args.method_budget,
-    )
-    primary = methods[-1].name
-    tie_gap = 0.0 if args.dtype == "float64" else metrics.TIE_GAP
-    verifier = RejectionVerifier(sampler) if isinstance(sampler, KeyedSampler) and rejects else None
-    bench = Bench(target, methods, sampler, args.batch_size, tie_gap, verifier)
+    check_frozen(args, named, given)
+    out = ranks.in_turn(lambda: output_folder(Path(args.out) if args.out else usual_folder(args, heads, named)))
+    listed = out / "quarantine.jsonl"
+    quarantine = Quarantine(listed if ranks.first else None, fresh=True)
+    folder = ranks.in_turn(lambda: data_folder(args.data))
+    records = ranks.agree(lambda: load_records(folder, args.limit, quarantine, args.max_bad_share))
+    references = ranks.agree(lambda: load_references(folder))
+    n_read = len(records) + quarantine.count
+    device = own_device(args.device, ranks)
+    target = ranks.agree(lambda: open_target([head.checkpoint for head in heads], args.target, args.dtype, device))
+    pixels = ranks.agree(lambda: limit_pixels(target, args.pixels))
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
-    dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
-    for stale in ("summary.json", "report.html", "requests.jsonl"):
-        (out / stale).unlink(missing_ok=True)
-    contention = Contention()
-    with (out / "requests.jsonl").open("w", encoding="utf-8") as rows:
-        results = decode(bench, dialogues, primary, args.max_bad_share, rows, console)
-    others = contention.cores()
-    if not results:
-        raise InputError(f"no usable record in {args.data}: all were quarantined, see {out / 'quarantine.jsonl'}")
-    summary = summarise(results, [method.name for method in methods], primary, args.batch_size, args.seed)
-    for method in methods:
-        summary["methods"][method.name]["overall"]["seconds"] = dict(method.seconds)
-    summary |= {
-        "quarantined": {"count": quarantine.count, "reasons": quarantine.reasons()},
-        "settings": settings(args, target, system, tie_gap, len(records), how),
-        "contention": {"other_cores": others, "unreliable": unreliable(others, torch.get_num_threads())},
+    said = settings(args, target, system, len(records), pixels)
+    run_id, facts = identify(
+        said, target, heads, {name: resolved(name, given.get(name)) for name in named if name != PLAIN}, records, ranks
+    )
+    ranks.in_turn(lambda: begin(out, facts, args.resume) if ranks.first else None)
+    own = out / (f"requests.{ranks.rank}.jsonl" if ranks.size > 1 else REQUESTS)
+    rows = ranks.agree(lambda: Rows(own, [out / REQUESTS] if ranks.size > 1 else [], run_id, args.resume))
+    if not ranks.first:
+        quarantine = Quarantine(listed)
+    work = Work(
+        args, ranks, target, heads, named, given, ranks.mine(records), n_read, system, quarantine, rows,
+        row_facts(run_id, target, args), out / METHOD_COSTS, console,
+    )  # fmt: skip
+    decoded = [ranks.agree(partial(decode, work, cell)) for cell in cells(args)]
+    busy = ranks.gather([one.busy for one in decoded])
+    reasons = sum(map(Counter, ranks.gather(quarantine.reasons())), Counter[str]())
+    if not ranks.first:
+        return {}
+    results = gather_rows(out, ranks, decoded, records)
+    if not any(results.values()):
+        raise InputError(f"no usable record in {args.data}: all were quarantined, see {listed}")
+    swept = [
+        cell_summary(one, results[one.cell], args, ranks, references, [seen[place] for seen in busy])
+        for place, one in enumerate(decoded)
+    ]
+    first = {key: value for key, value in swept[0].items() if key not in ("batch_size", "temperature")}
+    whole = {
+        **first,
+        "run_id": run_id,
+        "valid": all(cell["valid"] for cell in swept),
+        "quarantined": {"count": reasons.total(), "reasons": dict(reasons.most_common())},
+        "settings": said | {"tie_gap": metrics.TIE_GAPS[args.dtype], "methods": decoded[0].how},
         "versions": versions(),
         "hardware": hardware(target.device),
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | OF_THE_RUN,
+        "cells": swept,
     }
-    write_results(out, clean(summary), collect(target, records, results, primary))
-    announce(summary, out, console)
-    return summary
+    shown = results[decoded[0].cell]
+    write_results(out, clean(whole), shown, collect(target, records, shown, whole["primary"]))
+    announce(whole, out, console)
+    return whole
+
+
+def cell_summary(
+    one: Decoded,
+    results: Sequence[Result],
+    args: argparse.Namespace,
+    ranks: Ranks,
+    references: References | None,
+    busy: Sequence[tuple[float, float] | None],
+) -> dict[str, Any]:
+    """The entry of a cell under `cells`; `busy` is of each process, see `Contention.busy`."""
+    batch, temperature = one.cell
+    summary = summarise(results, one.names, one.names[-1], batch, args.seed, references)
+    idle = others(busy)
+    contention = {"other_cores": idle, "unreliable": unreliable(idle, torch.get_num_threads() * ranks.size)}
+    return {"batch_size": batch, "temperature": temperature, **summary, "contention": contention}
+
+
+def begin(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
+    """Makes the folder ready: for a new run what an earlier one left goes, for one that goes on it must be the same.
+
+    Raises:
+        InputError: `--resume`, and what is there was made with other settings.
+    """
+    path = out / RUN
+    if resume and path.is_file():
+        before, now = (_flat(value) for value in (json.loads(path.read_text(encoding="utf-8")), facts))
+        for key in dict.fromkeys((*now, *before)):
+            if before.get(key) != now.get(key) and key != "run_id":
+                raise InputError(
+                    f"--resume: {out} was begun with another {key} ({_short(before.get(key))}, now "
+                    f"{_short(now.get(key))}); leave out --resume to start anew, or give another --out"
+                )
+        return
+    for stale in (out / "summary.json", out / "report.html", path, *out.glob("requests*.jsonl")):
+        stale.unlink(missing_ok=True)
+    shutil.rmtree(out / METHOD_COSTS, ignore_errors=True)
+    checkpoints.write_json(path, facts)
+
+
+def _flat(value: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Entries of nested mappings by their dotted names, as JSON has them."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{within}{key}"
+        found |= _flat(item, f"{name}.") if isinstance(item, Mapping) else {name: json.loads(json.dumps(item))}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def gather_rows(
+    out: Path, ranks: Ranks, decoded: Sequence[Decoded], records: Sequence[Record]
+) -> dict[Cell, list[Result]]:
+    """Everyone's lines in one file, in the order of cells, records, turns and methods; and the results by cell."""
+    paths = [out / REQUESTS]
+    if ranks.size > 1:
+        paths += [out / f"requests.{rank}.jsonl" for rank in range(ranks.size)]
+    place = {record.id: number for number, record in enumerate(records)}
+    order = {one.cell: number for number, one in enumerate(decoded)}
+    names = {name: number for number, name in enumerate(decoded[0].names)}
+
+    def key(row: Mapping[str, Any]) -> tuple[int, int, int, int]:
+        return order[row["batch"], row["temperature"]], place[row["id"]], row["turn"], names[row["method"]]
+
+    found: dict[Cell, list[Result]] = {one.cell: [] for one in decoded}
+    for row in merge(paths, out / REQUESTS, key):
+        found[row["batch"], row["temperature"]].append(from_row(row))
+    return found
+
+
+def identify(
+    said: Mapping[str, Any], target: Target, heads: Sequence[Head], methods: Mapping[str, Any],
+    records: Sequence[Record], ranks: Ranks,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """What makes a run this run: its id, and all that a run which goes on must have in common with it."""
+    asked = hashlib.sha256(json.dumps([(record.id, record.topic, record.turns) for record in records]).encode())
+    facts = {
+        "settings": dict(said),
+        "heads": {
+            head.name: {
+                "weights": file_hash(head.checkpoint.folder / "head.safetensors"),
+                "tree": asdict(head.checkpoint.tree),
+                "policies": list(head.policies),
+            }
+            for head in heads
+        },
+        "methods": dict(methods),
+        "records": asked.hexdigest()[:16],
+        "processes": ranks.size,
+        "hardware": hardware(target.device),
+        "versions": versions(),
+        "git": checkpoints.git_commit(),
+    }
+    run_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return run_id, {"run_id": run_id, **facts}
+
+
+def row_facts(run_id: str, target: Target, args: argparse.Namespace) -> dict[str, Any]:
+    """What every line says of the run."""
+    machine = hardware(target.device)
+    return {
+        "run_id": run_id,
+        "git": checkpoints.git_commit(),
+        "hw": machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads",
+        "sw": ", ".join(f"{name} {number}" for name, number in versions().items() if number),
+        "target": placeless(target.name),
+        "dtype": args.dtype,
+        "attn": "sdpa",
+        "seed": args.seed,
+    }
 
 
 def usual_folder(args: argparse.Namespace, heads: Sequence[Head], named: Sequence[str]) -> Path:
@@ -178,10 +280,13 @@ def open_target(loaded: Sequence[Checkpoint], name: str | None, dtype: str, devi
 
 
 def announce(summary: dict[str, Any], out: Path, console: Console) -> None:
-    """The end of the run on the terminal: table, warnings, and where the report is."""
-    console.print(table(summary))
-    if summary["contention"]["unreliable"]:
-        words = f"other processes used {summary['contention']['other_cores']:.1f} cores meanwhile: times are unreliable"
+    """The end of the run on the terminal: tables, warnings, and where the report is."""
+    show(summary, console)
+    if not summary["valid"]:
+        words = "INVALID: answers differ from plain decoding's, and not at a tie; see divergences in summary.json"
+        console.print(words, style="bold red", soft_wrap=True)
+    if busy := [cell["contention"]["other_cores"] for cell in summary["cells"] if cell["contention"]["unreliable"]]:
+        words = f"other processes used {max(busy):.1f} cores meanwhile: times are unreliable"
         console.print(words, style="red", soft_wrap=True)
     if summary["quarantined"]["count"]:
         words = f"quarantined: {summary['quarantined']['count']}, listed in {out / 'quarantine.jsonl'}"
@@ -189,46 +294,21 @@ def announce(summary: dict[str, Any], out: Path, console: Console) -> None:
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 
 
-def decode(
-    bench: Bench, dialogues: Dialogues, primary: str, max_bad_share: float, rows: TextIO, console: Console
-) -> list[Result]:
-    """Warm up, then decode everything, writing each group's rows as soon as it is done.
-
-    Raises:
-        InputError: more than `max_bad_share` of the records turned out unusable.
-    """
-    results: list[Result] = []
-    n_read = len(dialogues.records) + dialogues.quarantine.count
-    bench.warm_up(dialogues.warmup(max(N_WARMUP, min(bench.batch_size, 8))))
-    running = Running(console, dialogues.n_turns, primary)
-
-    def on_group(group: list[Result]) -> None:
-        results.extend(group)
-        for result in group:
-            rows.write(json.dumps(clean(result.row()), ensure_ascii=False) + "\n")
-        rows.flush()
-        dialogues.quarantine.check(n_read, max_bad_share)
-        running.update(group, dialogues.n_turns, dialogues.quarantine.count)
-
-    with running.progress:
-        bench.run(dialogues, on_group)
-    dialogues.quarantine.check(n_read, max_bad_share)
-    return results
-
-
 def settings(
-    args: argparse.Namespace, target: Target, system: str, tie_gap: float, n_records: int, how: dict[str, Any]
+    args: argparse.Namespace, target: Target, system: str, n_records: int, pixels: tuple[int, int] | None
 ) -> dict[str, Any]:
     """Everything that could change a figure, without this machine's folder names."""
     return {
         "checkpoint": " ".join(dict.fromkeys(Path(folder).resolve().name for folder in args.ckpt)) or None,
-        "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
-        "target": Path(target.name).name if Path(target.name).is_absolute() else target.name,
+        "data": args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name,
+        "target": placeless(target.name),
         "fingerprint": target.fingerprint,
         "dtype": args.dtype,
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size[0],
+        "batch_sizes": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
+        "temperature": args.temperature[0],
+        "temperatures": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
         "repetition_penalty": args.repetition_penalty,
@@ -236,36 +316,45 @@ def settings(
         "verifier": args.verifier,
         "draft_widths": args.draft_widths,
         "share_noise": args.share_noise,
+        "method_budget": args.method_budget,
+        "frozen": args.frozen,
         "seed": args.seed,
         "limit": args.limit,
         "n_records": n_records,
         "system": system,
-        "history": "plain decoding's answers",
+        "pixels": None if pixels is None else list(pixels),
+        "history": "plain decoding's answers" if args.history == "fixed" else "each method's own answers",
         "order": "alternating (ABBA)",
-        "tie_gap": tie_gap,
-        "methods": how,
     }
 
 
-def write_results(out: Path, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+def placeless(name: str) -> str:
+    """A target's name without this machine's folder names."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def write_results(out: Path, summary: dict[str, Any], results: Sequence[Result], samples: list[dict[str, Any]]) -> None:
     """Write `summary.json` and `report.html`, each whole or not at all."""
-    rows = [json.loads(line) for line in (out / "requests.jsonl").read_text(encoding="utf-8").splitlines()]
     checkpoints.write_json(out / "summary.json", summary)
-    report.write(out / "report.html", summary, rows, samples)
+    report.write(out / "report.html", summary, results, samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     args = build_parser().parse_args(argv)
+    ranks = join()
     try:
         check_arguments(args)
-        run(args, Console())
+        run(args, Console(quiet=not ranks.first), ranks)
     except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if ranks.first:
+            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; what was decoded is in requests.jsonl", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
+    finally:
+        leave(ranks)
     return 0
 
 

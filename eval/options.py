@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from eval.tasks import HISTORIES
 from mmspec.api import FREE, METHOD_POLICIES, STATIC, TRAINED, find_device
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
@@ -23,6 +24,12 @@ examples
     python -m eval.mmspec --ckpt runs/viskip_tiny --data synth:test
   MMSpec's own records (a folder with mmspec.jsonl and images/), 4 at a time, 64 tokens each:
     python -m eval.mmspec --ckpt runs/viskip_tiny --data data/mmspec/testmini --batch-size 4 --max-new-tokens 64
+  a sweep: every batch size with every temperature, each with a baseline of its own:
+    python -m eval.mmspec --ckpt runs/viskip_tiny --batch-size 1 4 --temperature 0 1
+  interrupted? the same command goes on, to the same answers:
+    python -m eval.mmspec --ckpt runs/viskip_tiny --data synth:test --resume
+  several GPUs share the records:
+    torchrun --nproc_per_node 8 -m eval.mmspec --ckpt runs/viskip_llava7b --data data/mmspec/test
   sampling: the text equals plain decoding's token for token at the same seed:
     python -m eval.mmspec --ckpt runs/viskip_tiny --temperature 1.0 --seed 7
   methods that need no training, on the embedded target or on any other one:
@@ -44,11 +51,13 @@ what is compared
   The figures at the top of summary.json and of the report are those of the last one in the table: of the last
   checkpoint's where there is one, else of the last one after --method.
   Every method decodes the same prompts, one directly after another in alternating order. Later turns of a
-  conversation see plain decoding's earlier answers, so no method is measured on prompts of its own.
+  conversation see plain decoding's earlier answers, so no method is measured on prompts of its own (--history).
 
 what is written to --out
-  summary.json      figures overall and by topic, with their definitions, the settings, versions and hardware
+  summary.json      figures overall and by topic, with their definitions, the settings, versions and hardware; the
+                    first cell of a sweep at the top, all of them under cells
   requests.jsonl    one line per request and method: tokens, times, every round
+  run.json          what a run that goes on must have in common with this one; method_costs/: what it measured
   report.html       the same to look at; one file, no network
   quarantine.jsonl  records that could not be used, with the reason; only when there are any
 """
@@ -76,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(method_names())}, hybrid, or all (hybrid only with --ckpt)",
+        help=f"{', '.join(method_names())}, hybrid, all (hybrid only with --ckpt), or plain: once more, for what the "
+        "clock alone makes of equal work",
     )
     add(
         "--method-budget",
@@ -94,15 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         default="synth:testmini",
         metavar="DATA",
-        help="synth:testmini (60 records, default), synth:test (600), synth:val (200), or a folder in MMSpec's layout",
+        help="synth:testmini (60 records, default), synth:test (600), synth:val (200), a folder in MMSpec's layout, "
+        "or hub:ORG/NAME, a dataset in that layout",
     )
     add("--out", metavar="DIR", help="where the results go (default: CKPT/eval, or runs/eval-NAMES)")
     add("--target", metavar="NAME", help=f"to decode with (default: the checkpoint's, without one {EMBEDDED})")
     add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
+    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="requests decoded together (default: 1)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
     add(
@@ -158,6 +169,27 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"system text (default: MMSpec's own, none for {EMBEDDED}, which never saw one)",
     )
     add(
+        "--history",
+        choices=HISTORIES,
+        default="fixed",
+        help="what later turns of a conversation see: plain decoding's answers (fixed, default), so that all decode "
+        "the same prompts, or each method's own (self)",
+    )
+    add(
+        "--pixels",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="least and most pixels of an image, for targets of any size (default: MMSpec's for Qwen2.5-VL, else the "
+        "target's own)",
+    )
+    add("--resume", action="store_true", help="go on with what the same command left in --out when it was interrupted")
+    add(
+        "--frozen",
+        action="store_true",
+        help="policies forget after each group of requests, so that rounds too are those of any other order",
+    )
+    add(
         "--max-bad-share",
         type=float,
         default=0.05,
@@ -170,8 +202,10 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises InputError, naming the option, its value and what is allowed."""
     at_least(args, batch_size=1, max_new_tokens=1, limit=1, top_k=0, no_repeat_ngram=0, seed=0)
-    if not (math.isfinite(args.temperature) and args.temperature >= 0):
-        raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
+    args.batch_size, args.temperature = list(dict.fromkeys(args.batch_size)), list(dict.fromkeys(args.temperature))
+    for temperature in args.temperature:
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
@@ -181,14 +215,16 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--tree needs --ckpt and numbers of at least 1, got {' '.join(map(str, tree))}")
     if len(args.tree) not in (0, 1, len(args.ckpt)):
         raise InputError(f"--tree is given once, or once for each --ckpt; got {len(args.tree)} for {len(args.ckpt)}")
-    if args.verifier == "rejection" and args.temperature == 0:
+    if args.verifier == "rejection" and 0 in args.temperature:
         raise InputError("--verifier rejection needs a --temperature above 0: greedy decoding has nothing to reject")
-    if args.share_noise and (args.temperature == 0 or args.verifier == "rejection"):
+    if args.share_noise and (0 in args.temperature or args.verifier == "rejection"):
         raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
     if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
         raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
     if args.verifier == "rejection" and (chosen := sorted(set(STATIC) & set(args.policies or ()))):
         raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {chosen[0]} are chosen")
+    if args.pixels and not 0 < args.pixels[0] <= args.pixels[1]:
+        raise InputError(f"--pixels must be above 0 and in order, got {args.pixels[0]} {args.pixels[1]}")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     args.device = find_device(args.device)

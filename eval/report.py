@@ -12,10 +12,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.bench import Result
 from eval.plots import Series, line_chart, ticks
 from eval.summary import interval, number
+from eval.tasks import PLAIN
 
-PLAIN = "plain"
 TEMPLATE = "report.html.j2"
 N_COLOURS = 9
 """Classes m0, m1, ... of the template."""
@@ -32,22 +33,22 @@ PHASES = (
 
 
 def write(
-    path: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+    path: Path, summary: Mapping[str, Any], results: Sequence[Result], samples: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write the report, whole or not at all.
 
     Args:
         path: the file.
         summary: what is in `summary.json`.
-        rows: the lines of `requests.jsonl`.
+        results: of the requests.
         samples: see `eval.samples.collect`.
     """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(summary, rows, samples), encoding="utf-8")
+    temporary.write_text(render(summary, results, samples), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> str:
+def render(summary: Mapping[str, Any], results: Sequence[Result], samples: Sequence[Mapping[str, Any]]) -> str:
     """The page as text; arguments as for `write`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -73,7 +74,7 @@ def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sample
         speedups=bars(summary, drafting, "speedup", "speedup_lo", "speedup_hi"),
         mats=bars(summary, drafting, "mat"),
         depth_chart=depth_chart(methods, drafting, colours),
-        latency_chart=latency_chart(rows, list(methods), colours),
+        latency_chart=latency_chart(results, list(methods), colours),
         split=time_split(methods),
         samples=samples,
     )
@@ -140,11 +141,11 @@ def depth_chart(methods: Mapping[str, Any], names: Sequence[str], colours: Mappi
     return line_chart(lines, "draft depth k", "share of drafting rounds", depths, shares)
 
 
-def latency_chart(rows: Sequence[Mapping[str, Any]], names: Sequence[str], colours: Mapping[str, str]) -> str:
+def latency_chart(results: Sequence[Result], names: Sequence[str], colours: Mapping[str, str]) -> str:
     """Share of requests done within t seconds, by t and method."""
     lines = []
     for name in names:
-        seconds = sorted(row["latency_s"] for row in rows if row["method"] == name)
+        seconds = sorted(result.output.latency_s for result in results if result.method == name)
         points = [(0.0, 0.0)] + [(second, (n + 1) / len(seconds)) for n, second in enumerate(seconds)]
         lines.append(Series(name, colours[name], points, steps=True))
     longest = max((line.points[-1][0] for line in lines), default=1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eval.summary import table
+from eval.summary import show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = Path(arguments[0])
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        Console().print(table(summary))
+        show(summary, Console())
     except (OSError, ValueError, KeyError) as error:
         print(f"eval.show: error: {path} is no summary of eval.mmspec: {type(error).__name__}", file=sys.stderr)
         return 2

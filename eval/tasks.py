@@ -1,14 +1,15 @@
 """From a data folder to the groups of requests that every method decodes.
 
 Invariant: the prompt of a request depends on the records, the target and plain decoding's answers only, never on the
-method that is being measured. Later turns of a conversation therefore come after their earlier turns were decoded.
+method that is being measured (unless histories are asked to be each method's own). Later turns of a conversation
+therefore come after their earlier turns were decoded.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ MMSPEC_SYSTEM = (
 )
 """The system text of MMSpec's own runs, the same for all its targets."""
 
+PLAIN = "plain"
+HISTORIES = ("fixed", "self")
+"""What later turns of a conversation see: plain decoding's answers, or each method's own."""
+
+MMSPEC_PIXELS = {"qwen2_5_vl": (256 * 28 * 28, 1280 * 28 * 28)}
+"""Least and most pixels in MMSpec's own runs, by target family; LLaVA's are its processor's."""
+
 SYNTH_SPLITS = ("testmini", "test", "val")
 
 
@@ -32,19 +40,27 @@ class Task:
         record: where it comes from.
         turn: 1-based.
         request: its encoded prompt; `request.key` follows from id and turn, so that noise depends on neither order.
+        own: requests of the methods whose own earlier answers differ from plain decoding's, where these are asked for.
     """
 
     record: Record
     turn: int
     request: Request
+    own: Mapping[str, Request] = field(default_factory=dict)
+
+    def asked(self, method: str) -> Request:
+        """What a method is asked."""
+        return self.own.get(method, self.request)
 
 
 def data_folder(data: str) -> Path:
-    """The folder behind `--data`: a synthetic split is made when first asked for.
+    """The folder behind `--data`: a synthetic split is made, a dataset of the Hub fetched when first asked for.
 
     Raises:
-        InputError: an unknown synthetic split.
+        InputError: an unknown synthetic split; a dataset that is neither there nor stored.
     """
+    if data.startswith("hub:"):
+        return _from_hub(data.removeprefix("hub:"))
     if not data.startswith("synth:"):
         return Path(data)
     split = data.removeprefix("synth:")
@@ -54,6 +70,42 @@ def data_folder(data: str) -> Path:
     from mmspec import synth
 
     return Path(synth.materialise(split))
+
+
+def _from_hub(name: str) -> Path:
+    """A dataset repository, or a folder in it: ORG/NAME or ORG/NAME/FOLDER."""
+    # Only here: what is local must not pay for the import.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    org, _, rest = name.partition("/")
+    repository, _, inner = rest.partition("/")
+    try:
+        within = [f"{inner}/**"] if inner else None
+        folder = snapshot_download(f"{org}/{repository}", repo_type="dataset", allow_patterns=within)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"--data hub:{name} cannot be fetched ({reason}); use hub:ORG/NAME, or a local folder"
+        ) from None
+    return Path(folder) / inner
+
+
+def limit_pixels(target: Target, wanted: Sequence[int] | None) -> tuple[int, int] | None:
+    """Bounds a target's images as asked, or as MMSpec does for its family; returns the bounds, None for its own.
+
+    Raises:
+        InputError: bounds are asked for, and the target has one size.
+    """
+    family = type(target).__module__.rpartition(".")[2]
+    limits = (wanted[0], wanted[1]) if wanted else MMSPEC_PIXELS.get(family)
+    if limits is not None:
+        bounded: Any = target
+        try:
+            bounded.limit_pixels(*limits)
+        except ValueError as error:
+            raise InputError(f"--pixels: {error}") from None
+    return limits
 
 
 def balanced(records: Sequence[Record], limit: int | None) -> list[Record]:
@@ -102,7 +154,7 @@ def load_records(folder: Path, limit: int | None, quarantine: Quarantine, max_ba
 
 
 class Dialogues:
-    """Turns records into requests, group by group, feeding plain decoding's answers back as history.
+    """Turns records into requests, group by group, feeding answers back as history.
 
     Args:
         target: encodes and bounds the prompts.
@@ -110,17 +162,29 @@ class Dialogues:
         system: system text, "" for none.
         max_new_tokens: of every request.
         quarantine: receives records whose prompt the target cannot take; their later turns are dropped with them.
+        history: of `HISTORIES`.
+        noted: ids of records that are in the quarantine already.
     """
 
     def __init__(
-        self, target: Target, records: Sequence[Record], system: str, max_new_tokens: int, quarantine: Quarantine
+        self,
+        target: Target,
+        records: Sequence[Record],
+        system: str,
+        max_new_tokens: int,
+        quarantine: Quarantine,
+        history: str = "fixed",
+        noted: set[str] | None = None,
     ) -> None:
         self.target = target
         self.records = records
         self.system = system
         self.max_new_tokens = max_new_tokens
         self.quarantine = quarantine
+        self.history = history
+        self.noted = set() if noted is None else noted
         self._answers: dict[str, list[str]] = {record.id: [] for record in records}
+        self._others: dict[str, dict[str, list[str]]] = {}
         self._dropped: set[str] = set()
 
     @property
@@ -161,35 +225,51 @@ class Dialogues:
                 continue
         return tasks
 
-    def answer(self, task: Task, text: str) -> None:
-        """Plain decoding's answer to `task`: the history of the record's next turn."""
-        answers = self._answers[task.record.id]
+    def answer(self, task: Task, text: str, method: str = PLAIN) -> None:
+        """Takes an answer: plain decoding's is the history of the next turn, a method's own too where asked for."""
+        if method == PLAIN:
+            answers = self._answers[task.record.id]
+        elif self.history == "self":
+            answers = self._others.setdefault(method, {}).setdefault(task.record.id, [])
+        else:
+            return
         assert len(answers) == task.turn - 1, "turns are answered in order"
         answers.append(text.strip())
 
-    def messages(self, record: Record, turn: int) -> list[dict[str, Any]]:
-        """The conversation up to `turn` (1-based), as Hugging Face chat messages; the image is in the first turn."""
+    def messages(self, record: Record, turn: int, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The conversation up to `turn` (1-based), as Hugging Face chat messages; the image is in the first turn.
+
+        Args:
+            answers: to the earlier turns; None: plain decoding's.
+        """
+        said = self._answers[record.id] if answers is None else answers
         messages = [_message("system", self.system)] if self.system else []
         for number in range(turn):
             messages.append(_message("user", record.turns[number], with_image=number == 0 and record.image is not None))
             if number < turn - 1:
-                messages.append(_message("assistant", self._answers[record.id][number]))
+                messages.append(_message("assistant", said[number]))
         return messages
 
     def _task(self, record: Record, turn: int) -> Task | None:
         """The encoded turn, or None after quarantining its record."""
         try:
-            return self._encode(record, turn)
+            task = self._encode(record, turn)
+            plain = self._answers[record.id]
+            others = {name: mine.get(record.id, []) for name, mine in self._others.items()}
+            own = {name: self._encode(record, turn, said).request for name, said in others.items() if said != plain}
+            return replace(task, own=own)
         except RecordError as error:
             self._dropped.add(record.id)
-            self.quarantine.add("mmspec.jsonl", record.line, record.id, str(error))
+            if record.id not in self.noted:
+                self.noted.add(record.id)
+                self.quarantine.add("mmspec.jsonl", record.line, record.id, str(error))
             return None
 
-    def _encode(self, record: Record, turn: int) -> Task:
+    def _encode(self, record: Record, turn: int, answers: Sequence[str] | None = None) -> Task:
         """Encode one turn. Raises RecordError when the image or the prompt cannot be used."""
         images = [open_image(record.image)] if record.image is not None else []
         try:
-            prompt = self.target.encode(self.messages(record, turn), images)
+            prompt = self.target.encode(self.messages(record, turn, answers), images)
         except ValueError as error:
             raise RecordError(f"the target cannot encode it: turn {turn}, {str(error)[:200]}") from None
         if len(prompt) + 1 > self.target.max_length:

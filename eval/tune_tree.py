@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from eval.bench import N_WARMUP, PLAIN, Bench, Method, Result
+from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
 from eval.options import DTYPES
 from eval.summary import Contention, clean, figures, hardware, unreliable
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import OneLineParser, at_least

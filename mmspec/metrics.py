@@ -17,6 +17,9 @@ from mmspec.types import Output
 
 TIE_GAP = 1e-4
 """Top-2 logit gap under which a divergence in fp32 is a tie: cached and full forward differ by 1e-5 in logits."""
+TIE_GAPS = {"float64": 0.0, "float32": TIE_GAP, "float16": 2**-5, "bfloat16": 2**-2}
+"""The same by dtype. In half precision two steps of the numbers between 16 and 32, which logits reach: a tree of tokens
+and a single one are matrices of other shapes, and their logits differ by that much."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +128,82 @@ def speedup(
     Raises:
         ValueError: the three sequences differ in length.
     """
+    totals = _by_cluster(null_s, method_s, clusters)
+    if totals is None:
+        return Interval(math.nan, math.nan, math.nan)
+    null, method = totals
+    value = float(null.sum() / method.sum())
+    if len(null) < 2:
+        return Interval(value, math.nan, math.nan)
+    ratios = _resampled(null, method, n_resamples, seed)
+    ends = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Interval(value, float(ends[0]), float(ends[1]))
+
+
+def p_value(
+    null_s: Sequence[float],
+    method_s: Sequence[float],
+    clusters: Sequence[Hashable],
+    n_resamples: int = 4000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p of "the two take the same time", by the bootstrap of `speedup`; arguments as there.
+
+    Twice the share of resampled ratios on the other side of 1, with the observed one counted among them, so that it is
+    never 0. NaN with fewer than two clusters.
+    """
+    totals = _by_cluster(null_s, method_s, clusters)
+    if totals is None or len(totals[0]) < 2:
+        return math.nan
+    ratios = _resampled(*totals, n_resamples, seed)
+    fewer = min(int((ratios <= 1).sum()), int((ratios >= 1).sum()))
+    return min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being one of a family (Holm): those under 0.05 hold together with 95% confidence.
+
+    A NaN was no test: it stays, and is not counted.
+    """
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    adjusted, least = [math.nan] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        least = max(least, min(1.0, (len(order) - place) * p_values[i]))
+        adjusted[i] = least
+    return adjusted
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of positive numbers; NaN of none."""
+    if not values or min(values) <= 0:
+        return math.nan
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean; NaN of none."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def _by_cluster(
+    null_s: Sequence[float], method_s: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Seconds summed by cluster, [C] float64 each, or None where there is no time to divide by."""
     if not len(null_s) == len(method_s) == len(clusters):
         raise ValueError(f"unpaired units: {len(null_s)} null, {len(method_s)} method, {len(clusters)} clusters")
     index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
-    C = len(index)
     rows = torch.tensor([index[name] for name in clusters], dtype=torch.long)
-    null = torch.zeros(C, dtype=torch.float64).index_add_(0, rows, torch.tensor(null_s, dtype=torch.float64))
-    method = torch.zeros(C, dtype=torch.float64).index_add_(0, rows, torch.tensor(method_s, dtype=torch.float64))
-    if not len(rows) or method.sum() <= 0:
-        return Interval(math.nan, math.nan, math.nan)
-    value = float(null.sum() / method.sum())
-    if C < 2:
-        return Interval(value, math.nan, math.nan)
+    zeros = torch.zeros(len(index), dtype=torch.float64)
+    null = zeros.index_add(0, rows, torch.tensor(null_s, dtype=torch.float64))
+    method = zeros.index_add(0, rows, torch.tensor(method_s, dtype=torch.float64))
+    return (null, method) if len(rows) and method.sum() > 0 else None
+
+
+def _resampled(null: torch.Tensor, method: torch.Tensor, n_resamples: int, seed: int) -> torch.Tensor:
+    """[n_resamples] ratios of totals over clusters drawn with replacement."""
+    C = len(null)
     drawn = torch.randint(C, (n_resamples, C), generator=torch.Generator().manual_seed(seed))
-    ratios = null[drawn].sum(1) / method[drawn].sum(1)
-    ends = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Interval(value, float(ends[0]), float(ends[1]))
+    return null[drawn].sum(1) / method[drawn].sum(1)
 
 
 def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:

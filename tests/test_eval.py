@@ -106,7 +106,7 @@ def test_a_run_writes_a_summary_rows_and_a_report_that_agree(
     assert len(rows) == 3 * 12, "9 records, 3 of them with two turns, by 3 methods"
     for name, method in summary["methods"].items():
         mine = [row for row in rows if row["method"] == name]
-        emitted = [sum(round[3] for round in row["rounds"]) for row in mine]
+        emitted = [sum(round[4] for round in row["rounds"]) for row in mine]
         assert emitted == [len(row["output_ids"]) - 1 for row in mine], "every token but the prefill's is of a round"
         assert method["overall"]["mat"] == pytest.approx(sum(emitted) / sum(len(row["rounds"]) for row in mine))
         assert method["overall"]["n_requests"] == 12

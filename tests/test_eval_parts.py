@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 from eval import bench as bench_module
 from eval.bench import Bench, Method, Result
 from eval.plots import Series, line_chart, ticks
+from eval.ranks import Ranks
 from eval.report import bars, render
+from eval.rows import Rows, as_row, from_row, read
 from eval.samples import pieces
 from eval.summary import clean, figures, hardware, summarise, unreliable
 from eval.tasks import Dialogues, balanced
 from mmspec import metrics
 from mmspec.records import Quarantine, Record
-from mmspec.types import Output, Prompt, Request
+from mmspec.types import InputError, Output, Prompt, Request
 
 
 def record(n: int, topic: str, turns: int = 1) -> Record:
@@ -33,6 +36,7 @@ class WordTarget:
 
     max_length = 40
     name = "words"
+    device = torch.device("cpu")
 
     def encode(self, messages: Sequence[Any], images: Sequence[Any]) -> Prompt:
         words = [word for message in messages for part in message["content"] for word in part["text"].split()]
@@ -194,7 +198,7 @@ def test_a_report_of_answers_without_rounds_still_renders() -> None:
         "hardware": hardware(torch.device("cpu")),
         "definitions": {},
     }
-    page = render(clean(summary), [r.row() for r in lone], [])
+    page = render(clean(summary), lone, [])
     assert "Other processes used 1.50 cores" in page or "Other processes used 1.5 cores" in page
     assert "one image: no interval" in page
 
@@ -263,3 +267,62 @@ def test_hardware_names_no_host(tmp_path: Path) -> None:
     words = json.dumps(hardware(torch.device("cpu")))
     node = SimpleNamespace(name=__import__("platform").node()).name
     assert not node or node not in words
+
+
+def test_own_histories_ask_a_method_what_follows_its_own_answer() -> None:
+    target: Any = WordTarget()
+    made = Dialogues(target, [record(0, "a", 3)], "", 8, Quarantine(None), "self")
+    groups = made.groups(1)
+    (task,) = next(groups)
+    assert not task.own
+    for method, text in (("plain", "yes"), ("same", "yes"), ("other", "no it is not")):
+        made.answer(task, text, method)
+    (task,) = next(groups)
+    assert set(task.own) == {"other"}
+    assert task.asked("same") is task.asked("plain") is task.request
+    assert len(task.asked("other").prompt) == len(task.request.prompt) + 3
+    assert task.asked("other").key == task.request.key, "the noise is that of the request"
+
+
+def test_behind_a_tie_an_own_history_is_no_new_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "generate", Script({"plain": [1, 2, 3], "a": [1, 7, 3]}, [1.0, 1e-6, 1.0]))
+    target: Any = WordTarget()
+    results: list[Result] = []
+    bench = Bench(target, [Method(name, name, None) for name in ("plain", "a")], None, 1)  # type: ignore[arg-type]
+    bench.run(Dialogues(target, [record(0, "a", 2)], "", 8, Quarantine(None), "self"), results.extend)
+    assert [(r.turn, r.method, r.match) for r in results if r.method == "a"] == [
+        (1, "a", metrics.Match(1, True)),
+        (2, "a", metrics.Match(1, True)),
+    ]
+    assert results[1].gap == 1e-6
+
+
+def test_processes_share_conversations_topic_by_topic() -> None:
+    records = [record(n, topic) for n, topic in enumerate("aabbbbcaab")]
+    shares = [[r.id for r in Ranks(rank, 3).mine(records)] for rank in range(3)]
+    assert sorted(id for share in shares for id in share) == sorted(r.id for r in records)
+    for topic in "ab":
+        sizes = [sum(r.id in share for r in records if r.topic == topic) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+    assert Ranks().mine(records) == records
+
+
+def test_an_interruption_at_any_byte_loses_no_whole_line_and_leaves_no_half_one(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    rows = Rows(path)
+    for group in range(3):
+        some = [result("t", name, group, 1.0, "i") for name in ("plain", "m")]
+        facts = {"run_id": "x", "batch": 1, "temperature": 0.0}
+        rows.append(as_row(replace(one, steps=[(4, 1, 2, 3)]), facts) for one in some)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in range(0, len(whole), 97):
+        path.write_bytes(whole[:cut])
+        Rows(path, run_id="x", resume=True)
+        assert path.read_bytes() == b"".join(
+            line for n, line in enumerate(lines) if sum(map(len, lines[: n + 1])) <= cut
+        )
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="holds results of another run"):
+        Rows(path, run_id="y", resume=True)
+    assert from_row(read(path)[1]).output.rounds == [("draft", 4, 3, 4)]

@@ -41,6 +41,9 @@ class MRopeTarget(HFTarget):
     def position_ids(self, positions: Tensor) -> Tensor:
         return positions.expand(3, -1, -1)
 
+    def limit_pixels(self, least: int, most: int) -> None:
+        self.processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
+
     def _look(self, pixels: Mapping[str, Tensor]) -> Any:
         """The vision tower's output; features per image, those of merged patches."""
         return self.model.model.get_image_features(

@@ -155,6 +155,14 @@ class HFTarget:
         answer[~prompt.visual] = numbers[others]
         return prompt, answer
 
+    def limit_pixels(self, least: int, most: int) -> None:
+        """Bounds what images are scaled to, in pixels.
+
+        Raises:
+            ValueError: the family's images have a size of their own.
+        """
+        raise ValueError(f"{self.name} scales every image to one size; leave its pixels as they are")
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
 
