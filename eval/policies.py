@@ -104,6 +104,7 @@ class Setup:
         script: depth and nodes of P0.
         offer: the largest draft.
         controllers: by policy, folders.
+        width: see `Parts`.
     """
 
     target: Target
@@ -112,6 +113,7 @@ class Setup:
     offer: DraftTree
     costs: CostTable
     controllers: Mapping[str, Path]
+    width: int | None
 
     def policy(self, label: str, tuned: Mapping[str, Any]) -> Policy:
         """A policy by its number, with its tuned settings."""
@@ -124,7 +126,7 @@ class Setup:
             # Early exit chooses the depth itself; the other two have the best tree or none.
             parts = Parts(self.offer.depth if label == "P4" else depth, budget)
             return make_policy(name, parts, {"threshold": tuned[label]} if label in tuned else None)
-        parts = Parts(self.offer.depth, self.offer.budget, self.costs)
+        parts = Parts(self.offer.depth, self.offer.budget, self.costs, width=self.width)
         if label == "marginal":
             return make_policy(label, parts)
         controller = checkpoints.load_controller(self.controllers[label], self.target)
@@ -160,7 +162,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     folder = Path(args.costs) if args.costs else home / "costs"
     depth, budget = max(offer.depth, script[0]), max(offer.budget, script[1])
     costs = load_or_measure(folder, target, drafter, args.batch_size, depth, budget, f"w{offer.width}")
-    return Setup(target, make, script, offer, costs, folders)
+    return Setup(target, make, script, offer, costs, folders, offer.width if args.ckpt else None)
 
 
 class Scored:

@@ -277,7 +277,7 @@ def drafter_and_policy(
         folder, width = checkpoint.folder / "costs", f"w{tree.width}"
         costs = load_or_measure(folder, target, usual, max_batch, tree.depth, tree.budget, width)
     controller = checkpoint.deployed(target) if policy in TRAINED else None
-    return drafter, make_policy(policy, Parts(tree.depth, tree.budget, costs, controller))
+    return drafter, make_policy(policy, Parts(tree.depth, tree.budget, costs, controller, tree.width))
 
 
 def method_and_policy(

@@ -75,6 +75,17 @@ def test_no_policy_changes_a_token(drafter, temperature):
             assert [o.tokens for o in got] == [o.tokens for o in plain], (name, batch)
 
 
+def test_a_shallow_draft_is_priced_by_the_nodes_it_can_have():
+    """A chain of three has three nodes, whatever the budget; a wide tree soon has them all."""
+    assert [Parts(10, 10, width=1).nodes(d) for d in (0, 1, 3, 10)] == [0, 1, 3, 10]
+    assert [Parts(5, 7, width=2).nodes(d) for d in (1, 2, 3)] == [2, 6, 7]
+    assert Parts(4, 8).nodes(1) == 8
+    target, node = llava(), 0.02
+    policy = make_policy("viskip", Parts(4, 4, Flat(verify=1.0, node=node, level=0.1), controller(target, 4, 0.5), 1))
+    policy.open(1, torch.device("cpu"))
+    assert [round(policy.cost(d) - policy.cost(0), 6) for d in (1, 2, 4)] == [0.12, 0.24, 0.48]
+
+
 class Watched(NullDrafter):
     """Passes everything on, and notes what happened in which order."""
 

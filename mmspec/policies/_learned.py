@@ -47,6 +47,7 @@ class LearnedPolicy:
         self.controller, self.costs = parts.trained("viskip"), parts.measured("viskip")
         self.max_depth = min(parts.depth, len(self.controller.prior))
         self.max_budget, self.refines, self.bias_rate = parts.budget, refine, bias_rate
+        self.offered = [parts.nodes(d) for d in range(self.max_depth + 1)]
         self.outcomes: list[tuple[list[float], int]] | None = None
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
@@ -72,10 +73,11 @@ class LearnedPolicy:
 
     def cost(self, depth: int) -> float:
         """Predicted seconds of a round."""
-        if not depth:
-            return self.verify_s[0]
-        nodes = round(self.usual_nodes) if self.refines else self.max_budget
-        return self.verify_s[nodes] + self.draft_s[depth]
+        return self.verify_s[self.nodes(depth)] + self.draft_s[depth]
+
+    def nodes(self, depth: int) -> int:
+        """Draft nodes to expect in a round."""
+        return min(round(self.usual_nodes), self.offered[depth]) if self.refines else self.offered[depth]
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor:
         """What the host needs of each row, [R, _COUNTS + _LOOKS + any]."""
@@ -109,7 +111,7 @@ class LearnedPolicy:
                 self.nap = min(2 * self.nap, self._LONGEST)
             return self._skip(remaining)
         self.skips, self.nap = 0, self._SLEEP
-        budget = self._budget(gains[:, depth - 1].tolist(), active, remaining)
+        budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
         if not any(budget):
             return self._skip(remaining)
         if not self.refines:
@@ -146,11 +148,12 @@ class LearnedPolicy:
                 if self.outcomes is not None:
                     self.outcomes.append((chances.tolist(), accepted))
 
-    def _budget(self, gains: Sequence[float], active: Sequence[int], remaining: Sequence[int]) -> tuple[int, ...]:
+    def _budget(
+        self, gains: Sequence[float], nodes: int, active: Sequence[int], remaining: Sequence[int]
+    ) -> tuple[int, ...]:
         """Nodes for the rows that pay for them; alone in its batch a row has paid already."""
         price = 0.0
         if len(active) > 1:
-            nodes = round(self.usual_nodes) if self.refines else self.max_budget
             price = self.price.per_s * (self.verify_s[nodes] - self.verify_s[0]) / len(active)
         budget = [0] * len(remaining)
         for row, gain in zip(active, gains):

@@ -16,12 +16,20 @@ class Parts:
         depth, budget: the largest plan that the drafter is offered: levels, and draft nodes a row.
         costs: seconds on this machine, measured with this drafter; None where nobody measured.
         controller: trained for this drafter; None where there is none.
+        width: candidates of a level, and of each of them on the next; None where the drafter counts otherwise.
     """
 
     depth: int
     budget: int
     costs: Costs | None = None
     controller: Controller | None = None
+    width: int | None = None
+
+    def nodes(self, depth: int) -> int:
+        """Draft nodes that a draft of `depth` levels has: its candidates, as far as the budget goes."""
+        if self.width is None or not depth:
+            return self.budget if depth else 0
+        return min(self.budget, self.width + (depth - 1) * self.width**2)
 
     def measured(self, name: str) -> Costs:
         """The costs. Raises ValueError where a policy that needs them was made without."""
