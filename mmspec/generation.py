@@ -19,13 +19,15 @@ from mmspec.loop import generate as decode
 from mmspec.sampling import make_sampler
 from mmspec.types import Drafter, Emission, InputError, Policy, Prompt, Request, Target
 
-KNOWN_PROCESSORS = (
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor",
-)
+KNOWN_PROCESSORS = {
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "RepetitionPenaltyLogitsProcessor": ("penalty", "repetition_penalty"),
+    "NoRepeatNGramLogitsProcessor": ("ngram_size", "no_repeat_ngram"),
+}
+"""{class of transformers: (its attribute, the argument of `make_sampler` that it is)}; a caller's own stands for that of
+the configuration."""
 KNOWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 IDLE = (
     "attention_mask",
@@ -72,11 +74,14 @@ def custom_generate(
         if model is not target.model:
             raise InputError("custom_generate belongs to another model; call generate of speculator.target.model")
         _check(target, logits_processor, stopping_criteria, generation_config, inputs)
-        limit = int(generation_config.max_length) - input_ids.shape[1]
+        length = next(one.max_length for one in stopping_criteria if type(one).__name__ == "MaxLengthCriteria")
+        limit = int(length) - input_ids.shape[1]
         prompts = _prompts(target, input_ids, inputs.get("attention_mask"), pixels)
         requests = [Request(str(row), prompt, limit, row) for row, prompt in enumerate(prompts)]
         if streamer is not None and len(requests) > 1:
             raise InputError(f"a streamer shows one row, but there are {len(requests)}")
+        if streamer is not None:
+            streamer.put(input_ids.cpu())  # as `generate` does: streamers may skip what they are told first
 
         def show(emission: Emission) -> None:
             streamer.put(torch.tensor(emission.tokens))  # type: ignore[union-attr]
@@ -86,7 +91,7 @@ def custom_generate(
             requests,
             drafter,
             policy,
-            _sampler(generation_config),
+            _sampler(logits_processor, generation_config.do_sample),
             len(requests),
             on_emission=show if streamer is not None else None,
         )
@@ -116,11 +121,10 @@ def _check(
             raise InputError(
                 f"generate was given {name}={getattr(config, name)}; speculative decoding has {plain} alone"
             )
-    stops = config.eos_token_id
-    stops = {*stops} if isinstance(stops, list) else {stops}
-    if stops - {None} != target.stop_ids:
+    stops = {int(id) for one in criteria if type(one).__name__ == "EosTokenCriteria" for id in one.eos_token_id}
+    if stops != target.stop_ids:
         raise InputError(
-            f"generate was given eos_token_id={config.eos_token_id}; the target stops at {sorted(target.stop_ids)}"
+            f"generate was given eos_token_id={sorted(stops)}; the target stops at {sorted(target.stop_ids)}"
         )
     for name, value in inputs.items():
         # Newer versions hand on an empty mapping of what they encoded.
@@ -155,15 +159,15 @@ def _prompts(target: Target, input_ids: Tensor, mask: Tensor | None, pixels: Map
     ]
 
 
-def _sampler(config: Any) -> Any:
-    """The settings of `generate` as a sampler; its noise follows torch's own seed, as `generate`'s does."""
-    repetition, ngram = config.repetition_penalty or 1.0, config.no_repeat_ngram_size or 0
-    if not config.do_sample:
-        return make_sampler(0.0, repetition_penalty=repetition, no_repeat_ngram=ngram)
-    seed = int(torch.randint(0, 2**31 - 1, ()))
-    temperature = 1.0 if config.temperature is None else config.temperature
-    top_p = 1.0 if config.top_p is None else config.top_p
-    return make_sampler(temperature, config.top_k or 0, top_p, seed, repetition, ngram)
+def _sampler(processors: Sequence[Any], do_sample: bool) -> Any:
+    """The processors of `generate` as a sampler; its noise follows torch's own seed, as `generate`'s does."""
+    how: dict[str, Any] = {"temperature": 1.0}
+    for one in processors:
+        theirs, ours = KNOWN_PROCESSORS[type(one).__name__]
+        how[ours] = getattr(one, theirs)
+    if not do_sample:
+        return make_sampler(**how | {"temperature": 0.0})
+    return make_sampler(**how, seed=int(torch.randint(0, 2**31 - 1, ())))
 
 
 def _padding(config: Any) -> int:
