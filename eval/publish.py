@@ -88,7 +88,7 @@ def build(run: Path, out: Path, options: Options) -> list[str]:
     """Writes the exact folder that is published.
 
     Args:
-        run: run folder of train/distill.py or scripts/convert.py.
+        run: run folder of train/distill.py or scripts/convert.py, or a place on the Hub.
         out: a new or empty folder.
 
     Returns:
@@ -98,17 +98,19 @@ def build(run: Path, out: Path, options: Options) -> list[str]:
         InputError: the run is damaged, unproven or failed its gate; something in a file must not be published.
     """
     loaded = checkpoints.load(run)
+    folder = loaded.folder
     base_model = target_on_hub(loaded.target.name, options.base_model)
-    summary = read_summary(options.scores or run / "eval")
+    scores = options.scores or folder / "eval"
+    summary = read_summary(scores)
     doubts = objections(loaded, summary)
     if doubts and not options.anyway:
         raise InputError(f"{run} is not published: {doubts[0]}; --anyway publishes it, and its card says so")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    _copy_run(run, out, base_model or EMBEDDED)
+    _copy_run(folder, out, base_model or EMBEDDED)
     if summary is not None:
-        _copy_scores(options.scores or run / "eval", out, summary, options.report)
+        _copy_scores(scores, out, summary, options.report)
     facts = card.Facts(options.repo, loaded, base_model, options.license, summary, doubts)
     text = card.write(facts, out)
     card.validate(text)
@@ -174,7 +176,9 @@ def objections(loaded: checkpoints.Checkpoint, summary: Mapping[str, Any] | None
         doubts.append(f"its evaluation is of another target ({said}, the head's is {loaded.target.fingerprint})")
     if summary.get("invalid") or summary.get("valid") is False:
         doubts.append("its evaluation is marked invalid")
-    for name, method in summary["methods"].items():
+    # Of a sweep every cell is published, not only the first one, which is at the top.
+    cells = [summary, *summary.get("cells", ())]
+    for name, method in (entry for cell in cells for entry in cell["methods"].items()):
         overall = method["overall"]
         if method.get("invalid") or overall.get("invalid"):
             doubts.append(f"its evaluation marks {name} invalid")
@@ -185,7 +189,7 @@ def objections(loaded: checkpoints.Checkpoint, summary: Mapping[str, Any] | None
         elif overall["exact_match"] < 1 or overall.get("diverged"):
             share = overall["exact_match"]
             doubts.append(f"{name} changed the text: exact_match {share:.3f}, {overall.get('diverged')} without a tie")
-    return doubts
+    return list(dict.fromkeys(doubts))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -189,7 +189,7 @@ def load(path: Path | str, target: str | None = None, dtype: str = "float32") ->
         raise InputError(f"checkpoint {folder} does not exist; train one with train/distill.py")
     if not any(folder.iterdir()):
         raise InputError(f"checkpoint {folder} is empty; train a head into it with train/distill.py")
-    for name in ("head.json", "head.safetensors", "tree.json"):
+    for name in hub.NEEDED:
         if not (folder / name).is_file():
             raise InputError(
                 f"checkpoint {folder} is incomplete: it has no {name}; finish its training (run.resume=true)"

@@ -116,6 +116,7 @@ def convert(
     out: Path | str,
     taps: Sequence[int] = (),
     image_input: str | None = None,
+    origin: str | None = None,
 ) -> checkpoint.Checkpoint:
     """Writes a published head as a run folder.
 
@@ -126,6 +127,7 @@ def convert(
         out: the run folder.
         taps: EAGLE-3's hidden states, indices as in `mmspec.heads.eagle3`, where its files do not say or say wrong.
         image_input: what the head was trained to see at image positions, where it is not its kind's default.
+        origin: where `place` is from, for the record; default: `place`.
 
     Raises:
         InputError: a file, name, shape or setting without a counterpart, or another target.
@@ -151,7 +153,7 @@ def convert(
         folder / "provenance.json",
         {
             "schema": checkpoint.SCHEMA,
-            "converted": {"from": checkpoint.discreet(str(place)), "layout": layout, "tensors": names},
+            "converted": {"from": origin or checkpoint.discreet(str(place)), "layout": layout, "tensors": names},
             "commit": checkpoint.git_commit(),
             "target": {"name": checkpoint.discreet(target.name), "fingerprint": target.fingerprint},
         },

@@ -54,6 +54,8 @@ HEAD = (
     "provenance.json",
 )
 """What of a published run is fetched, and with which it decodes."""
+NEEDED = ("head.json", "head.safetensors", "tree.json")
+"""What of it no head is without."""
 PAGES = ("README.md", "eval/summary.json", "eval/report.html", "plots/*.svg")
 """What else is published, for people."""
 FOREIGN = ("config.json", "*.safetensors")
@@ -150,6 +152,11 @@ def fetch(place: Place) -> Path:
             folder = _download(place, patterns, cached=True)
     _inspect(folder, patterns, place)
     return folder
+
+
+def origin(place: Place, snapshot: Path) -> str:
+    """What a snapshot is a snapshot of, with its commit."""
+    return str(Place(place.repo, snapshot.name))
 
 
 def listed(name: str, patterns: Sequence[str] = (*HEAD, *PAGES)) -> bool:
@@ -306,6 +313,9 @@ def _inspect(folder: Path, patterns: Sequence[str], place: Place) -> None:
     except InputError as error:
         raise InputError(f"{place} is refused: {_named(error, place, folder)}") from error
     if (folder / "head.json").is_file():
+        # What is handed out once stays: a download that was cut off must not.
+        if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+            raise InputError(f"{place} is incomplete: it has no {missing[0]}; fetch or publish it again")
         target = read_settings(folder / "head.json").get("target")
         name = target.get("name") if isinstance(target, Mapping) else None
         if not isinstance(name, str) or not (name == EMBEDDED or is_repo(name)):
@@ -345,18 +355,14 @@ def _copy(snapshot: Path, folder: Path, patterns: Sequence[str], place: Place) -
 
 
 def _translate(place: Place, snapshot: Path, folder: Path, target: str, dtype: str) -> None:
-    """Converts a head of another layout; whom it came from is written with its commit."""
-    from mmspec.checkpoint import write_json
+    """Converts a head of another layout."""
     from mmspec.convert import convert
     from mmspec.targets import load_target
 
     try:
-        convert(snapshot, "auto", load_target(target, dtype), folder)
+        convert(snapshot, "auto", load_target(target, dtype), folder, origin=origin(place, snapshot))
     except InputError as error:
         raise InputError(_named(error, place, snapshot, folder)) from error
-    record = read_settings(folder / "provenance.json")
-    record["converted"]["from"] = f"{MARK}{place.repo}@{snapshot.name}"
-    write_json(folder / "provenance.json", record)
 
 
 def _named(error: Exception, place: Place, *folders: Path) -> str:

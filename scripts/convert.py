@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from mmspec.api import find_device
 from mmspec.convert import LAYOUTS, convert
-from mmspec.hub import fetch, place_of
+from mmspec.hub import fetch, origin, place_of
 from mmspec.targets import load_target
 from mmspec.types import InputError
 
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = load_target(args.target, args.dtype, find_device(args.device))
         hub = place_of(args.head)
         place = fetch(hub) if hub else Path(args.head)
-        made = convert(place, args.layout, target, args.out, args.taps, args.image_input)
+        named = origin(hub, place) if hub else None
+        made = convert(place, args.layout, target, args.out, args.taps, args.image_input, named)
     except InputError as error:
         print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -125,6 +125,17 @@ def test_what_was_fetched_stays_usable_without_the_hub(hub, head, monkeypatch, h
     assert "\n" not in str(raised.value)
 
 
+def test_a_download_that_was_cut_off_is_not_kept(hub, head, monkeypatch):  # noqa: F811
+    hub.put(REPO, head)
+    weights = fetch(Place(REPO)) / "head.safetensors"
+    weights.unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"hub:acme/head is incomplete: it has no head\.safetensors"):
+        load(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert load(REPO).tree == DraftTree(2, 2, 3)
+
+
 def test_only_listed_files_are_fetched(hub, head):  # noqa: F811
     more = {
         "model.bin": b"pickle",
@@ -298,3 +309,5 @@ def test_a_public_head_needs_its_target(hub, tmp_path, target, capsys):  # noqa:
     out = str(tmp_path / "out")
     assert convert_script.main([f"hub:{REPO}", "--layout", "msd", "--target", target, "--out", out]) == 0
     assert load(out).kind == "msd"
+    origin = json.loads((Path(out) / "provenance.json").read_text())["converted"]["from"]
+    assert origin == f"hub:{REPO}@{fetch(Place(REPO)).name}"

@@ -182,6 +182,8 @@ def test_a_run_without_proof_is_refused_and_anyway_the_card_says_so(run, tmp_pat
     summary["methods"]["viskip"]["overall"] |= {"exact_match": 0.5, "diverged": 1}
     scores.write_text(json.dumps(summary))
     wrong("viskip changed the text: exact_match 0.500, 1 without a tie")
+    scores.write_text(json.dumps(json.loads(whole) | {"cells": [summary]}))  # of a sweep not only the first counts
+    wrong("viskip changed the text: exact_match 0.500, 1 without a tie")
     summary["methods"]["viskip"]["overall"] |= {"exact_match": None, "diverged": None}
     scores.write_text(json.dumps(summary))
     wrong("the text of viskip was not compared with plain decoding's")

@@ -55,8 +55,7 @@ def assembled(out: Path, force: bool = False) -> Iterator[Path]:
         InputError: see there; the folder cannot be made.
     """
     check_out(out, force)
-    aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}")
-    making, former = aside.with_suffix(".new"), aside.with_suffix(".old")
+    making, former = (out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.{age}") for age in ("new", "old"))
     try:
         making.mkdir(parents=True)
     except OSError as error:
