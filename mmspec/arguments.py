@@ -8,8 +8,15 @@ from typing import NoReturn
 from mmspec.types import InputError
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as any other wrong input: in one line, which the command's `main` prints."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage block in front."""
+    """Says what is wrong in one line, without the usage block in front, and ends the process."""
 
     def error(self, message: str) -> NoReturn:
         # The command's name without how it is called.

@@ -26,8 +26,7 @@ KNOWN_PROCESSORS = {
     "RepetitionPenaltyLogitsProcessor": ("penalty", "repetition_penalty"),
     "NoRepeatNGramLogitsProcessor": ("ngram_size", "no_repeat_ngram"),
 }
-"""{class of transformers: (its attribute, the argument of `make_sampler` that it is)}; a caller's own stands for that of
-the configuration."""
+"""{class of transformers: (its attribute, the argument of `make_sampler` that it is)}."""
 KNOWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 IDLE = (
     "attention_mask",

@@ -32,6 +32,7 @@ from PIL import Image
 from eval.options import DTYPES
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device
+from mmspec.arguments import Parser
 from mmspec.costs import measure
 from mmspec.drafters.null import NullDrafter
 from mmspec.heads import medusa
@@ -164,8 +165,12 @@ def _plain(table: Mapping[int, Mapping[int, float]]) -> dict[str, dict[str, floa
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line.
+
+    Raises:
+        InputError: it is wrong.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("part", choices=PARTS)
     add("--target", choices=tuple(NAMES), default=next(iter(NAMES)), help="whose shape (default %(default)s)")

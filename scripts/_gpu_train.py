@@ -24,6 +24,7 @@ from _bench import environment, publish
 from _random_target import NAMES, random_target
 
 from mmspec.api import find_device
+from mmspec.arguments import Parser
 from mmspec.recipe import Recipe, load
 from mmspec.records import Quarantine
 from mmspec.types import InputError
@@ -90,8 +91,12 @@ def train(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line.
+
+    Raises:
+        InputError: it is wrong.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("recipe", type=Path, help="YAML file, as in recipes/")
     add("--target", choices=tuple(NAMES), default=next(iter(NAMES)), help="whose shape (default %(default)s)")

@@ -33,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from eval.head_tables import as_csv, depth_plot, gains, markdown, row
 from eval.options import DTYPES
@@ -41,6 +41,7 @@ from eval.summary import OVERALL, clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.api import STATIC_TREE
+from mmspec.arguments import Parser
 from mmspec.methods import method_names
 from mmspec.recipe import head_kinds, load
 from mmspec.types import InputError
@@ -59,13 +60,6 @@ STATIC = "eagle"
 """The head that EAGLE-1's static tree is shown of, beside the dynamic one."""
 TUNED = "tuned_tree.json"
 """What eval.tune_tree leaves in a run folder."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 @dataclass(frozen=True)
