@@ -22,17 +22,17 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from eval.mmspec import output_folder
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
-from mmspec.arguments import at_least
+from mmspec.arguments import Parser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.drafters import recycling
 from mmspec.heads._objective import SteppedHead
@@ -141,6 +141,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, max_bad_share=0.05)
     target = load_target(args.target or (checkpoint.target.name if checkpoint else EMBEDDED), args.dtype, args.device)
+    limit_pixels(target, None)
     system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     counts = Counts(args.depth)
@@ -171,13 +172,6 @@ def table(fitted: StaticTree, usual: StaticTree, rates: list[list[float]]) -> st
         taus = [expected_tau(tree.cut(budget, tree.depth), rates) for tree in (fitted, usual)]
         lines.append(f"{budget:5}    {taus[0]:5.2f}   {taus[1]:5.2f}")
     return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
