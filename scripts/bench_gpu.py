@@ -28,10 +28,11 @@ from typing import Any
 
 from _gpu_page import collect, page, paragraph
 from _random_target import NAMES
-from compare_heads import ROOT, Ledger, Parser, Step, perform
+from compare_heads import ROOT, Ledger, Step, perform
 
 from mmspec import checkpoint
 from mmspec.api import find_device
+from mmspec.arguments import Parser
 from mmspec.types import InputError
 
 DECODE = ("roofline", "costs", "heads", "graphs", "generate", "loop", "oracle")

@@ -35,11 +35,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmspec.arguments import Parser
 from mmspec.drafters._automaton import Automaton, freeze, save
 from mmspec.records import Quarantine, RecordError
 from mmspec.targets import Vocabulary, load_vocabulary
@@ -248,13 +249,6 @@ def build(args: argparse.Namespace, console: Console) -> None:
         console.print(f"stopped at --max-tokens {args.max_tokens}", style="yellow", soft_wrap=True)
     if quarantine.count:
         console.print(f"quarantined: {quarantine.count}, listed in {quarantine.path}", style="yellow", soft_wrap=True)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input, in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -47,11 +47,11 @@ from eval.policy_tables import (
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
-from mmspec.arguments import at_least
+from mmspec.arguments import Parser, at_least
 from mmspec.methods import method_names
 from mmspec.targets import load_target
 from mmspec.types import InputError
-from scripts.compare_heads import ROOT, Ledger, Parser, Step, perform
+from scripts.compare_heads import ROOT, Ledger, Step, perform
 
 UNTRAINED = "untrained"
 LONG = ("P1", "P2", "marginal", "P7", "P8")

@@ -14,20 +14,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from mmspec.api import find_device
+from mmspec.arguments import Parser
 from mmspec.convert import LAYOUTS, convert
 from mmspec.hub import fetch, place_of
 from mmspec.targets import load_target
 from mmspec.types import InputError
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

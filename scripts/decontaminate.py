@@ -19,12 +19,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.records import Quarantine  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train.corpus import read  # noqa: E402
 from train.decontaminate import Listing, save  # noqa: E402
-from train.distill import Parser, refuse, writing  # noqa: E402
+from train.distill import refuse, writing  # noqa: E402
 from train.likeness import PrintCache  # noqa: E402
 from train.overlap import Benchmark, default_threads, search  # noqa: E402
 

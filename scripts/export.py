@@ -32,13 +32,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmspec.api import find_device
+from mmspec.arguments import Parser
 from mmspec.assets import resolve
 from mmspec.checkpoint import Checkpoint, write_json
 from mmspec.export import plain
@@ -49,13 +50,6 @@ from mmspec.types import InputError, Target
 
 SPECULATORS = "MMSPEC_SPECULATORS_PYTHON"
 """Environment variable: a Python that has the speculators package."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -38,9 +38,10 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
+from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
-from train.distill import Parser, leave, refuse, train  # noqa: E402
+from train.distill import leave, refuse, train  # noqa: E402
 
 STORED_AS = ("float32", "bfloat16", "float16", "float8")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
+from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.records import Quarantine  # noqa: E402
 from mmspec.targets import load_target  # noqa: E402
@@ -26,7 +27,7 @@ from train import decontaminate, showing  # noqa: E402
 from train.answers import read as read_answers  # noqa: E402
 from train.asking import instructed  # noqa: E402
 from train.corpus import read  # noqa: E402
-from train.distill import Parser, refuse, writing  # noqa: E402
+from train.distill import refuse, writing  # noqa: E402
 from train.regenerate import answers_folder  # noqa: E402
 
 

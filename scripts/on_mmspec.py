@@ -32,10 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "scripts"))
 
-from compare_heads import PORT, Ledger, Parser, Step, perform  # noqa: E402
+from compare_heads import PORT, Ledger, Step, perform  # noqa: E402
 
 from eval.mmspec import DTYPES  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
+from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 

@@ -26,10 +26,11 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train import fits, memory  # noqa: E402
-from train.distill import Parser, refuse  # noqa: E402
+from train.distill import refuse  # noqa: E402
 from train.estimate import (  # noqa: E402
     GIB,
     Assumed,

@@ -27,24 +27,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from eval.publish import Options, build
+from mmspec.arguments import Parser
 from mmspec.hub import explain, is_repo, listed, one_line
 from mmspec.types import InputError
 
 BARE = (".gitattributes",)
 """What the Hub itself puts into a new repository."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -24,10 +24,11 @@ import yaml
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train import memory  # noqa: E402
-from train.distill import Parser, refuse  # noqa: E402
+from train.distill import refuse  # noqa: E402
 from train.estimate import GIB, Assumed, answer_seconds, sizes, work  # noqa: E402
 from train.shapes import target_facts  # noqa: E402
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
+from mmspec.arguments import Parser
 from mmspec.recipe import Recipe, Source, load
 from mmspec.types import InputError
 
@@ -153,13 +154,6 @@ def _dry_run(recipe: Recipe, rank: int) -> int:
 
         print(report(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: one line, from rank 0."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
