@@ -34,7 +34,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 from compare_heads import PORT, Ledger, Step, perform  # noqa: E402
 
-from eval.mmspec import DTYPES  # noqa: E402
+from eval.options import DTYPES  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
 from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
