@@ -16,6 +16,7 @@ from typing import Any
 from eval.meters import Meter
 from eval.tasks import PLAIN, Dialogues, Task
 from mmspec import metrics
+from mmspec.heads.viskip import Deployed
 from mmspec.loop import all_complete, generate
 from mmspec.types import Drafter, Output, Policy, Request, StepTrace, Target, Verifier
 
@@ -236,7 +237,7 @@ class Bench:
             self.target,
             list(requests),
             method.drafter,
-            _as_made(method.policy) if self.frozen else method.policy,
+            frozen_copy(method.policy) if self.frozen else method.policy,
             self.sampler,
             max_batch=self.batch_size,
             verifier=self.verifier,
@@ -246,13 +247,10 @@ class Bench:
         return all_complete(outputs)
 
 
-def _as_made(policy: Policy) -> Policy:
-    """A copy that learns without the original: its numbers, lists and dicts are its own, tables and modules shared."""
-    twin = copy.copy(policy)
-    for name, value in vars(policy).items():
-        if isinstance(value, list | dict):
-            setattr(twin, name, copy.copy(value))
-    return twin
+def frozen_copy(policy: Policy) -> Policy:
+    """A copy that learns without the original; a controller, which never changes, is shared."""
+    shared = {id(part): part for part in vars(policy).values() if isinstance(part, Deployed)}
+    return copy.deepcopy(policy, shared)
 
 
 def _steps(outputs: Sequence[Output], traces: Sequence[StepTrace]) -> list[list[tuple[int, ...]]]:

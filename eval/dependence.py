@@ -31,7 +31,7 @@ from eval.mmspec import open_target, output_folder
 from eval.options import DTYPES
 from eval.plots import Series, standalone
 from eval.summary import clean, hardware, versions
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, load_records
+from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import OneLineParser, at_least
@@ -257,6 +257,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     target = open_target([first], args.target, args.dtype, args.device)
     for ckpt in loaded.values():
         ckpt.check_target(target)
+    limit_pixels(target, None)
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     blur = args.counterfactual == "blur"

@@ -156,6 +156,9 @@ def check_frozen(args: argparse.Namespace, named: Sequence[str], given: Settings
     """Raises InputError where `--frozen` is asked of a method that keeps what it has seen."""
     if args.frozen and "recycling" in named and (given.get("recycling") or {}).get("persist"):
         raise InputError("--frozen: recycling.persist=true shares what was seen between requests; set it to false")
+    priced = [HYBRID] if HYBRID in named else ["--method-budget marginal"] if args.method_budget == "marginal" else []
+    if args.frozen and named and priced:
+        raise InputError(f"--frozen: {priced[0]} goes by what earlier copies were worth; leave it out")
 
 
 def make_methods(

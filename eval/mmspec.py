@@ -47,6 +47,7 @@ from eval.summary import (
 from eval.tasks import MMSPEC_SYSTEM, PLAIN, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
+from mmspec.api import STATIC_TREE
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
 from mmspec.methods import read_settings, resolved
@@ -55,6 +56,8 @@ from mmspec.targets import load_target
 from mmspec.types import InputError, Target
 
 REQUESTS, RUN, METHOD_COSTS = "requests.jsonl", "run.json", "method_costs"
+DECIDING = ("head.safetensors", "viskip.safetensors", STATIC_TREE)
+"""Files of a run folder that rounds depend on."""
 
 
 def output_folder(path: Path) -> Path:
@@ -223,7 +226,11 @@ def identify(
         "settings": dict(said),
         "heads": {
             head.name: {
-                "weights": file_hash(head.checkpoint.folder / "head.safetensors"),
+                "files": {
+                    path.name: file_hash(path)
+                    for path in (head.checkpoint.folder / name for name in DECIDING)
+                    if path.is_file()
+                },
                 "tree": asdict(head.checkpoint.tree),
                 "policies": list(head.policies),
             }

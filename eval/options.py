@@ -6,7 +6,7 @@ import argparse
 import math
 
 from eval.tasks import HISTORIES
-from mmspec.api import FREE, METHOD_POLICIES, STATIC, TRAINED, find_device
+from mmspec.api import FREE, METHOD_POLICIES, SHAPED, STATIC, TRAINED, find_device
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.methods import method_names
@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--method-budget",
         choices=METHOD_POLICIES,
         default="adaptive",
-        help="nodes a method drafts: what pays on this machine by measured costs, or always all it has (default: "
-        "%(default)s)",
+        help="nodes a method drafts: what pays on this machine by measured costs (adaptive, default), always all it "
+        "has (fixed), or what another file of mmspec/policies says",
     )
     add(
         "--method-settings",
@@ -221,8 +221,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--share-noise needs a --temperature above 0 and --verifier match")
     if args.draft_widths and (args.verifier != "rejection" or min(args.draft_widths) < 1):
         raise InputError("--draft-widths needs --verifier rejection and numbers of at least 1")
-    if args.verifier == "rejection" and (chosen := sorted(set(STATIC) & set(args.policies or ()))):
-        raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {chosen[0]} are chosen")
+    if args.verifier == "rejection" and (shaped := sorted(set(SHAPED) & set(args.policies or ()))):
+        raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {shaped[0]} are chosen")
     if args.pixels and not 0 < args.pixels[0] <= args.pixels[1]:
         raise InputError(f"--pixels must be above 0 and in order, got {args.pixels[0]} {args.pixels[1]}")
     if not 0 <= args.max_bad_share <= 1:

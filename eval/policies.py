@@ -25,14 +25,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from eval.bench import N_WARMUP, PLAIN, Bench, Method, Result
+from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
 from eval.options import DTYPES
 from eval.policy_tables import calibration
 from eval.summary import OVERALL, Contention, clean, figures, hardware, unreliable
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
+from mmspec import metrics
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
@@ -145,24 +146,26 @@ def prepare(args: argparse.Namespace) -> Setup:
     controllers = {"P5": args.scalars_controller, "P6": args.blind_controller}
     controllers |= dict.fromkeys(("P7", "P8"), args.controller)
     folders = {label: Path(folder) for label, folder in controllers.items() if folder}
-    offer = parse_tree(args.offer)
+    offer, wanted = parse_tree(args.offer), parse_tree(args.script) if args.script else None
+    width: int | None
     if args.ckpt:
         loaded = checkpoints.load(args.ckpt)
         target = open_target([loaded], args.target, args.dtype, args.device)
         drafter = make_drafter(replace(loaded, tree=offer), target)
-        own = parse_tree(args.script) if args.script else loaded.tree
+        own = wanted or loaded.tree
         script, make = (min(own.depth, offer.depth), min(own.budget, offer.budget)), lambda: drafter
-        home = Path(args.ckpt)
+        home, key, width = loaded.folder / "costs", f"w{offer.width}", offer.width
     else:
         target = open_target([], args.target, args.dtype, args.device)
         drafter, plan = make_method(args.method, target)
-        script = (plan.max_depth, plan.max_budget)
+        script = (wanted.depth, wanted.budget) if wanted else (plan.max_depth, plan.max_budget)
         make = lambda: make_method(args.method, target)[0]  # noqa: E731
-        home = Path(args.costs or Path("runs") / args.method)
-    folder = Path(args.costs) if args.costs else home / "costs"
+        home, key, width = Path("runs") / args.method / "costs", "", None
+    limit_pixels(target, None)
+    folder = Path(args.costs) if args.costs else home
     depth, budget = max(offer.depth, script[0]), max(offer.budget, script[1])
-    costs = load_or_measure(folder, target, drafter, args.batch_size, depth, budget, f"w{offer.width}")
-    return Setup(target, make, script, offer, costs, folders, offer.width if args.ckpt else None)
+    costs = load_or_measure(folder, target, drafter, args.batch_size, depth, budget, key)
+    return Setup(target, make, script, offer, costs, folders, width)
 
 
 class Scored:
@@ -175,7 +178,7 @@ class Scored:
         dialogues = Dialogues(setup.target, records, system, args.max_new_tokens, quarantine)
         plain = Method(PLAIN, NullDrafter(), SkipPolicy())
         sampler = make_sampler(args.temperature, seed=args.seed)
-        bench = Bench(setup.target, [plain, *methods], sampler, args.batch_size)
+        bench = Bench(setup.target, [plain, *methods], sampler, args.batch_size, metrics.TIE_GAPS[args.dtype])
         bench.warm_up(dialogues.warmup(max(N_WARMUP, args.batch_size)))
         self.recorder = next((m.drafter for m in methods if isinstance(m.drafter, Recorder)), None)
         self.steps: dict[str, list[Step]] = {}
@@ -183,6 +186,8 @@ class Scored:
         for method in methods:
             assert isinstance(method.policy, Timed)
             method.policy.own_s = 0.0
+            if isinstance(method.policy.policy, LearnedPolicy):
+                method.policy.policy.outcomes = []
         if self.recorder:
             self.recorder.steps.clear()
         contention = Contention()
@@ -254,9 +259,6 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         label: setup.policy(label, tuned) for label in labels if label in BASELINES or label in setup.controllers
     }
     methods = [setup.method(label, policy) for label, policy in policies.items()]
-    for policy in policies.values():
-        if isinstance(policy, LearnedPolicy):
-            policy.outcomes = []
     if ORACLE in args.policies:
         everything = FixedPolicy(setup.offer.depth, setup.offer.budget)
         methods.append(Method(RECORD, Recorder(setup.make()), Timed(everything)))
@@ -335,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--blind-controller", metavar="DIR", help="the same with controller.n_mass=0, for P6")
     add("--offer", default="12,2,16", metavar="D,W,N", help="the largest draft (default: %(default)s)")
     add("--script", metavar="D,W,N", help="the draft of P0 (default: the checkpoint's tree.json, a method's own)")
-    add("--costs", metavar="DIR", help="where the cost table is kept (default: beside the head)")
+    add("--costs", metavar="DIR", help="where the cost table is kept (default: beside the head, or runs/METHOD/costs)")
     add("--tune", action="store_true", help="tune P1 to P4 and name the best baseline, instead of scoring")
     add("--tuned", metavar="FILE", help="what --tune found")
     add("--policies", nargs="+", choices=(*POLICIES, ORACLE), default=[*POLICIES, ORACLE], metavar="P")
@@ -359,7 +361,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("give --ckpt DIR or --method NAME")
     if args.tune == bool(args.tuned):
         raise InputError("give --tune, or --tuned FILE with what it found")
-    at_least(args, limit=1, max_new_tokens=1, batch_size=1)
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1, seed=0)
     if not args.temperature >= 0:
         raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
     if args.tuned and not Path(args.tuned).is_file():

@@ -22,8 +22,9 @@ from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
 from eval.options import DTYPES
 from eval.summary import Contention, clean, figures, hardware, unreliable
-from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, load_records
+from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
+from mmspec import metrics
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
@@ -43,7 +44,7 @@ def parse_tree(text: str) -> DraftTree:
     """`DEPTH,WIDTH,NODES` as a tree. Raises InputError."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise InputError(f"--grid {text!r} is no tree; write DEPTH,WIDTH,NODES, as in 5,2,7")
+        raise InputError(f"{text!r} is no tree; write DEPTH,WIDTH,NODES, as in 5,2,7")
     return DraftTree(*map(int, parts))
 
 
@@ -74,10 +75,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     target = open_target([loaded], args.target, args.dtype, args.device)
+    limit_pixels(target, None)
     methods = make_methods(target, loaded, trees)
     system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
-    bench = Bench(target, methods, GreedySampler(), args.batch_size)
+    bench = Bench(target, methods, GreedySampler(), args.batch_size, metrics.TIE_GAPS[args.dtype])
     results: list[Result] = []
     contention = Contention()
     bench.warm_up(dialogues.warmup(N_WARMUP))

@@ -47,6 +47,8 @@ TRAINED = tuple(name for name in policy_names() if name not in FREE)
 """Policies of a trained controller."""
 MEASURED = ("marginal", *TRAINED)
 """Policies that decide by measured costs."""
+SHAPED = (*STATIC, "confidence", "marginal", "viskip_refined")
+"""Policies of a fixed shape, or of one that the candidates decide: not for candidates that are drawn."""
 POLICIES = ("auto", *FREE, *STATIC, *TRAINED, "plain")
 METHOD_POLICIES = ("adaptive", *FREE)
 STATIC_TREE = "static_tree.json"

@@ -174,16 +174,20 @@ def _settle(target: Target) -> None:
         torch.cuda.synchronize(target.device)
 
 
-def load_or_measure(
-    folder: Path, target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int, key: str = ""
-) -> CostTable:
-    """The cost table of this hardware from `folder/<hardware>[-<key>].json`; measured and stored when that one will not
-    do.
+def table_path(folder: Path, target: Target, key: str = "") -> Path:
+    """Where the table of this hardware is kept: `folder/<hardware>[-<key>].json`.
 
     Args:
         key: what else the seconds depend on and the folder does not say, as the width of a draft.
     """
-    path = folder / f"{'-'.join(filter(None, (hardware(target), key)))}.json"
+    return folder / f"{'-'.join(filter(None, (hardware(target), key)))}.json"
+
+
+def load_or_measure(
+    folder: Path, target: Target, drafter: Drafter, max_batch: int, depth: int, budget: int, key: str = ""
+) -> CostTable:
+    """The cost table of this hardware from `table_path`; measured and stored when that one will not do."""
+    path = table_path(folder, target, key)
     with contextlib.suppress(FileNotFoundError, ValueError):
         table = CostTable.load(path)
         if max(table.verify_s) >= max_batch and max(table.draft_s[1]) >= depth and max(table.verify_s[1]) > budget:

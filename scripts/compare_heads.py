@@ -41,7 +41,7 @@ from eval.summary import OVERALL, clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.api import STATIC_TREE
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, at_least
 from mmspec.methods import method_names
 from mmspec.recipe import head_kinds, load
 from mmspec.types import InputError
@@ -502,9 +502,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of training and bootstrap (default: 0)")
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all heads")
     args = parser.parse_args(said)
-    for name in ("limit", "steps", "batch", "procs", "tune_limit", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    at_least(args, limit=1, steps=1, batch=1, procs=1, data_limit=1, tune_limit=1, max_new_tokens=1)
     if not args.minutes > 0:
         raise InputError(f"--minutes must be above 0, got {args.minutes:g}")
     if args.batch % args.procs:

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from eval.options import DTYPES
 from eval.policies import BASELINES, LEARNED, ORACLE
 from eval.policy_tables import (
     break_even,
@@ -340,7 +341,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--data-limit", type=int, metavar="N", help="records of both (default: all)")
     add("--tune-limit", type=int, default=30, metavar="N", help="records of synth:val to tune on (default: 30)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
-    add("--dtype", default="float32", help="to decode with (default: float32)")
+    add("--dtype", choices=DTYPES, default="float32", help="to decode with (default: float32)")
     add("--answers", metavar="DIR", help="answers of a run on the same questions (default: made once)")
     add("--seed", type=int, default=0, help="of training, noise and bootstrap (default: 0)")
     add("--out", default="runs/policies", metavar="DIR", help="(default: %(default)s)")

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.mmspec import output_folder
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, load_records
+from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.arguments import Parser, at_least
@@ -141,6 +141,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, max_bad_share=0.05)
     target = load_target(args.target or (checkpoint.target.name if checkpoint else EMBEDDED), args.dtype, args.device)
+    limit_pixels(target, None)
     system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     counts = Counts(args.depth)

@@ -3,8 +3,9 @@
     python scripts/measure_costs.py --ckpt runs/eagle_tiny --max-batch 16
     python scripts/measure_costs.py --method sam --out runs/costs/sam --max-batch 8
 
-The table is one JSON file named by hardware, threads, dtype and torch version, beside the head or in --out; policies
-find it there. One that covers the batch, depth and nodes asked for is kept, unless --again. Measure on an idle machine.
+The table is one JSON file named by hardware, threads, dtype and torch version, beside the head, where policies find it,
+or in --out (`--costs` of eval.policies). One that covers the batch, depth and nodes asked for is kept, unless --again.
+Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import OneLineParser, at_least
-from mmspec.costs import CostTable, hardware, load_or_measure
+from mmspec.costs import CostTable, load_or_measure, table_path
 from mmspec.methods import make_method, method_names
 from mmspec.types import InputError
 
@@ -62,19 +63,18 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
         loaded = checkpoints.load(args.ckpt)
         tree = parse_tree(args.offer) if args.offer else loaded.tree
         target = open_target([loaded], args.target, args.dtype, device)
-        drafter, width = make_drafter(replace(loaded, tree=tree), target), tree.width
+        drafter = make_drafter(replace(loaded, tree=tree), target)
         depth, budget = tree.depth, tree.budget
+        folder, key = Path(args.out) if args.out else loaded.folder / "costs", f"w{tree.width}"
     else:
         target = open_target([], args.target, args.dtype, device)
         drafter, plan = make_method(args.method, target)
-        offer = parse_tree(args.offer) if args.offer else None
-        depth, budget = (
-            max(plan.max_depth, offer.depth if offer else 0),
-            max(plan.max_budget, offer.budget if offer else 0),
-        )
-        width = offer.width if offer else 1
-    folder, key = Path(args.out) if args.out else Path(args.ckpt) / "costs", f"w{width}"
-    path = folder / f"{hardware(target)}-{key}.json"
+        depth, budget = plan.max_depth, plan.max_budget
+        if args.offer:
+            tree = parse_tree(args.offer)
+            depth, budget = max(depth, tree.depth), max(budget, tree.budget)
+        folder, key = Path(args.out), ""
+    path = table_path(folder, target, key)
     if args.again:
         path.unlink(missing_ok=True)
     return path, load_or_measure(folder, target, drafter, args.max_batch, depth, budget, key)

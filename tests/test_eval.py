@@ -380,6 +380,8 @@ BAD_OPTIONS = [
     (("--share-noise",), "--share-noise needs a --temperature above 0 and --verifier match"),
     (("--temperature", "1", "--draft-widths", "2"), "--draft-widths needs --verifier rejection"),
     (("--temperature", "1", "--verifier", "rejection", "--policies", "static"), "needs drawn candidates"),
+    (("--temperature", "1", "--verifier", "rejection", "--policies", "marginal"), "needs drawn candidates"),
+    (("--method", "pld", "--method-budget", "marginal", "--frozen"), "--frozen: --method-budget marginal goes by"),
     (("--policies", "static"), "static_tree.json"),
     (("--seed", "-1"), "--seed must be at least 0, got -1"),
     (("--max-bad-share", "1.5"), "--max-bad-share must be between 0 and 1, got 1.5"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eval.bench import frozen_copy
 from mmspec.drafters.hybrid import HybridDrafter
 from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import Config, PromptLookupDrafter
@@ -238,6 +239,17 @@ def test_a_drafter_that_is_always_wrong_is_left_alone_but_for_a_small_share():
         spent += policy.refine.seconds(nodes, plan.depth > 0)
         policy.observe(StepTrace(plan, (True,), (0,), (1,), nodes))
     assert spent < 1.02 * rounds * policy.plain_s
+
+
+def test_what_a_frozen_copy_learns_stays_with_it():
+    target = llava()
+    for name, learned in (("viskip", lambda p: p.bias.any()), ("marginal", lambda p: p.probing.spent_s)):
+        policy = make_policy(name, parts(target))
+        twin = frozen_copy(policy)
+        generate(target, requests(target), drafters(target)["eagle"], twin, GreedySampler())
+        assert learned(twin)
+        assert not learned(policy)
+        assert twin.price is twin.refine.price, "its parts are each other's, as the original's are"
 
 
 def test_accepting_less_than_the_threshold_skips_a_row_and_it_is_tried_again():

@@ -350,6 +350,20 @@ def test_stopped_rollouts_go_on_to_the_same_rounds(tmp_path: Path):
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labels(tmp_path: Path):
+    records = [record(number) for number in range(4)]
+    s = session(tmp_path, records, policy__kind="learned", policy__rollouts="4")
+    replace(s.state, recipe=s.recipe.as_dict()).save(s.folder)
+    controller._take_rounds(s, s.folder, 0)
+    for change, said in (
+        ({"head__init_from": str(tmp_path / "another")}, "no run of the same data, seed, drafter"),
+        ({"policy__controller__n_mass": "2"}, "has labels of 1 layers"),
+    ):
+        other = session(tmp_path, records, policy__kind="learned", policy__rollouts="4", **change)
+        with pytest.raises(InputError, match=said):
+            controller._take_rounds(other, s.folder, 0)
+
+
 def test_rounds_of_one_conversation_stay_on_one_side_of_the_split():
     keys = torch.arange(40).repeat_interleave(3)
     training, held_out = controller._split(keys, 0)

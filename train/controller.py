@@ -30,13 +30,19 @@ from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.order import Order
 from train.placement import uneven
-from train.session import Session, read_state
+from train.session import Session, flat, read_state
 from train.stopping import Stopped
 
 CHUNK_BATCHES = 2
 """Requests per chunk, in decoding batches: what a stop may have to compute again."""
 MASS_WINDOW = 4
 """Positions whose visual attention is averaged: the queries that choose the next four tokens."""
+ROLLOUT = (
+    "target.name", "head.init_from", "run.seed", "run.max_steps", "policy.method", "policy.depth", "policy.width",
+    "policy.budget", "policy.controller.depth", "policy.rollouts", "policy.rollout_batch",
+)  # fmt: skip
+"""Keys that a rollout depends on."""
+N_MASS = "policy.controller.n_mass"
 HELD_OUT_SHARE = 0.15
 EVALUATE_EVERY = 100
 
@@ -145,14 +151,17 @@ def _take_rounds(session: Session, other: Path, n_chunks: int) -> None:
     """Copies the chunks of another run's rollout.
 
     Raises:
-        InputError: it is not of the same data, seed and draft.
+        InputError: it is not of the same data, seed, drafter and draft, or does not have the labels that are wanted.
     """
-    found, mine = read_state(other), session.recipe
-    keys = ("depth", "width", "budget", "method", "rollouts", "rollout_batch")
-    theirs = found.recipe if found is not None and found.data == session.state.data else None
-    same = theirs is not None and theirs["run"]["seed"] == mine.run.seed
-    if theirs is None or not same or any(theirs["policy"].get(k) != getattr(mine.policy, k) for k in keys):
-        raise InputError(f"policy.rollouts_from={other} is no run of the same data, seed and draft; leave it out")
+    found, mine = read_state(other), flat(session.recipe.as_dict())
+    theirs = flat(found.recipe) if found is not None and found.data == session.state.data else {}
+    if any(theirs.get(key) != mine[key] for key in ROLLOUT):
+        raise InputError(
+            f"policy.rollouts_from={other} is no run of the same data, seed, drafter and draft; leave it out"
+        )
+    n_mass, labelled = mine[N_MASS], theirs[N_MASS]
+    if n_mass not in (0, labelled):
+        raise InputError(f"policy.rollouts_from={other} has labels of {labelled} layers; set {N_MASS}={labelled}, or 0")
     for number in range(n_chunks):
         source = _path(other / "rollout", number)
         if not source.is_file():

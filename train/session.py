@@ -159,12 +159,12 @@ def read_state(folder: Path) -> State | None:
 
 
 def _check_same(old: State, new: State, folder: Path) -> None:
-    before, now = _flat(old.recipe), _flat(new.recipe)
+    before, now = flat(old.recipe), flat(new.recipe)
     nodes = ["optim"] + ["policy.optim"] * (now["policy.kind"] == "learned")
     for node in nodes:
         sizes = [
-            (run.world_size, *(flat[f"{node}.{key}"] for key in ("micro_batch", "accumulate")))
-            for run, flat in ((old, before), (new, now))
+            (run.world_size, *(entries[f"{node}.{key}"] for key in ("micro_batch", "accumulate")))
+            for run, entries in ((old, before), (new, now))
         ]
         if math.prod(sizes[0]) != math.prod(sizes[1]):
             was, found = (f"{n} processes x micro_batch {micro} x accumulate {times}" for n, micro, times in sizes)
@@ -180,12 +180,13 @@ def _check_same(old: State, new: State, folder: Path) -> None:
             )
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Entries of nested mappings by their dotted names."""
     if not isinstance(node, dict):
         return {prefix: node}
     out: dict[str, Any] = {}
     for key, value in node.items():
-        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
+        out |= flat(value, f"{prefix}.{key}" if prefix else key)
     return out
 
 
