@@ -23,13 +23,6 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message} (--help shows examples)\n")
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input, for commands that have one place to report it from."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
 def at_least(args: argparse.Namespace, **least: int) -> None:
     """Checks numbers given as options; one that was not given (None) is right, of a list each must be.
 
