@@ -413,7 +413,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert (out / "config.json").read_text() == "1"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.1.new"}
 
 
 # ---- the command ----
