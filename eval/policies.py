@@ -147,12 +147,12 @@ def prepare(args: argparse.Namespace) -> Setup:
     folders = {label: Path(folder) for label, folder in controllers.items() if folder}
     offer = parse_tree(args.offer)
     if args.ckpt:
-        loaded = checkpoints.load(args.ckpt)
+        loaded = checkpoints.load(args.ckpt, args.target, args.dtype)
         target = open_target([loaded], args.target, args.dtype, args.device)
         drafter = make_drafter(replace(loaded, tree=offer), target)
         own = parse_tree(args.script) if args.script else loaded.tree
         script, make = (min(own.depth, offer.depth), min(own.budget, offer.budget)), lambda: drafter
-        home = Path(args.ckpt)
+        home = loaded.folder
     else:
         target = open_target([], args.target, args.dtype, args.device)
         drafter, plan = make_method(args.method, target)

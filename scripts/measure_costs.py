@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
     at_least(args, max_batch=1)
     device = find_device(args.device)
     if args.ckpt:
-        loaded = checkpoints.load(args.ckpt)
+        loaded = checkpoints.load(args.ckpt, args.target, args.dtype)
         tree = parse_tree(args.offer) if args.offer else loaded.tree
         target = open_target([loaded], args.target, args.dtype, device)
         drafter, width = make_drafter(replace(loaded, tree=tree), target), tree.width
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
             max(plan.max_budget, offer.budget if offer else 0),
         )
         width = offer.width if offer else 1
-    folder, key = Path(args.out) if args.out else Path(args.ckpt) / "costs", f"w{width}"
+    folder, key = Path(args.out) if args.out else loaded.folder / "costs", f"w{width}"
     path = folder / f"{hardware(target)}-{key}.json"
     if args.again:
         path.unlink(missing_ok=True)
