@@ -244,7 +244,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     Raises:
         InputError: the input is wrong.
     """
-    loaded = {Path(path).name: checkpoints.load(path) for path in args.ckpt}
+    loaded = {Path(path).name: checkpoints.load(path, args.target, args.dtype) for path in args.ckpt}
     if len(loaded) < len(args.ckpt):
         raise InputError("--ckpt: the folders need different names, by which they are reported")
     first = next(iter(loaded.values()))

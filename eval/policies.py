@@ -149,7 +149,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     offer, wanted = parse_tree(args.offer), parse_tree(args.script) if args.script else None
     width: int | None
     if args.ckpt:
-        loaded = checkpoints.load(args.ckpt)
+        loaded = checkpoints.load(args.ckpt, args.target, args.dtype)
         target = open_target([loaded], args.target, args.dtype, args.device)
         drafter = make_drafter(replace(loaded, tree=offer), target)
         own = wanted or loaded.tree

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         InputError: the input is wrong.
     """
     trees = list(dict.fromkeys(parse_tree(text) for text in args.grid))
-    loaded = checkpoints.load(args.ckpt)
+    loaded = checkpoints.load(args.ckpt, args.target, args.dtype)
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     target = open_target([loaded], args.target, args.dtype, args.device)

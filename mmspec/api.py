@@ -146,8 +146,7 @@ class Speculator:
             name: a file of `mmspec/drafters`, such as "pld", or "hybrid", which needs a checkpoint.
             target: of any supported family (default: the checkpoint's, or the embedded one).
             settings: fields of the method's `Config`; what is not given has its default.
-            ckpt: run folder of train/distill.py.
-            dtype, device, max_batch: as for `from_pretrained`.
+            ckpt, dtype, device, max_batch: as for `from_pretrained`.
             policy: "adaptive" (the budget that pays on this machine), "fixed" (the method's whole budget), or another
                 of METHOD_POLICIES.
 

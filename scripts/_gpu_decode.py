@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from _bench import environment, publish, timed
+from _gpu_page import DECODE
 from _random_target import NAMES, picture, random_target, shared_twin, weight_bytes
 from bench_loop import Bench
 from PIL import Image
@@ -150,9 +151,6 @@ class Decode(Bench):
         return {"by_batch": {str(batch): self.against_model(batch) for batch in self.batches}}
 
 
-PARTS = ("roofline", "costs", "heads", "graphs", "generate", "loop", "oracle")
-
-
 def copy_rate(device: torch.device, n_bytes: int, repeats: int = 5) -> float:
     """Bytes per second that a copy reads and writes, the best of a few."""
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
@@ -172,7 +170,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("part", choices=PARTS)
+    add("part", choices=DECODE)
     add("--target", choices=tuple(NAMES), default=next(iter(NAMES)), help="whose shape (default %(default)s)")
     add("--json", type=Path, metavar="OUT", help="write the figures there")
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")

@@ -171,6 +171,8 @@ _TABLES = {
     "roofline": _roofline, "costs": _costs, "heads": _heads, "graphs": _graphs, "generate": _generate,
     "loop": _loop, "oracle": _oracle,
 }  # fmt: skip
+DECODE = tuple(_TABLES)
+"""The parts that decode, in the order in which they are measured."""
 
 
 # ---- plots ----

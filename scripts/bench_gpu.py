@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_page import collect, page, paragraph
+from _gpu_page import DECODE, collect, page, paragraph
 from _random_target import NAMES
 from compare_heads import ROOT, Ledger, Step, perform
 
@@ -35,7 +35,6 @@ from mmspec.api import find_device
 from mmspec.arguments import Parser
 from mmspec.types import InputError
 
-DECODE = ("roofline", "costs", "heads", "graphs", "generate", "loop", "oracle")
 PARTS = ("decode", "train", "mid")
 HEADS = ("eagle3", "medusa", "vispec")
 SUFFIXES = {"llava-1.5-7b": "llava7b", "qwen2.5-vl-7b": "qwen2_5_vl_7b"}

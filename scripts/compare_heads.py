@@ -378,7 +378,9 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
             name = method.removesuffix("_static")
             if name in runs:
                 tree = f"{how['depth']},{how.get('width', '-')},{how['budget']}"
-                facts = {"tree": tree, "steps": _steps(out / name), "train_s": ledger.seconds(f"train {name}")}
+                facts = {"tree": tree, "steps": _steps(out / name)}
+                if method == name:  # one checkpoint, however many trees
+                    facts["train_s"] = ledger.seconds(f"train {name}")
                 tables[table].append(row(method, summary, method, {**facts, "blind": runs[name].blind}))
     if not args.no_training_free:
         summary = found["matched"]

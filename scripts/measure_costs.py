@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
     at_least(args, max_batch=1)
     device = find_device(args.device)
     if args.ckpt:
-        loaded = checkpoints.load(args.ckpt)
+        loaded = checkpoints.load(args.ckpt, args.target, args.dtype)
         tree = parse_tree(args.offer) if args.offer else loaded.tree
         target = open_target([loaded], args.target, args.dtype, device)
         drafter = make_drafter(replace(loaded, tree=tree), target)
