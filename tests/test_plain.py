@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmspec.recipe import DeepSpeedNode, Optim
@@ -20,7 +18,7 @@ from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.plain import check_plain
 from train.stopping import Stopper
 from train.tracking import Tracker
-from train.world import World, join
+from train.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed")
 
@@ -50,10 +48,10 @@ def micro(step: int) -> list[MicroBatch]:
     return [MicroBatch(partial(make, 10 * step + n, n), n) for n in (4, 2)]
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield join("cpu")
-    dist.destroy_process_group()
+@pytest.fixture
+def world(group: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    return group
 
 
 def fitted(
