@@ -37,12 +37,24 @@ from mmspec.api import find_device, make_drafter
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, write_json
-from mmspec.dependence import COUNTERFACTUALS, blurred, mean_feature, of_conversations
+from mmspec.dependence import blurred, mean_feature, of_conversations
 from mmspec.loop import all_complete, generate
 from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine, Record, RecordError, open_image
 from mmspec.sampling import GreedySampler
-from mmspec.types import Drafter, Forward, InputError, Output, Plan, Prompt, Request, Round, Target, Tree
+from mmspec.types import (
+    COUNTERFACTUALS,
+    Drafter,
+    Forward,
+    InputError,
+    Output,
+    Plan,
+    Prompt,
+    Request,
+    Round,
+    Target,
+    Tree,
+)
 
 PROGRAM = "eval.dependence"
 SCHEMA = "mmspec-dependence/1"
@@ -199,11 +211,14 @@ class Decoder:
     Args:
         target: frozen.
         loaded: checkpoints by name, checked against the target.
-        instead: the mean image feature; None: images are blurred.
+        instead: the mean image feature; None: images are blurred, or hidden from answers.
+        hidden: whether they are.
     """
 
-    def __init__(self, target: Target, loaded: dict[str, Checkpoint], instead: Tensor | None) -> None:
-        self.target, self.instead = target, instead
+    def __init__(
+        self, target: Target, loaded: dict[str, Checkpoint], instead: Tensor | None, hidden: bool = False
+    ) -> None:
+        self.target, self.instead, self.hidden = target, instead, hidden
         self.drafters = {name: Watched(make_drafter(ckpt, target)) for name, ckpt in loaded.items()}
         self.policies = {name: FixedPolicy(ckpt.tree.depth, ckpt.tree.budget) for name, ckpt in loaded.items()}
 
@@ -227,8 +242,8 @@ class Decoder:
         prompt = task.request.prompt
         marks = torch.cat([torch.zeros(len(prompt), dtype=torch.long), torch.ones(len(tokens), dtype=torch.long)])
         whole, other = (_longer(p, tokens) for p in (prompt, unseen))
-        blind = [] if self.instead is not None else [other]
-        [measured] = of_conversations(self.target, [whole], [marks], self.instead, blind)
+        blind = [] if self.instead is not None or self.hidden else [other]
+        [measured] = of_conversations(self.target, [whole], [marks], self.instead, blind, self.hidden)
         return Answered(task.record.id, task.record.topic, measured.kl[1:], found), tokens
 
 
@@ -260,9 +275,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     limit_pixels(target, None)
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
-    blur = args.counterfactual == "blur"
-    instead = None if blur else mean_feature(target, (_alone(target, record) for record in records[:IMAGES]))
-    decoder = Decoder(target, loaded, instead)
+    blur, mean = args.counterfactual == "blur", args.counterfactual == "mean"
+    instead = mean_feature(target, (_alone(target, record) for record in records[:IMAGES])) if mean else None
+    decoder = Decoder(target, loaded, instead, hidden=not blur and not mean)
     answers: list[Answered] = []
     differing = 0
     for [task] in track(dialogues.groups(1), "decoding", total=dialogues.n_turns, console=console):

@@ -28,7 +28,6 @@ from torch import Tensor
 from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
 from eval.options import DTYPES
-from eval.policy_tables import calibration
 from eval.summary import OVERALL, Contention, clean, figures, hardware, unreliable
 from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
 from eval.tune_tree import parse_tree
@@ -281,7 +280,9 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         "against": against,
         "control": {method.name: scored.control_share(method) for method in methods},
         "calibration": {
-            k: calibration(p.outcomes) for k, p in policies.items() if isinstance(p, LearnedPolicy) and p.outcomes
+            k: metrics.calibration(p.outcomes)
+            for k, p in policies.items()
+            if isinstance(p, LearnedPolicy) and p.outcomes
         },
         "outcomes": {
             k: [[chances[:1], accepted] for chances, accepted in p.outcomes]

@@ -12,7 +12,6 @@ from typing import Any
 from eval.plots import Series, standalone, ticks
 from eval.summary import OVERALL
 
-BINS = 10
 WANTED_SHARE, LARGE = 0.4, 0.05
 """Share of the headroom that is to be captured, and from which headroom on."""
 PLAIN_FLOOR, BASELINE_FLOOR, CLOSE = 0.97, 0.98, 0.98
@@ -20,34 +19,6 @@ LEARNED = ("P5", "P6", "P7", "P8")
 
 Key = tuple[str, int, float, str]
 """Drafter, batch, temperature, data."""
-
-
-def calibration(outcomes: Sequence[tuple[Sequence[float], int]]) -> list[dict[str, Any]]:
-    """How far stated chances are from what came of the drafts, by depth.
-
-    Args:
-        outcomes: of each draft the chances of the levels that were observed, each once the one before is accepted, and
-            how many levels were accepted.
-
-    Returns:
-        By depth: n observed, ece (expected calibration error, 10 bins of equal width), brier, and the bins as
-        [mean chance, share accepted, n].
-    """
-    deepest = max((len(chances) for chances, _ in outcomes), default=0)
-    rows = []
-    for level in range(deepest):
-        bins = [[0.0, 0.0, 0] for _ in range(BINS)]
-        brier, n = 0.0, 0
-        for chances, accepted in outcomes:
-            if level < len(chances):
-                q, y = chances[level], float(accepted > level)
-                place = bins[min(int(q * BINS), BINS - 1)]
-                place[0], place[1], place[2] = place[0] + q, place[1] + y, place[2] + 1
-                brier, n = brier + (q - y) ** 2, n + 1
-        full = [(p / m, y / m, m) for p, y, m in bins if m]
-        ece = sum(abs(p - y) * m for p, y, m in full) / n
-        rows.append({"depth": level + 1, "n": n, "ece": ece, "brier": brier / n, "bins": [list(b) for b in full]})
-    return rows
 
 
 def skip_quality(outcomes: Sequence[tuple[Sequence[float], int]], threshold: float = 0.5) -> dict[str, float | None]:

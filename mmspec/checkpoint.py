@@ -164,9 +164,15 @@ def save_head(folder: Path, state: Mapping[str, Tensor], config: Any, target: Ta
     _save_module(folder, "head", state, config, target, {"blind": blind})
 
 
-def save_controller(folder: Path, state: Mapping[str, Tensor], config: Any, target: Target) -> None:
-    """Writes `viskip.safetensors` and `viskip.json`; arguments as for `save_head`."""
-    _save_module(folder, "viskip", state, config, target)
+def save_controller(
+    folder: Path, state: Mapping[str, Tensor], config: Any, target: Target, held_out: Sequence[Any] = ()
+) -> None:
+    """Writes `viskip.safetensors` and `viskip.json`; arguments as for `save_head`, and
+
+    Args:
+        held_out: how well it is calibrated, JSON rows.
+    """
+    _save_module(folder, "viskip", state, config, target, {"held_out": list(held_out)})
 
 
 def save_tree(folder: Path, tree: DraftTree) -> None:

@@ -1,11 +1,11 @@
 """Counterfactual visual dependence: how much of the target's choice of each token is owed to the image.
 
 The target reads one conversation twice, with its image and without: image features replaced by their mean over a set of
-images, or the image blurred. Tokens, positions and lengths are the same both times, so all that differs between the
-two distributions of a token is what the image said.
+images, or the image blurred, or image positions hidden from the answer alone, so that what the question took from the
+image stays. Tokens, positions and lengths are the same both times, so all that differs between the two distributions of
+a token is what the image said.
 
-Source: methods, D3, label 2. Deviation: none; the third way, hiding image positions from answer tokens alone, is not
-offered.
+Source: methods, D3, label 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mmspec.types import Features, Prompt, Target, Unembed
 
-COUNTERFACTUALS = ("mean", "blur")
 BLUR = 1 / 16
 """Standard deviation of the blur, of the shorter side."""
 CHUNK = 512
@@ -87,6 +86,7 @@ def of_conversations(
     answers: Sequence[Tensor],
     instead: Tensor | None = None,
     blurred_prompts: Sequence[Prompt] = (),
+    hidden: bool = False,
 ) -> list[Dependence]:
     """The dependence of each conversation's answer tokens, in their order.
 
@@ -94,12 +94,13 @@ def of_conversations(
         target: frozen.
         prompts, answers: as `encode_dialogue` gives them.
         instead: `mean_feature` of a set of images, or
-        blurred_prompts: the same conversations, encoded with blurred images.
+        blurred_prompts: the same conversations, encoded with blurred images, or
+        hidden: the answers do not see images.
     """
-    if (instead is None) == (not blurred_prompts):
-        raise ValueError("give either the mean feature or blurred prompts")
+    if (instead is not None) + bool(blurred_prompts) + hidden != 1:
+        raise ValueError("give either the mean feature or blurred prompts or hidden=True")
     seen = target.teacher(prompts, answers)
-    unseen = target.teacher(blurred_prompts or prompts, answers, instead=instead)
+    unseen = target.teacher(blurred_prompts or prompts, answers, instead=instead, hidden=hidden)
     found = of_passes(seen, unseen, target.unembed)
     counts = answer_places(seen.answer).sum(1).tolist()
     columns = (found.kl.split(counts), found.js.split(counts), found.changed.split(counts))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mmspec.types import Output
 
+CALIBRATION_BINS = 10
 TIE_GAP = 1e-4
 """Top-2 logit gap under which a divergence in fp32 is a tie: cached and full forward differ by 1e-5 in logits."""
 TIE_GAPS = {"float64": 0.0, "float32": TIE_GAP, "float16": 2**-5, "bfloat16": 2**-2}
@@ -97,6 +99,34 @@ def draft_efficiency(outputs: Sequence[Output]) -> float:
     return sum(round[2] for round in rounds) / nodes if nodes else math.nan
 
 
+def calibration(outcomes: Sequence[tuple[Sequence[float], int]]) -> list[dict[str, Any]]:
+    """How far stated chances are from what came of the drafts, by depth.
+
+    Args:
+        outcomes: of each draft the chances of the levels that were observed, each once the one before is accepted, and
+            how many levels were accepted.
+
+    Returns:
+        By depth: n observed, ece (expected calibration error, 10 bins of equal width), brier, and the bins as
+        [mean chance, share accepted, n].
+    """
+    deepest = max((len(chances) for chances, _ in outcomes), default=0)
+    rows = []
+    for level in range(deepest):
+        bins = [[0.0, 0.0, 0] for _ in range(CALIBRATION_BINS)]
+        brier, n = 0.0, 0
+        for chances, accepted in outcomes:
+            if level < len(chances):
+                q, y = chances[level], float(accepted > level)
+                place = bins[min(int(q * CALIBRATION_BINS), CALIBRATION_BINS - 1)]
+                place[0], place[1], place[2] = place[0] + q, place[1] + y, place[2] + 1
+                brier, n = brier + (q - y) ** 2, n + 1
+        full = [(p / m, y / m, m) for p, y, m in bins if m]
+        ece = sum(abs(p - y) * m for p, y, m in full) / n
+        rows.append({"depth": level + 1, "n": n, "ece": ece, "brier": brier / n, "bins": [list(b) for b in full]})
+    return rows
+
+
 def percentile(values: Sequence[float], q: float) -> float:
     """The q-th percentile (0 to 100) with linear interpolation between order statistics."""
     if not values:
@@ -160,6 +190,43 @@ def p_value(
     return min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
 
 
+def mean_difference(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    clusters: Sequence[Hashable],
+    n_resamples: int = 4000,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """Mean of `second - first` over the same units, with a bootstrap interval that draws whole clusters, and the
+    two-sided p of "no difference".
+
+    Args:
+        first, second: [N] figures of the same units in the same order.
+        clusters: what each unit belongs to: its image.
+        n_resamples: bootstrap resamples.
+        seed: of the resampling only.
+
+    Returns:
+        The interval, and p as in `p_value`; ends and p are NaN with fewer than two clusters, all is NaN without units.
+    """
+    index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    C = len(index)
+    if not C:
+        return Interval(math.nan, math.nan, math.nan), math.nan
+    rows = torch.tensor([index[name] for name in clusters])
+    zeros = torch.zeros(C, dtype=torch.float64)
+    gain = zeros.index_add(0, rows, (second - first).double())
+    n = zeros.index_add(0, rows, torch.ones(len(rows), dtype=torch.float64))
+    value = float(gain.sum() / n.sum())
+    if C < 2:
+        return Interval(value, math.nan, math.nan), math.nan
+    drawn = torch.randint(C, (n_resamples, C), generator=torch.Generator().manual_seed(seed))
+    again = gain[drawn].sum(1) / n[drawn].sum(1)
+    ends = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    fewer = min(int((again <= 0).sum()), int((again >= 0).sum()))
+    return Interval(value, float(ends[0]), float(ends[1])), min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for being one of a family (Holm): those under 0.05 hold together with 95% confidence.
 
@@ -183,6 +250,29 @@ def geometric_mean(values: Sequence[float]) -> float:
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean; NaN of none."""
     return sum(values) / len(values) if values else math.nan
+
+
+def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Spearman's: the correlation of the ranks of two [N], ties sharing their mean rank; NaN where one is constant."""
+    ranks = torch.stack([_ranks(x), _ranks(y)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    scale = float(ranks.norm(dim=1).prod())
+    return float(ranks[0] @ ranks[1]) / scale if scale > 0 else math.nan
+
+
+def auc(scores: torch.Tensor, positive: torch.Tensor) -> float:
+    """Chance that a positive one of [N] has the higher score than one that is not, ties counting half; NaN where there
+    is none of either kind."""
+    n, m = int(positive.sum()), int((~positive).sum())
+    return float(_ranks(scores)[positive].sum() - n * (n - 1) / 2) / (n * m) if n and m else math.nan
+
+
+def _ranks(x: torch.Tensor) -> torch.Tensor:
+    """Ranks from 0, [N] float64; equal ones share their mean."""
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    mean: torch.Tensor = (ends - counts).double() + (counts.double() - 1) / 2
+    return mean[place]
 
 
 def _by_cluster(

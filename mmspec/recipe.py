@@ -228,6 +228,9 @@ class PolicyNode:
     """Train a controller for this training-free method instead of a head; nothing else is (`run.max_steps: 0`)."""
     rollouts: int = 256
     """Training requests decoded with the trained head to label rounds."""
+    sampled_share: float = 0.0
+    """Share of those that are sampled, at temperature 1; the others are greedy. Chances of acceptance are others there,
+    and held-out calibration is told by temperature."""
     rollout_batch: int = 8
     """Rows decoded together in the rollout."""
     rollouts_from: str | None = None

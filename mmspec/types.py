@@ -18,6 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+COUNTERFACTUALS = ("mean", "blur", "knockout")
+"""What stands for an image that the target is not to see; see `mmspec/dependence.py`."""
+
 
 class InputError(ValueError):
     """The user's input is wrong: the message is one line that names the value and the remedy (exit code 2)."""
@@ -435,6 +438,7 @@ class Target(Protocol):
         pack: int = 0,
         weights: Sequence[Tensor] = (),
         instead: Tensor | None = None,
+        hidden: bool = False,
     ) -> Features: ...
     def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor: ...
 

@@ -5,7 +5,8 @@
     deepspeed train/distill.py recipes/eagle_llava7b.yaml data.dependence=runs/dependence_llava7b loss.dependence=1
 
 The target reads every answered conversation twice: with its image, and with image features replaced by their mean over
-the training images (--counterfactual mean) or with the image blurred (blur). Stored per answer token are KL and
+the training images (--counterfactual mean), with the image blurred (blur), or with image positions hidden from the
+answers (knockout). Stored per answer token are KL and
 Jensen-Shannon divergence of its two distributions and whether their likeliest tokens differ: 5 bytes. Without
 data.dependence the first is measured anew in every training step, at the price of a second pass of the target.
 
@@ -26,9 +27,8 @@ os.environ.setdefault(
 )
 
 from mmspec.arguments import Parser  # noqa: E402
-from mmspec.dependence import COUNTERFACTUALS  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
-from mmspec.types import InputError  # noqa: E402
+from mmspec.types import COUNTERFACTUALS, InputError  # noqa: E402
 from train.distill import leave, refuse, train  # noqa: E402
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmspec import metrics
 from mmspec.costs import CostTable, hardware, load_or_measure
 from mmspec.drafters.null import NullDrafter
 from mmspec.heads import viskip
@@ -142,8 +143,8 @@ def test_what_the_host_computes_is_what_the_controller_was_trained_on():
     """Scalars and network of the deployed controller equal those of training, over rounds and changes of request."""
     torch.manual_seed(0)
     embed = torch.randn(7, 5)
-    for reads, n_mass in (("all", 2), ("all", 0), ("scalars", 0)):
-        config = viskip.Config(hidden_size=5, width=16, depth=3, n_mass=n_mass, reads=reads)
+    for reads, n_mass, way in (("all", 2, "mean"), ("all", 2, "none"), ("all", 0, "blur"), ("scalars", 0, "none")):
+        config = viskip.Config(hidden_size=5, width=16, depth=3, n_mass=n_mass, counterfactual=way, reads=reads)
         head = viskip.Head(config).eval()
         for parameter in head.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -162,7 +163,7 @@ def test_what_the_host_computes_is_what_the_controller_was_trained_on():
             told = np.array(learned.sense(case, rows).tolist(), np.float32)
             got = learned._logits(told, [0, 1])
             with torch.no_grad():
-                expected = head._logits(case.last_hidden, embed[case.roots], table)[0]
+                expected = head.look(case.last_hidden, embed[case.roots], table).hazard
             assert torch.allclose(torch.tensor(got).float(), expected, atol=1e-4), (reads, n_kept, reach)
 
 
@@ -211,24 +212,20 @@ def rounds(n=600, seed=0):
         "reach": torch.full((n,), 3),
         "visual_mass": torch.full((n, 2), 0.25),
         "visual_mass_valid": torch.ones(n, dtype=torch.bool),
+        "dependence": states[:, 1].exp(),
+        "changed": (states[:, 2] > 1).float(),
+        "dependence_valid": torch.arange(n) % 4 > 0,
     }
 
 
 def test_the_survival_head_learns_what_decides_acceptance():
     data, held_out = rounds(4000), rounds(seed=1)
-    torch.manual_seed(0)
-    head = viskip.Head(viskip.Config(hidden_size=6, width=32, depth=3))
-    head.fit_statistics(data)
-    blank = float(head(held_out).sums["survival_nll"]) / 600
-    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    for _ in range(60):
-        objective = head(data)
-        optimizer.zero_grad()
-        (objective.loss / objective.count).backward()
-        optimizer.step()
-    trained = head(held_out)
-    assert float(trained.sums["survival_nll"]) / 600 < 0.9 * blank
-    assert float(trained.sums["mass_mae"] / trained.counts["mass_mae"]) < 0.05
+    config = viskip.Config(hidden_size=6, width=32, depth=3)
+    blank = float(trained(config, data, 0)(held_out).sums["survival_nll"]) / 600
+    head = trained(config, data)
+    found = head(held_out)
+    assert float(found.sums["survival_nll"]) / 600 < 0.9 * blank
+    assert float(found.sums["mass_mae"] / found.counts["mass_mae"]) < 0.05
     survival = head.survival(held_out["last_hidden"], held_out["root_embed"], held_out["scalars"])
     assert (survival.diff(dim=1) <= 0).all()
     assert (
@@ -236,12 +233,78 @@ def test_the_survival_head_learns_what_decides_acceptance():
     )
 
 
+def trained(config, data, steps=60):
+    torch.manual_seed(0)
+    head = viskip.Head(config)
+    head.fit_statistics(data)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
+    for _ in range(steps):
+        objective = head(data)
+        optimizer.zero_grad()
+        (objective.loss / objective.count).backward()
+        optimizer.step()
+    return head
+
+
+def test_the_heads_of_dependence_learn_their_labels_and_a_weight_of_0_teaches_nothing():
+    data, held_out = rounds(4000), rounds(seed=1)
+    valid = held_out["dependence_valid"]
+    errors, ranks = {}, {}
+    for weight in (0.0, 1.0):
+        config = viskip.Config(
+            hidden_size=6, width=32, depth=3, counterfactual="mean", dependence_weight=weight, changed_weight=weight
+        )
+        head = trained(config, data)
+        with torch.no_grad():
+            said = head.look(held_out["last_hidden"], held_out["root_embed"], held_out["scalars"])
+            estimate = torch.nn.functional.softplus(said.dependence).squeeze(1)
+            errors[weight] = float((estimate - held_out["dependence"].log1p())[valid].abs().mean())
+            ranks[weight] = metrics.auc(said.changed.squeeze(1)[valid], held_out["changed"][valid] > 0)
+        assert float(head(held_out).counts["dependence_huber"]) == int(valid.sum()), "rounds without a label count not"
+    assert errors[1.0] < 0.5 * errors[0.0]
+    assert ranks[1.0] > 0.9
+
+
+def test_detached_visual_heads_learn_from_their_labels_alone():
+    data = rounds(64)
+    grads = {}
+    for detach in (False, True):
+        torch.manual_seed(0)
+        config = viskip.Config(
+            hidden_size=6, width=8, depth=3, counterfactual="mean", detach=detach,
+            mass_weight=0.0, dependence_weight=0.0, changed_weight=0.0,
+        )  # fmt: skip
+        head = viskip.Head(config)
+        head(data).loss.backward()
+        grads[detach] = [head.mass.weight.grad.norm().item(), head.dependence.weight.grad.norm().item()]
+    assert min(grads[False]) > 0
+    assert grads[True] == [0, 0]
+
+
+def test_what_no_decision_reads_is_not_deployed_and_what_is_off_is_not_there():
+    """The head of changed choices teaches only: the deployed numbers do not depend on it, and hold no copy of it."""
+    config = viskip.Config(hidden_size=5, width=16, depth=3, n_mass=2, counterfactual="mean")
+    head, embed = viskip.Head(config).eval(), torch.randn(7, 5)
+    with torch.no_grad():
+        head.changed.weight.fill_(float("nan"))
+    deployed = viskip.Deployed(head, lambda tokens: embed[tokens], 7)
+    seen = deployed.look(torch.randn(2, 5), torch.tensor([1, 2])).detach().numpy()
+    assert np.isfinite(deployed.logits(seen, np.zeros((2, 14), np.float32))).all()
+    assert deployed.visual[0].shape == (16, 3), "one product for attention and dependence"
+    off = viskip.Head(viskip.Config(hidden_size=5, width=16, depth=3, n_mass=0))
+    assert not any(name.startswith(("mass", "dependence", "changed")) for name in off.state_dict())
+    assert off.hazard.in_features == 16 + 14
+    assert viskip.Deployed(off, lambda tokens: embed[tokens], 7).visual is None
+    with pytest.raises(ValueError, match="counterfactual"):
+        viskip.Config(counterfactual="sepia")
+
+
 def test_a_censored_round_counts_no_failure():
     """All offered tokens accepted: the likelihood must not punish belief in more."""
     head = viskip.Head(viskip.Config(hidden_size=6, width=8, depth=3, n_mass=0))
     base = rounds(4)
     full = {**base, "accepted": torch.full((4,), 2), "reach": torch.full((4,), 2)}
-    logits = head._logits(full["last_hidden"], full["root_embed"], full["scalars"])[0]
+    logits = head.look(full["last_hidden"], full["root_embed"], full["scalars"]).hazard
     expected = -torch.nn.functional.logsigmoid(logits[:, :2]).sum()
     assert head(full).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mmspec.heads import eagle
+from mmspec.heads import eagle, viskip
 from mmspec.recipe import Optim, Source, load
 from mmspec.records import Quarantine
 from mmspec.types import InputError, Output
 from tests import tiny
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
-from train import controller, distill, regenerate
+from train import controller, distill, regenerate, visual
 from train.corpus import check_sources, read
 from train.encode import encode
 from train.engine import engine_settings, learning_rate
@@ -321,15 +322,15 @@ def test_stopped_answers_go_on_to_the_same_end(tmp_path: Path, patience: int):
 
 def test_visual_mass_is_the_mean_over_the_next_four_positions():
     mass = torch.arange(10.0).unsqueeze(1)
-    label, valid = controller.visual_mass(mass, torch.tensor([0, 5, 8, 9, 10]))
+    label, valid = visual.ahead(mass, torch.tensor([0, 5, 8, 9, 10]))
     assert label.flatten().tolist()[:4] == [1.5, 6.5, 8.5, 9.0]
     assert valid.tolist() == [True, True, True, True, False]
 
 
 def test_mass_layers_are_spread_and_end_with_the_last():
-    assert controller.mass_layers(12, 4) == (2, 5, 8, 11)
-    assert controller.mass_layers(12, 1) == (11,)
-    assert controller.mass_layers(12, 0) == ()
+    assert visual.mass_layers(12, 4) == (2, 5, 8, 11)
+    assert visual.mass_layers(12, 1) == (11,)
+    assert visual.mass_layers(12, 0) == ()
 
 
 def test_stopped_rollouts_go_on_to_the_same_rounds(tmp_path: Path):
@@ -350,6 +351,38 @@ def test_stopped_rollouts_go_on_to_the_same_rounds(tmp_path: Path):
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_a_share_of_a_rollout_is_sampled_and_calibration_is_told_by_temperature(tmp_path: Path):
+    records = [record(number) for number in range(12)]
+    wanted = {"policy__kind": "learned", "policy__rollouts": "12", "policy__sampled_share": "0.5"}
+    s = session(tmp_path, records, **wanted)
+    s.prepared = prepare(s)
+    head = eagle.Head(eagle.Config().resolve(s.target.shape)).eval().requires_grad_(False)
+    controller.rollout(s, head)
+    rounds = controller._gather(s)
+    keys = {k: {turn.index for turn in chunk} for k, chunk in enumerate(controller._chunks(s))}
+    for number, temperature in ((0, 0.0), (1, 1.0), (2, 0.0)):
+        mine = torch.isin(rounds["key"], torch.tensor(sorted(keys[number])))
+        assert set(rounds["temperature"][mine].tolist()) == {temperature}
+    config = viskip.Config(width=8, depth=2, n_mass=1).resolve(s.target.shape)
+    network = viskip.Head(config)
+    torch.nn.init.zeros_(network.hazard.weight)
+    torch.nn.init.constant_(network.hazard.bias, 1.0)
+    every = torch.arange(len(rounds["accepted"]))
+    found = controller.calibration(network, rounds, every, s.target)
+    assert [bucket["temperature"] for bucket in found] == [0.0, 1.0]
+    chance = 1 / (1 + math.exp(-1))
+    for bucket in found:
+        mine = rounds["temperature"] == bucket["temperature"]
+        share = float((rounds["accepted"][mine] > 0).float().mean())
+        first = bucket["by_depth"][0]
+        assert bucket["rounds"] == first["n"] == int(mine.sum())
+        assert first["ece"] == pytest.approx(abs(chance - share), abs=1e-5)
+        by_hand = share * (1 - chance) ** 2 + (1 - share) * chance**2
+        assert first["brier"] == pytest.approx(by_hand, abs=1e-5)
+    assert set(controller._flat(found)) >= {"viskip/val_ece_t0_1", "viskip/val_brier_t1_1"}
+    assert controller.calibration(network, rounds, every[:0], s.target) == []
+
+
 def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labels(tmp_path: Path):
     records = [record(number) for number in range(4)]
     s = session(tmp_path, records, policy__kind="learned", policy__rollouts="4")
@@ -357,7 +390,8 @@ def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labe
     controller._take_rounds(s, s.folder, 0)
     for change, said in (
         ({"head__init_from": str(tmp_path / "another")}, "no run of the same data, seed, drafter"),
-        ({"policy__controller__n_mass": "2"}, "has labels of 1 layers"),
+        ({"policy__controller__n_mass": "2"}, "has labels of policy.controller.n_mass=1"),
+        ({"policy__controller__counterfactual": "mean"}, "has labels of policy.controller.counterfactual=none"),
     ):
         other = session(tmp_path, records, policy__kind="learned", policy__rollouts="4", **change)
         with pytest.raises(InputError, match=said):

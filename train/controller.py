@@ -18,31 +18,35 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmspec import checkpoint
+from mmspec import checkpoint, metrics
+from mmspec.heads.viskip import NO_COUNTERFACTUAL
 from mmspec.loop import all_complete, generate
 from mmspec.methods import make_method
 from mmspec.policy import RecordingPolicy
 from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
-from mmspec.sampling import GreedySampler
-from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
+from mmspec.sampling import make_sampler
+from mmspec.types import InputError, Objective, Prompt, Request, Target
+from train.dependence import blurred_sample, image_mean
 from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.order import Order
 from train.placement import uneven
 from train.session import Session, flat, read_state
 from train.stopping import Stopped
+from train.visual import Labels, agreement, mass_layers
 
 CHUNK_BATCHES = 2
 """Requests per chunk, in decoding batches: what a stop may have to compute again."""
-MASS_WINDOW = 4
-"""Positions whose visual attention is averaged: the queries that choose the next four tokens."""
 ROLLOUT = (
     "target.name", "head.init_from", "run.seed", "run.max_steps", "policy.method", "policy.depth", "policy.width",
-    "policy.budget", "policy.controller.depth", "policy.rollouts", "policy.rollout_batch",
+    "policy.budget", "policy.controller.depth", "policy.rollouts", "policy.rollout_batch", "policy.sampled_share",
 )  # fmt: skip
 """Keys that a rollout depends on."""
-N_MASS = "policy.controller.n_mass"
+LABELS = {"policy.controller.n_mass": 0, "policy.controller.counterfactual": NO_COUNTERFACTUAL}
+"""Keys of labels, and what they are where a controller needs none."""
+SAMPLED = 1.0
+"""Temperature of sampled rollouts."""
 HELD_OUT_SHARE = 0.15
 EVALUATE_EVERY = 100
 
@@ -74,13 +78,13 @@ def rollout(session: Session, head: nn.Module | None) -> None:
     missing = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
     world.barrier()
     mine = missing[world.rank :: world.size]
-    drafter = _drafter(session, head)
+    drafter, labels = _drafter(session, head), _labels(session, bool(missing))
     session.tracker.progress("rollout", sum(len(chunks[number]) for number in mine), 0, "prompt")
     try:
         with uneven(session.target):
             for number in mine:
                 session.stopper.check()
-                rounds = _roll(session, drafter, chunks[number])
+                rounds = _roll(session, drafter, labels, chunks[number], _temperature(session, number))
                 checkpoint.write_tensors(_path(folder, number), rounds)
                 session.tracker.advance(len(chunks[number]), rounds=len(rounds["accepted"]))
     except Stopped:
@@ -98,6 +102,7 @@ def train_controller(session: Session) -> None:
     recipe, target, policy = session.recipe, session.target, session.recipe.policy
     rounds = _gather(session)
     training, validation = _split(rounds["key"], recipe.run.seed)
+    session.tracker.log(recipe.run.max_steps, {f"viskip/{name}": value for name, value in agreement(rounds).items()})
     config = policy.controller.resolve(target.shape)
     torch.manual_seed(recipe.run.seed)
     controller = checkpoint.build_controller(config)
@@ -136,7 +141,10 @@ def train_controller(session: Session) -> None:
     fit.run(batches, {}, evaluate, lambda metrics: {"loss": f"{metrics['viskip/loss']:.3f}"})
     weights = fit.weights()
     if session.world.first:
-        checkpoint.save_controller(session.folder, weights, config, target)
+        controller.load_state_dict(weights)  # the average of the weights, where that is what is kept
+        held_out = calibration(controller.eval(), rounds, validation, target)
+        session.tracker.log(plan.log_offset + policy.steps, _flat(held_out))
+        checkpoint.save_controller(session.folder, weights, config, target, held_out)
     session.world.barrier()
 
 
@@ -145,6 +153,20 @@ def _drafter(session: Session, head: nn.Module | None) -> Any:
     if head is None:
         return make_method(str(session.recipe.policy.method), session.target)[0]
     return head.drafter(session.target, session.recipe.policy.width)  # type: ignore[operator]
+
+
+def _labels(session: Session, wanted: bool) -> Labels:
+    """What makes the labels of the rounds. Every rank must call.
+
+    Args:
+        wanted: whether there are any to make.
+    """
+    config, target = session.recipe.policy.controller, session.target
+    way, instead = config.counterfactual, None
+    if way == "mean" and wanted:
+        instead = image_mean(session)
+        way = way if instead is not None else NO_COUNTERFACTUAL  # no image: nothing depends on one
+    return Labels(target, mass_layers(target.shape.n_layers, config.n_mass), way, instead)
 
 
 def _take_rounds(session: Session, other: Path, n_chunks: int) -> None:
@@ -159,36 +181,15 @@ def _take_rounds(session: Session, other: Path, n_chunks: int) -> None:
         raise InputError(
             f"policy.rollouts_from={other} is no run of the same data, seed, drafter and draft; leave it out"
         )
-    n_mass, labelled = mine[N_MASS], theirs[N_MASS]
-    if n_mass not in (0, labelled):
-        raise InputError(f"policy.rollouts_from={other} has labels of {labelled} layers; set {N_MASS}={labelled}, or 0")
+    for key, none in LABELS.items():
+        wanted, there = mine[key], theirs.get(key, none)
+        if wanted not in (none, there):
+            raise InputError(f"policy.rollouts_from={other} has labels of {key}={there}; set it so, or to {none}")
     for number in range(n_chunks):
         source = _path(other / "rollout", number)
         if not source.is_file():
             raise InputError(f"policy.rollouts_from={other} has no complete rollout: {source.name} is missing")
         shutil.copy(source, _path(session.folder / "rollout", number))
-
-
-def mass_layers(n_layers: int, n_mass: int) -> tuple[int, ...]:
-    """The decoder layers whose visual attention is distilled: evenly spread, the last one included."""
-    return tuple((index + 1) * n_layers // n_mass - 1 for index in range(n_mass))
-
-
-def visual_mass(mass: Tensor, n_committed: Tensor) -> tuple[Tensor, Tensor]:
-    """Label of each round: mean visual attention of the queries that choose the next tokens.
-
-    Args:
-        mass: [T, S] visual attention by position.
-        n_committed: [R] n; the round's input is f_{n-1}, its root stands at position n.
-
-    Returns:
-        [R, S] mean over positions n..min(n + 3, T - 1), and [R] bool: there is such a position.
-    """
-    T = mass.shape[0]
-    places = n_committed.unsqueeze(1) + torch.arange(MASS_WINDOW)
-    inside = places < T
-    picked = mass[places.clamp_max(T - 1)] * inside.unsqueeze(-1)
-    return picked.sum(1) / inside.sum(1).clamp_min(1).unsqueeze(-1), inside.any(1)
 
 
 def _chunks(session: Session) -> list[list[Turn]]:
@@ -208,7 +209,15 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f"chunk-{number:05d}.safetensors"
 
 
-def _roll(session: Session, drafter: Any, chunk: Sequence[Turn]) -> dict[str, Tensor]:
+def _temperature(session: Session, number: int) -> float:
+    """Of a chunk: those that are sampled are spread evenly, whatever their share."""
+    share = session.recipe.policy.sampled_share
+    return SAMPLED if int((number + 1) * share) > int(number * share) else 0.0
+
+
+def _roll(
+    session: Session, drafter: Any, labels: Labels, chunk: Sequence[Turn], temperature: float
+) -> dict[str, Tensor]:
     """Decodes one chunk with the largest tree and labels its rounds."""
     recipe, target = session.recipe, session.target
     requests: list[Request] = []
@@ -224,7 +233,7 @@ def _roll(session: Session, drafter: Any, chunk: Sequence[Turn]) -> dict[str, Te
         requests,
         drafter,
         recorder,
-        GreedySampler(),
+        make_sampler(temperature, seed=recipe.run.seed),
         max_batch=recipe.policy.rollout_batch,
         on_output=lambda _: session.stopper.check(),
     )
@@ -232,37 +241,19 @@ def _roll(session: Session, drafter: Any, chunk: Sequence[Turn]) -> dict[str, Te
     rounds = recorder.rounds()
     if not rounds:
         return {"accepted": torch.zeros(0, dtype=torch.long)}
-    layers = mass_layers(target.shape.n_layers, recipe.policy.controller.n_mass)
-    if layers:
-        _label(rounds, requests, outputs, target, layers)
+    rounds["temperature"] = torch.full((len(rounds["accepted"]),), temperature)
+    labels.begin(rounds)
+    for request, output in zip(requests, outputs):
+        rows = (rounds["key"] == request.key).nonzero().flatten()
+        blurred = _prompt(session, chunk[request.key], blur=True) if labels.way == "blur" else None
+        whole = _continued(request.prompt, output.tokens)
+        unseen = _continued(blurred, output.tokens) if blurred is not None else None
+        labels.fill(rounds, rows, whole, len(request.prompt), unseen)
     # Seen again as the key of the whole rollout: all rounds of one conversation fall on one side of a split.
     rounds["key"] = torch.tensor([chunk[int(key)].index for key in rounds["key"]])
     # The root's embedding is looked up when it is needed; states are kept in the precision they were computed in.
     del rounds["root_embed"]
     return {**rounds, "last_hidden": rounds["last_hidden"].to(target.dtype)}
-
-
-def _label(
-    rounds: dict[str, Tensor],
-    requests: Sequence[Request],
-    outputs: Sequence[Output],
-    target: Target,
-    layers: Sequence[int],
-) -> None:
-    """Adds visual_mass [R, S] and visual_mass_valid [R], from one teacher pass over each request's own tokens."""
-    n_rounds = len(rounds["accepted"])
-    rounds["visual_mass"] = torch.zeros(n_rounds, len(layers))
-    rounds["visual_mass_valid"] = torch.zeros(n_rounds, dtype=torch.bool)
-    for request, output in zip(requests, outputs):
-        rows = (rounds["key"] == request.key).nonzero().flatten()
-        if not len(rows) or not bool(request.prompt.visual.any()):
-            continue
-        whole = _continued(request.prompt, output.tokens)
-        marks = torch.zeros(len(whole), dtype=torch.long)
-        mass = target.teacher([whole], [marks], mass_layers=layers).visual_mass
-        assert mass is not None
-        label, valid = visual_mass(mass[0].cpu(), rounds["n_committed"][rows])
-        rounds["visual_mass"][rows], rounds["visual_mass_valid"][rows] = label, valid
 
 
 def _continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
@@ -271,8 +262,9 @@ def _continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
     return Prompt(ids, visual, prompt.pixels)
 
 
-def _prompt(session: Session, turn: Turn) -> Prompt | None:
+def _prompt(session: Session, turn: Turn, blur: bool = False) -> Prompt | None:
     sample, dialogue = session.corpus.samples[turn.index], session.prepared.dialogues[turn.index]
+    sample = blurred_sample(sample) if blur else sample
     try:
         prompt = session.target.encode(sample.messages(dialogue.answers[: turn.turn], turn.turn + 1), sample.images())
     except (RecordError, ValueError):
@@ -310,6 +302,37 @@ def _batch(rounds: Mapping[str, Tensor], rows: Tensor, target: Target) -> dict[s
 def _objective(controller: nn.Module, batch: Mapping[str, Any]) -> Objective:
     out: Objective = controller.forward(batch["rounds"])
     return out
+
+
+@torch.no_grad()
+def calibration(
+    controller: nn.Module, rounds: Mapping[str, Tensor], rows: Tensor, target: Target
+) -> list[dict[str, Any]]:
+    """How far the chances of some rounds are from what came of them, by temperature: its rounds, and by depth the
+    observed levels, expected calibration error and Brier score."""
+    found = []
+    for temperature in sorted(set(rounds["temperature"][rows].tolist())):
+        mine = rows[rounds["temperature"][rows] == temperature]
+        outcomes = []
+        for part in mine.split(1024):
+            batch = _batch(rounds, part, target)["rounds"]
+            said = controller.look(batch["last_hidden"], batch["root_embed"], batch["scalars"])  # type: ignore[operator]
+            accepted, reach = rounds["accepted"][part].tolist(), rounds["reach"][part].tolist()
+            chances = said.hazard.sigmoid().tolist()
+            outcomes += [(row[: min(a + 1, r)], a) for row, a, r in zip(chances, accepted, reach)]
+        by_depth = [{k: v for k, v in depth.items() if k != "bins"} for depth in metrics.calibration(outcomes)]
+        found.append({"temperature": temperature, "rounds": len(mine), "by_depth": by_depth})
+    return found
+
+
+def _flat(held_out: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`calibration` as figures to log."""
+    return {
+        f"viskip/val_{figure}_t{bucket['temperature']:g}_{depth['depth']}": depth[figure]
+        for bucket in held_out
+        for depth in bucket["by_depth"]
+        for figure in ("ece", "brier")
+    }
 
 
 @torch.no_grad()

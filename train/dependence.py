@@ -90,7 +90,7 @@ class Measured:
         found: list[Tensor] = []
         if self._instead is not None:
             # Every rank measures all of them: passes of a sharded target are every rank's.
-            for _, parts in measured(session, records, 1, self._instead):
+            for _, parts in measured(session, records, 1, "mean", self._instead):
                 found += [part.kl for part in parts]
         self._scale = Scale.of(torch.cat(found) if found else torch.zeros(0))
         if self._instead is not None and not self._scale.mean > 0:
@@ -135,12 +135,13 @@ def image_mean(session: Session) -> Tensor | None:
 
 
 def measured(
-    session: Session, records: Sequence[int], batch: int, instead: Tensor | None
+    session: Session, records: Sequence[int], batch: int, way: str, instead: Tensor | None
 ) -> Iterator[tuple[Sequence[int], list[Dependence]]]:
     """The dependence of conversations, `batch` of them a pass.
 
     Args:
-        instead: the mean image feature; None: images are blurred.
+        way: one of COUNTERFACTUALS.
+        instead: the mean image feature, where it stands for images.
 
     Raises:
         InputError: a picture can no longer be read.
@@ -148,9 +149,9 @@ def measured(
     for start in range(0, len(records), batch):
         some = records[start : start + batch]
         seen = list(_encoded(session, some))
-        unseen = [prompt for prompt, _ in _encoded(session, some, blur=True)] if instead is None else []
+        unseen = [prompt for prompt, _ in _encoded(session, some, blur=True)] if way == "blur" else []
         prompts, answers = [prompt for prompt, _ in seen], [answer for _, answer in seen]
-        yield some, of_conversations(session.target, prompts, answers, instead, unseen)
+        yield some, of_conversations(session.target, prompts, answers, instead, unseen, way == "knockout")
 
 
 def _encoded(session: Session, records: Iterable[int], blur: bool = False) -> Iterator[tuple[Prompt, Tensor]]:
@@ -158,7 +159,7 @@ def _encoded(session: Session, records: Iterable[int], blur: bool = False) -> It
     for record in records:
         sample = session.corpus.samples[record]
         try:
-            shown = _blurred(sample) if blur else sample
+            shown = blurred_sample(sample) if blur else sample
             yield encode(shown, session.prepared.dialogues[record], session.target, limit)
         except (RecordError, ValueError) as error:
             raise InputError(
@@ -166,5 +167,6 @@ def _encoded(session: Session, records: Iterable[int], blur: bool = False) -> It
             ) from error
 
 
-def _blurred(sample: Sample) -> Sample:
+def blurred_sample(sample: Sample) -> Sample:
+    """The sample with blurred pictures."""
     return replace(sample, pictures=tuple(BlurredPicture(p.name, p.path, p.data) for p in sample.pictures))

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmspec import checkpoint
-from mmspec.dependence import COUNTERFACTUALS, Dependence, answer_places
+from mmspec.dependence import Dependence, answer_places
 from mmspec.recipe import build_config
-from mmspec.types import InputError
+from mmspec.types import COUNTERFACTUALS, InputError
 from train.dependence import Scale, image_mean, measured
 from train.extract import in_shares, origin
 from train.features import Origin, checksum
@@ -183,7 +183,7 @@ def write_store(session: Session, out: Path, counterfactual: str = "mean", batch
         raise InputError("no record has an image: nothing depends on one")
 
     def write(number: int) -> None:
-        _write_shard(session, out, number, shards[number], batch, instead)
+        _write_shard(session, out, number, shards[number], batch, counterfactual, instead)
 
     in_shares(session, "dependence", missing, lambda number: len(shards[number]), write)
     return world.lead(lambda: _finish(out, manifest, len(shards)))
@@ -209,11 +209,11 @@ def _begin(session: Session, out: Path, counterfactual: str) -> Manifest:
 
 
 def _write_shard(
-    session: Session, out: Path, number: int, records: Sequence[int], batch: int, instead: Tensor | None
+    session: Session, out: Path, number: int, records: Sequence[int], batch: int, way: str, instead: Tensor | None
 ) -> None:
     by_record: dict[int, Dependence] = {}
     lengths = session.prepared.lengths
-    for some, found in measured(session, sorted(records, key=lambda k: (int(lengths[k]), k)), batch, instead):
+    for some, found in measured(session, sorted(records, key=lambda k: (int(lengths[k]), k)), batch, way, instead):
         session.stopper.check()
         by_record |= dict(zip(some, found))
         session.tracker.advance(len(some))

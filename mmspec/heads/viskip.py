@@ -1,14 +1,16 @@
 """The ViSkip controller: how far will the target agree with the next draft? Asked before anything is drafted.
 
-A trunk over the target's last hidden state, the root's embedding and free scalars; a head that estimates the visual
-attention of the next tokens (distilled from the target, so no attention map is needed at run time); a survival head for
-the paired drafter. MMSpec's ViSkip (arXiv 2603.14989) is a fixed threshold on attention mass, read after the draft was
-paid for; this one is trained, and asked before. First version: no counterfactual labels yet.
+A trunk over the target's last hidden state, the root's embedding and free scalars; visual heads that estimate what the
+next tokens owe to the image (distilled from the target, so that neither an attention map nor a second pass is needed at
+run time); a survival head for the paired drafter, which reads them. MMSpec's ViSkip (arXiv 2603.14989) is a fixed
+threshold on attention mass, read after the draft was paid for; this one is trained, and asked before.
+
+Source: methods, D3. Deviation: attention is what it is, not freed of sinks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmspec.nn import RMSNorm
-from mmspec.types import Objective, TargetShape
+from mmspec.types import COUNTERFACTUALS, Objective, TargetShape
 
 EPS = 1e-6
+NO_COUNTERFACTUAL = "none"
 _CHUNK = 8192
 """Tokens whose embeddings are projected at a time."""
 
@@ -33,8 +36,13 @@ class Config:
         n_scalars: K, the free scalars.
         width: of the trunk.
         depth: Dmax, the deepest draft it is asked about.
-        n_mass: S, decoder layers whose visual attention is distilled; 0 turns the visual head off.
+        n_mass: S, decoder layers whose visual attention is distilled; 0: no such head.
         mass_weight: of the visual attention term.
+        counterfactual: without which image dependence is measured: mean, blur or knockout (`mmspec/dependence.py`);
+            none: no such heads, and no second pass of the target over the rollout.
+        dependence_weight: of the term of how much the next tokens depend on the image.
+        changed_weight: of the term of whether one of them would be another one without.
+        detach: survival alone does not shape the visual heads: they learn from their labels only.
         reads: "all", or "scalars" without state and embedding.
     """
 
@@ -44,14 +52,45 @@ class Config:
     depth: int = 8
     n_mass: int = 2
     mass_weight: float = 0.3
+    counterfactual: str = NO_COUNTERFACTUAL
+    dependence_weight: float = 0.3
+    changed_weight: float = 0.1
+    detach: bool = False
     reads: str = "all"
 
     def __post_init__(self) -> None:
+        if self.counterfactual not in (NO_COUNTERFACTUAL, *COUNTERFACTUALS):
+            raise ValueError(
+                f"viskip: counterfactual must be none or one of {', '.join(COUNTERFACTUALS)}, got "
+                f"{self.counterfactual!r}"
+            )
         if self.reads not in ("all", "scalars"):
             raise ValueError(f"viskip: reads must be all or scalars, got {self.reads!r}")
 
+    @property
+    def depends(self) -> bool:
+        """Whether it has heads of counterfactual dependence."""
+        return self.counterfactual != NO_COUNTERFACTUAL
+
     def resolve(self, shape: TargetShape) -> Config:
         return replace(self, hidden_size=self.hidden_size or shape.hidden_size)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the network says of R rounds, as logits.
+
+    Args:
+        hazard: [R, Dmax], of surviving each depth once the one before is.
+        mass: [R, S], of the visual attention; None without that head.
+        dependence: [R, 1], before its softplus: log(1 + KL in nats); None without that head.
+        changed: [R, 1], of another choice without the image; None likewise.
+    """
+
+    hazard: Tensor
+    mass: Tensor | None
+    dependence: Tensor | None
+    changed: Tensor | None
 
 
 class Head(nn.Module):
@@ -69,8 +108,11 @@ class Head(nn.Module):
             self.from_root = nn.Linear(c.hidden_size, c.width, bias=False)
         self.from_scalars = nn.Linear(c.n_scalars, c.width, bias=c.reads == "scalars")
         self.inner = nn.Linear(c.width, c.width)
-        self.mass = nn.Linear(c.width, max(c.n_mass, 1))
-        self.hazard = nn.Linear(c.width + max(c.n_mass, 1) + c.n_scalars, c.depth)
+        # Survival reads the first two; the third teaches the trunk, and nobody computes it when decoding.
+        self.mass = nn.Linear(c.width, c.n_mass) if c.n_mass else None
+        self.dependence = nn.Linear(c.width, 1) if c.depends else None
+        self.changed = nn.Linear(c.width, 1) if c.depends else None
+        self.hazard = nn.Linear(c.width + c.n_mass + c.depends + c.n_scalars, c.depth)
         self.register_buffer("scalar_mean", torch.zeros(c.n_scalars))
         self.register_buffer("scalar_std", torch.ones(c.n_scalars))
         self.register_buffer("prior", torch.full((c.depth,), 0.5).cumprod(0))
@@ -90,16 +132,22 @@ class Head(nn.Module):
         share = (kept & offered).sum(0) / (reached & offered).sum(0).clamp_min(1)
         self.prior.copy_(share.cumprod(0))
 
-    def _logits(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditional survival logits [R, Dmax] and visual attention logits [R, S]."""
+    def look(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Said:
+        """Everything it says of some rounds; arguments as for `survival`."""
         s = ((scalars - self.scalar_mean) / self.scalar_std).clamp(-5.0, 5.0)
         h = self.from_scalars(s)
         if self.config.reads == "all":
             h = h + self.from_state(self.norm_state(last_hidden)) + self.from_root(self.norm_root(root_embed))
         h = F.silu(h)
         h = h + F.silu(self.inner(h))
-        mass = self.mass(h)
-        return self.hazard(torch.cat([h, mass.sigmoid(), s], -1)), mass
+        mass, dependence, changed = (
+            head(h) if head is not None else None for head in (self.mass, self.dependence, self.changed)
+        )
+        seen = [] if mass is None else [mass.sigmoid()]
+        seen += [] if dependence is None else [F.softplus(dependence)]
+        if self.config.detach:
+            seen = [estimate.detach() for estimate in seen]
+        return Said(self.hazard(torch.cat([h, *seen, s], -1)), mass, dependence, changed)
 
     def survival(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Tensor:
         """P(at least k draft tokens are accepted), k = 1..Dmax: [R, Dmax], non-increasing.
@@ -107,16 +155,18 @@ class Head(nn.Module):
         Args:
             last_hidden: [R, D] f_{n-1}; root_embed: [R, D] e(x_n); scalars: [R, K].
         """
-        return self._logits(last_hidden, root_embed, scalars)[0].sigmoid().cumprod(1)
+        return self.look(last_hidden, root_embed, scalars).hazard.sigmoid().cumprod(1)
 
     def forward(self, rounds: Mapping[str, Tensor]) -> Objective:
-        """Negative log-likelihood of the accepted lengths, plus the visual attention term.
+        """Negative log-likelihood of the accepted lengths, plus the terms of the visual heads.
 
         Args:
             rounds: last_hidden, root_embed [R, D], scalars [R, K], accepted, reach [R], and optionally visual_mass
-                [R, S] with visual_mass_valid [R]. A round with accepted == reach is censored: no failure was seen.
+                [R, S] with visual_mass_valid [R], and dependence, changed, dependence_valid [R] (`train/visual.py`). A
+                round with accepted == reach is censored: no failure was seen.
         """
-        logits, mass_logits = self._logits(rounds["last_hidden"], rounds["root_embed"], rounds["scalars"])
+        said = self.look(rounds["last_hidden"], rounds["root_embed"], rounds["scalars"])
+        logits = said.hazard
         accepted, reach = rounds["accepted"].unsqueeze(1), rounds["reach"].unsqueeze(1)
         k = torch.arange(1, self.config.depth + 1, device=logits.device)
         observed = (k <= reach) & (k <= accepted + 1)
@@ -132,15 +182,27 @@ class Head(nn.Module):
                 "a0_observed": (1 - outcome[:, 0]).sum(),
             }
         counts = dict.fromkeys(sums, count.float())
-        if self.config.n_mass and "visual_mass" in rounds:
-            valid = rounds["visual_mass_valid"].float().unsqueeze(1).expand_as(mass_logits)
-            label = rounds["visual_mass"].clamp(0, 1)
-            mass_loss = F.binary_cross_entropy_with_logits(mass_logits, label, weight=valid, reduction="sum")
-            loss = loss + self.config.mass_weight * mass_loss / self.config.n_mass
-            sums["mass_mae"] = ((mass_logits.sigmoid() - label).abs() * valid).sum().detach()
-            counts["mass_mae"] = valid.sum()
+        for name, term, weight, valid in self._visual_terms(said, rounds):
+            loss = loss + weight * (term * valid).sum()
+            sums[name], counts[name] = (term * valid).sum().detach(), valid.sum()
         sums["loss"], counts["loss"] = loss.detach(), count.float()
         return Objective(loss, count, sums, counts)
+
+    def _visual_terms(self, said: Said, rounds: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, float, Tensor]]:
+        """Name, value [R], weight and [R] 0 or 1 where there is a label, of each visual head that has labels."""
+        c = self.config
+        if said.mass is not None and "visual_mass" in rounds:
+            label, valid = rounds["visual_mass"].clamp(0, 1), rounds["visual_mass_valid"].float()
+            term = F.binary_cross_entropy_with_logits(said.mass, label, reduction="none").mean(1)
+            yield "mass_bce", term, c.mass_weight, valid
+            yield "mass_mae", (said.mass.detach().sigmoid() - label).abs().mean(1), 0.0, valid
+        if said.dependence is not None and said.changed is not None and "dependence" in rounds:
+            valid = rounds["dependence_valid"].float()
+            estimate, label = F.softplus(said.dependence).squeeze(1), rounds["dependence"].log1p()
+            yield "dependence_huber", F.huber_loss(estimate, label, reduction="none"), c.dependence_weight, valid
+            changed = rounds["changed"].float()
+            term = F.binary_cross_entropy_with_logits(said.changed.squeeze(1), changed, reduction="none")
+            yield "changed_bce", term, c.changed_weight, valid
 
 
 class Deployed:
@@ -170,7 +232,11 @@ class Deployed:
             self.by_root = torch.cat(rows).float()
         self.mean, self.std = _array(head.scalar_mean), _array(head.scalar_std)
         self.from_scalars = _layer(head.from_scalars)
-        self.inner, self.mass, self.hazard = (_layer(layer) for layer in (head.inner, head.mass, head.hazard))
+        self.inner, self.hazard = _layer(head.inner), _layer(head.hazard)
+        # What survival does not read (`head.changed`) stays behind; what it reads is one product.
+        read = [layer for layer in (head.mass, head.dependence) if layer is not None]
+        self.n_mass = head.config.n_mass
+        self.visual = _joined(read) if read else None
 
     def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
         """The trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
@@ -194,8 +260,11 @@ class Deployed:
         h = _apply(self.from_scalars, s)
         h = _silu(h + seen if self.reads_context else h)
         h = h + _silu(_apply(self.inner, h))
-        mass = sigmoid(_apply(self.mass, h))
-        return _apply(self.hazard, np.concatenate([h, mass, s], -1))
+        if self.visual is None:
+            return _apply(self.hazard, np.concatenate([h, s], -1))
+        seen = _apply(self.visual, h)
+        mass, dependence = sigmoid(seen[:, : self.n_mass]), np.logaddexp(0.0, seen[:, self.n_mass :])
+        return _apply(self.hazard, np.concatenate([h, mass, dependence, s], -1))
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -207,6 +276,12 @@ def _layer(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray | float]:
     """Its matrix, transposed, and its bias."""
     bias = _array(layer.bias) if layer.bias is not None else 0.0
     return np.ascontiguousarray(_array(layer.weight).T), bias
+
+
+def _joined(layers: Sequence[nn.Linear]) -> tuple[np.ndarray, np.ndarray]:
+    """Several layers of one input as one."""
+    matrices, biases = zip(*(_layer(layer) for layer in layers))
+    return np.ascontiguousarray(np.concatenate(matrices, 1)), np.concatenate(biases)
 
 
 def _apply(layer: tuple[np.ndarray, np.ndarray | float], x: np.ndarray) -> np.ndarray:

@@ -390,6 +390,7 @@ class HFTarget:
         pack: int = 0,
         weights: Sequence[Tensor] = (),
         instead: Tensor | None = None,
+        hidden: bool = False,
     ) -> Features:
         """Teacher-forced states of finished conversations, right-padded: causal attention needs no padding mask then.
 
@@ -400,9 +401,12 @@ class HFTarget:
             pack: tokens of a row that several conversations share, each as if it were alone; 0: one a row.
             weights: [L] of each conversation, handed on as `Features.weight`; empty: none.
             instead: [W], a feature that stands at every image position: what would the target do without the image?
+            hidden: states of answers, and those that chose their tokens, see no image position; not of packed rows.
         """
-        if pack and mass_layers:
-            raise ValueError(f"visual attention mass is measured in rows of one conversation, not with pack={pack}")
+        if pack and (mass_layers or hidden):
+            raise ValueError(
+                f"visual attention is measured and hidden in rows of one conversation, not with pack={pack}"
+            )
         places = lay_out([len(prompt) for prompt in prompts], pack)
         rows = fill(prompts, answers, places, self.device)
         # Image features are merged row by row.
@@ -411,8 +415,9 @@ class HFTarget:
         recorder = MassRecorder(mass_layers, rows.visual) if mass_layers else None
         noted = {RECORDER: recorder} if recorder else {SEGMENTS: [place.at for place in places]} if pack else {}
         positions = self._positions(prompts, places, rows.segment)
-        with self._tapped(taps) as hidden, self._noted(noted):
-            last = self._text(embeds, positions, None, None, **deep)
+        mask = self._without_images(rows.answer, rows.visual) if hidden else None
+        with self._tapped(taps) as tapped, self._noted(noted):
+            last = self._text(embeds, positions, mask, None, **deep)
         mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
         return Features(
             rows.input_ids,
@@ -421,12 +426,21 @@ class HFTarget:
             rows.visual,
             last,
             embeds,
-            hidden,
+            tapped,
             mass,
             rows.segment if pack else None,
             positions.expand(3, *rows.input_ids.shape),
             spread(weights, places, rows.segment) if weights else None,
         )
+
+    def _without_images(self, answer: Tensor, visual: Tensor) -> Tensor:
+        """Additive mask [B, 1, T, T], causal, in which answers and the states that chose their tokens see no image."""
+        T = answer.shape[1]
+        blind = answer > 0
+        blind = blind | F.pad(blind[:, 1:], (0, 1))
+        seen = torch.ones(T, T, dtype=torch.bool, device=answer.device).tril()
+        seen = seen & ~(blind.unsqueeze(2) & visual.unsqueeze(1))
+        return torch.where(seen, self._seen, self._hidden).unsqueeze(1)
 
     def _positions(self, prompts: Sequence[Prompt], places: Sequence[Place], segment: Tensor) -> Tensor:
         """Position ids of a batch; padding stands at 0, where no token before it looks."""
