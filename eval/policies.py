@@ -335,7 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", choices=method_names(), help="a training-free method")
     add("--controller", metavar="DIR", help="run folder with its controller, for P7 and P8")
     add("--scalars-controller", metavar="DIR", help="the same with controller.reads=scalars, for P5")
-    add("--blind-controller", metavar="DIR", help="the same with controller.n_mass=0, for P6")
+    add("--blind-controller", metavar="DIR", help="the same with controller.n_mass=0 and counterfactual=none, for P6")
     add("--offer", default="12,2,16", metavar="D,W,N", help="the largest draft (default: %(default)s)")
     add("--script", metavar="D,W,N", help="the draft of P0 (default: the checkpoint's tree.json, a method's own)")
     add("--costs", metavar="DIR", help="where the cost table is kept (default: beside the head, or runs/METHOD/costs)")

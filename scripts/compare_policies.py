@@ -56,10 +56,11 @@ from scripts.compare_heads import ROOT, Ledger, Step, perform
 
 UNTRAINED = "untrained"
 LONG = ("P1", "P2", "marginal", "P7", "P8")
-CONTROLLERS = {
+BLIND = ["policy.controller.n_mass=0", "policy.controller.counterfactual=none"]
+CONTROLLERS: dict[str, list[str]] = {
     "full": [],
-    "scalars": ["policy.controller.reads=scalars", "policy.controller.n_mass=0"],
-    "blind": ["policy.controller.n_mass=0"],
+    "scalars": ["policy.controller.reads=scalars", *BLIND],
+    "blind": BLIND,
 }
 """What the controllers of P7 and P8, P5 and P6 differ in."""
 

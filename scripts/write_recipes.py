@@ -139,12 +139,17 @@ depth: 7 # draft levels
 width: 8 # candidates per level
 budget: 48 # draft nodes verified per round
 rollouts: 4000 # training turns decoded to label rounds
+sampled_share: 0.25 # of those, sampled at temperature 1; the others are greedy
 rollout_batch: 8
 steps: 2000 # controller steps
 controller:
   depth: 8 # deepest draft it is asked about
   width: 256
   n_mass: 4 # layers whose visual attention is distilled
+  mass_weight: 0.3 # of that term
+  counterfactual: mean # dependence on the image, by the mean feature in its place; none: no such heads
+  dependence_weight: 0.3 # of how much the next tokens depend on it
+  changed_weight: 0.1 # of whether one of them would be another
 optim:
   lr: 1.0e-3
   weight_decay: 0.01

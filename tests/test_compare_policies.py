@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.policy_tables import calibration, headroom_of, markdown, page, plot, rows_of, skip_quality, verdicts
-from mmspec import checkpoint
+from eval.policy_tables import headroom_of, markdown, page, plot, rows_of, skip_quality, verdicts
+from mmspec import checkpoint, metrics
 from mmspec.types import InputError
 from scripts import compare_policies as command
 from tests.tiny import llava, run_folder
@@ -69,9 +69,9 @@ def test_rows_headroom_and_page_come_from_the_cells():
 
 def test_calibration_is_zero_for_honest_chances_and_the_difference_for_others():
     honest = [([0.25], 1)] * 25 + [([0.25], 0)] * 75
-    assert calibration(honest)[0]["ece"] == pytest.approx(0.0)
+    assert metrics.calibration(honest)[0]["ece"] == pytest.approx(0.0)
     boastful = [([0.95, 0.5], 0)] * 10
-    first, second = calibration(boastful)
+    first, second = metrics.calibration(boastful)
     assert first["ece"] == pytest.approx(0.95)
     assert (second["depth"], second["n"]) == (2, 10)
     quality = skip_quality([([0.1], 0)] * 3 + [([0.2], 1)] + [([0.9], 0)])
