@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from eval.science import Rounds, answer, compared, figures, markdown, survival_nll, verdict
 from eval.summary import OVERALL
 from mmspec import metrics
+from mmspec.heads import eagle
 from mmspec.heads.viskip import Config, Head
 from mmspec.policy import SCALARS
 from mmspec.recipe import Optim
 from mmspec.types import InputError
-from train import ablate
+from scripts import ablate_viskip
+from tests import training
+from train import ablate, controller
 
 OPTIM = Optim(lr=1e-2, weight_decay=0.01, micro_batch=256, clip=1.0)
 
@@ -123,7 +127,7 @@ def test_finished_parts_are_kept_and_another_rollout_is_refused(tmp_path: Path, 
     with pytest.raises(InputError, match="no rollout"):
         ablate.read_rounds(tmp_path)
     with pytest.raises(InputError, match="too few"):
-        ablate.dealt(["a", "b", "c"], 2, 0)
+        ablate.dealt(["a", "b", "b"], 3, 0)
 
 
 def test_no_image_is_on_both_sides():
@@ -175,3 +179,28 @@ def test_the_page_says_it_in_words(tmp_path: Path):
     assert "| even |" in page
     assert "| 0.500 | - | 0.25 |" in page
     assert json.dumps(rows)
+
+
+def test_the_whole_command_on_a_real_rollout(tmp_path: Path):
+    """A random target and head: labels, all variants, JSON and page; a second call trains nothing."""
+    records = [{**training.record(n), "topic": ("odd", "even")[n % 2]} for n in range(16)]
+    wanted = {"policy__kind": "learned", "policy__rollouts": "16", "policy__controller__counterfactual": "mean"}
+    s = training.session(tmp_path, records, **wanted)
+    s.prepared = training.prepare(s)
+    head = eagle.Head(eagle.Config().resolve(s.target.shape)).eval().requires_grad_(False)
+    controller.rollout(s, head)
+    places = {"run": s.folder, "out": tmp_path / "parts", "results": tmp_path / "results"}
+    arguments = argparse.Namespace(**places, folds=2, seeds=1, steps=2)
+    ablate_viskip.ablate(s, arguments)
+    found = json.loads((tmp_path / "results" / "science.json").read_text())
+    assert {row["model"] for row in found["models"]} == {*ablate.VARIANTS, ablate.CONSTANT}
+    assert {row["topic"] for row in found["vision"]} == {OVERALL, "odd", "even"}
+    assert len(found["logistic"]) == 6 * 3
+    assert found["answer"][0].startswith(("Yes", "No"))
+    assert found["settings"]["folds"] == 2
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
+    assert len(parts) == 2 * len(ablate.VARIANTS)
+    ablate_viskip.ablate(s, arguments)
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    with pytest.raises(InputError, match="another folder"):
+        ablate_viskip.ablate(s, argparse.Namespace(**places, folds=3, seeds=1, steps=2))

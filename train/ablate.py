@@ -107,7 +107,7 @@ def read_rounds(folder: Path) -> dict[str, Tensor]:
 def dealt(images: Sequence[str], folds: int, seed: int) -> Tensor:
     """The fold [R] of each round, by its image."""
     names = sorted(set(images))
-    if len(names) < 2 * folds:
+    if len(names) < folds:
         raise InputError(
             f"the rollout shows {len(names)} images, too few for {folds} folds; set policy.rollouts higher"
         )
