@@ -6,6 +6,7 @@ chunk that is on disk is complete. All ranks read the same rounds, so they train
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
 from mmspec.sampling import GreedySampler
 from mmspec.types import InputError, Objective, Output, Prompt, Request, Target
+from train.calibrate import VALIDATION, Best, calibrate
 from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.order import Order
@@ -43,8 +45,9 @@ ROLLOUT = (
 )  # fmt: skip
 """Keys that a rollout depends on."""
 N_MASS = "policy.controller.n_mass"
-HELD_OUT_SHARE = 0.15
-EVALUATE_EVERY = 100
+HELD_OUT_SHARE = 0.2
+EVALUATIONS = 40
+"""Looks at the held-out rounds: a small network knows a small rollout by heart long before its steps are over."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,10 @@ def train_controller(session: Session) -> None:
         log_offset=recipe.run.max_steps,
     )
     fit = Fit(Trainee(controller, _objective), plan, session.world, session.stopper, session.tracker)
+    best = Best(session.folder / "rollout" / "best.safetensors")
     if recipe.run.resume and fit.restore(find(plan, session.world, session.tracker.say)):
         session.tracker.say(f"resumed at controller step {fit.step} of {policy.steps}")
+    session.world.lead(lambda: best.forget(fit.step))
     order = Order([1.0] * len(training), recipe.run.seed)
 
     def names(rows: Tensor) -> tuple[str, ...]:
@@ -129,14 +134,21 @@ def train_controller(session: Session) -> None:
         return [MicroBatch(partial(_batch, rounds, part, target), len(part), names(part)) for part in parts]
 
     def evaluate(step: int) -> None:
-        if step % EVALUATE_EVERY == 0 or step == policy.steps:
-            metrics = _validate(fit.engine.module.head, rounds, validation, target)
+        if step % max(policy.steps // EVALUATIONS, 1) == 0 or step == policy.steps:
+            metrics, weights = _validate(fit.engine.module.head, rounds, validation, target), fit.weights()
             session.tracker.log(plan.log_offset + step, metrics)
+            if session.world.first:
+                best.offer(step, metrics.get(VALIDATION, math.inf), weights)
 
     fit.run(batches, {}, evaluate, lambda metrics: {"loss": f"{metrics['viskip/loss']:.3f}"})
-    weights = fit.weights()
     if session.world.first:
-        checkpoint.save_controller(session.folder, weights, config, target)
+        chosen = checkpoint.build_controller(config)
+        chosen.load_state_dict(best.weights())
+        held_out = _batch(rounds, validation, target)["rounds"]
+        chosen.to(target.device)
+        scale = calibrate(chosen, held_out)
+        session.tracker.say(f"the controller of step {best.step}, its logits by {scale:g} on held-out rounds")
+        checkpoint.save_controller(session.folder, chosen.cpu().state_dict(), config, target)
     session.world.barrier()
 
 
