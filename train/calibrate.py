@@ -3,8 +3,8 @@
 Invariant: no step of the optimizer sees the rounds that choose, so what the controller brings along of them
 (`Head.remember`) is how it does on text it was not trained on.
 
-A rollout of a few thousand rounds is known by heart after some tens of steps; from there on held-out rounds are foreseen
-worse than by the mean of all rounds, and a policy that trusts such chances loses to a fixed draft.
+A rollout of a few thousand rounds is known by heart after some tens of steps; from there on held-out rounds are
+foreseen worse than by the mean of all rounds, and a policy that trusts such chances loses to a fixed draft.
 
 Source: methods, D3 (calibration). Deviation: one scale for all depths in place of a Platt map each; a few hundred
 held-out rounds do not carry more.
@@ -82,7 +82,9 @@ def calibrate(controller: nn.Module, held_out: Mapping[str, Tensor]) -> float:
         scale = step / (SCALES - 1)
         head.load_state_dict(kept)
         head.temper(scale)
-        found.append((float(F.binary_cross_entropy(_chances(head, held_out), outcome, observed, reduction="sum")), scale))
+        found.append(
+            (float(F.binary_cross_entropy(_chances(head, held_out), outcome, observed, reduction="sum")), scale)
+        )
     scale = min(found)[1]
     head.load_state_dict(kept)
     head.temper(scale)

@@ -74,6 +74,8 @@ class LearnedPolicy:
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
         self.usual_nodes = float(self.max_budget)
         prior, seconds = self.controller.prior, [self.cost(d) for d in range(self.max_depth + 1)]
+        self.extra_s = np.array(seconds[1:]) - seconds[0]
+        """Of a draft of each depth, beyond a round without one."""
         self.price = Price(max(max_batch * (1 + sum(prior[:d])) / s for d, s in enumerate(seconds)))
         self.usual, self.probing = UsualDepth(prior[: self.max_depth], seconds, max_batch), Probing(_PROBE_SHARE)
         trials = self.controller.trials
@@ -114,8 +116,7 @@ class LearnedPolicy:
         logits = self._logits(np.array([sensed[row] for row in active], np.float32), active)
         chances = sigmoid(logits)
         gains = chances.cumprod(1).cumsum(1)
-        together = gains.sum(0).tolist()
-        values = [0.0, *(gain - self.price.per_s * (self.cost(d) - self.cost(0)) for d, gain in enumerate(together, 1))]
+        values = [0.0, *(gains.sum(0) - self.price.per_s * self.extra_s).tolist()]
         depth = max(range(deepest + 1), key=values.__getitem__)
         if not depth:
             self.skips += 1
@@ -198,6 +199,7 @@ class LearnedPolicy:
             seconds, levels = self.refine.seconds(trace.n_nodes, True), self.refine.levels
             self.refine.settle(trace)
             self.usual_nodes += 0.02 * (self.refine.nodes - self.usual_nodes)
+            self.extra_s = np.array([self.cost(d) - self.cost(0) for d in range(1, self.max_depth + 1)])
         else:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]
