@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmspec.types import Evidence, Plan, StepTrace
+from mmspec.types import Evidence, Plan, StepTrace, Trials
 
 SCALARS = (
     "entropy",
@@ -353,6 +353,10 @@ class Controller(Protocol):
     @property
     def prior(self) -> Sequence[float]:
         """Mean chance that at least k tokens are accepted, k = 1..Dmax."""
+
+    @property
+    def trials(self) -> Trials | None:
+        """How it did on held-out rounds; None where there were none."""
 
     def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
         """What it reads of the target, [R, any]; None where it reads scalars alone."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -268,6 +269,19 @@ class Evidence:
     n_visual: Tensor
     keys: Tensor
     visual_mass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Rounds that a controller was not trained on: what it foresaw, and what came of the deepest draft.
+
+    Args:
+        chances: [T, Dmax] of each level once the one before is accepted.
+        accepted: [T] tokens.
+    """
+
+    chances: np.ndarray
+    accepted: np.ndarray
 
 
 @dataclass(frozen=True)

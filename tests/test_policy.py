@@ -35,8 +35,8 @@ from tests.tiny import llava, prompt
 class Told:
     """A controller that is told each row's survival, in place of what it would see."""
 
-    def __init__(self, survival):
-        self.prior = survival
+    def __init__(self, survival, trials=None):
+        self.prior, self.trials = survival, trials
 
     def look(self, last_hidden, roots):
         return None

@@ -21,7 +21,7 @@ from mmspec.records import Quarantine
 from mmspec.types import InputError, Output
 from tests import tiny
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
-from train import controller, distill, regenerate, visual
+from train import calibrate, controller, distill, regenerate, visual
 from train.corpus import check_sources, read
 from train.encode import encode
 from train.engine import engine_settings, learning_rate
@@ -367,8 +367,8 @@ def test_a_share_of_a_rollout_is_sampled_and_calibration_is_told_by_temperature(
     network = viskip.Head(config)
     torch.nn.init.zeros_(network.hazard.weight)
     torch.nn.init.constant_(network.hazard.bias, 1.0)
-    every = torch.arange(len(rounds["accepted"]))
-    found = controller.calibration(network, rounds, every, s.target)
+    held_out = controller._batch(rounds, torch.arange(len(rounds["accepted"])), s.target)["rounds"]
+    found = calibrate.reliability(network, held_out)
     assert [bucket["temperature"] for bucket in found] == [0.0, 1.0]
     chance = 1 / (1 + math.exp(-1))
     for bucket in found:
@@ -379,8 +379,8 @@ def test_a_share_of_a_rollout_is_sampled_and_calibration_is_told_by_temperature(
         assert first["ece"] == pytest.approx(abs(chance - share), abs=1e-5)
         by_hand = share * (1 - chance) ** 2 + (1 - share) * chance**2
         assert first["brier"] == pytest.approx(by_hand, abs=1e-5)
-    assert set(controller._flat(found)) >= {"viskip/val_ece_t0_1", "viskip/val_brier_t1_1"}
-    assert controller.calibration(network, rounds, every[:0], s.target) == []
+    assert set(calibrate.flat_reliability(found)) >= {"viskip/val_ece_t0_1", "viskip/val_brier_t1_1"}
+    assert calibrate.reliability(network, {name: table[:0] for name, table in held_out.items()}) == []
 
 
 def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labels(tmp_path: Path):

@@ -6,6 +6,7 @@ chunk that is on disk is complete. All ranks read the same rounds, so they train
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmspec import checkpoint, metrics
+from mmspec import checkpoint
 from mmspec.heads.viskip import NO_COUNTERFACTUAL
 from mmspec.loop import all_complete, generate
 from mmspec.methods import make_method
@@ -27,6 +28,7 @@ from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
 from mmspec.sampling import make_sampler
 from mmspec.types import InputError, Objective, Prompt, Request, Target
+from train.calibrate import VALIDATION, Best, calibrate, flat_reliability, reliability
 from train.dependence import blurred_sample, image_mean
 from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
@@ -47,8 +49,9 @@ LABELS = {"policy.controller.n_mass": 0, "policy.controller.counterfactual": NO_
 """Keys of labels, and what they are where a controller needs none."""
 SAMPLED = 1.0
 """Temperature of sampled rollouts."""
-HELD_OUT_SHARE = 0.15
-EVALUATE_EVERY = 100
+HELD_OUT_SHARE = 0.2
+EVALUATIONS = 40
+"""Looks at the held-out rounds: a small network knows a small rollout by heart long before its steps are over."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,10 @@ def train_controller(session: Session) -> None:
         log_offset=recipe.run.max_steps,
     )
     fit = Fit(Trainee(controller, _objective), plan, session.world, session.stopper, session.tracker)
+    best = Best(session.folder / "rollout" / "best.safetensors")
     if recipe.run.resume and fit.restore(find(plan, session.world, session.tracker.say)):
         session.tracker.say(f"resumed at controller step {fit.step} of {policy.steps}")
+    session.world.lead(lambda: best.forget(fit.step))
     order = Order([1.0] * len(training), recipe.run.seed)
 
     def names(rows: Tensor) -> tuple[str, ...]:
@@ -134,17 +139,23 @@ def train_controller(session: Session) -> None:
         return [MicroBatch(partial(_batch, rounds, part, target), len(part), names(part)) for part in parts]
 
     def evaluate(step: int) -> None:
-        if step % EVALUATE_EVERY == 0 or step == policy.steps:
-            metrics = _validate(fit.engine.module.head, rounds, validation, target)
+        if step % max(policy.steps // EVALUATIONS, 1) == 0 or step == policy.steps:
+            metrics, weights = _validate(fit.engine.module.head, rounds, validation, target), fit.weights()
             session.tracker.log(plan.log_offset + step, metrics)
+            if session.world.first:
+                best.offer(step, metrics.get(VALIDATION, math.inf), weights)
 
     fit.run(batches, {}, evaluate, lambda metrics: {"loss": f"{metrics['viskip/loss']:.3f}"})
-    weights = fit.weights()
     if session.world.first:
-        controller.load_state_dict(weights)  # the average of the weights, where that is what is kept
-        held_out = calibration(controller.eval(), rounds, validation, target)
-        session.tracker.log(plan.log_offset + policy.steps, _flat(held_out))
-        checkpoint.save_controller(session.folder, weights, config, target, held_out)
+        chosen = checkpoint.build_controller(config)
+        chosen.load_state_dict(best.weights())
+        held_out = _batch(rounds, validation, target)["rounds"]
+        chosen.to(target.device)
+        scale = calibrate(chosen, held_out)
+        session.tracker.say(f"the controller of step {best.step}, its logits by {scale:g} on held-out rounds")
+        found = reliability(chosen, held_out)
+        session.tracker.log(plan.log_offset + policy.steps, flat_reliability(found))
+        checkpoint.save_controller(session.folder, chosen.cpu().state_dict(), config, target, found)
     session.world.barrier()
 
 
@@ -302,37 +313,6 @@ def _batch(rounds: Mapping[str, Tensor], rows: Tensor, target: Target) -> dict[s
 def _objective(controller: nn.Module, batch: Mapping[str, Any]) -> Objective:
     out: Objective = controller.forward(batch["rounds"])
     return out
-
-
-@torch.no_grad()
-def calibration(
-    controller: nn.Module, rounds: Mapping[str, Tensor], rows: Tensor, target: Target
-) -> list[dict[str, Any]]:
-    """How far the chances of some rounds are from what came of them, by temperature: its rounds, and by depth the
-    observed levels, expected calibration error and Brier score."""
-    found = []
-    for temperature in sorted(set(rounds["temperature"][rows].tolist())):
-        mine = rows[rounds["temperature"][rows] == temperature]
-        outcomes = []
-        for part in mine.split(1024):
-            batch = _batch(rounds, part, target)["rounds"]
-            said = controller.look(batch["last_hidden"], batch["root_embed"], batch["scalars"])  # type: ignore[operator]
-            accepted, reach = rounds["accepted"][part].tolist(), rounds["reach"][part].tolist()
-            chances = said.hazard.sigmoid().tolist()
-            outcomes += [(row[: min(a + 1, r)], a) for row, a, r in zip(chances, accepted, reach)]
-        by_depth = [{k: v for k, v in depth.items() if k != "bins"} for depth in metrics.calibration(outcomes)]
-        found.append({"temperature": temperature, "rounds": len(mine), "by_depth": by_depth})
-    return found
-
-
-def _flat(held_out: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`calibration` as figures to log."""
-    return {
-        f"viskip/val_{figure}_t{bucket['temperature']:g}_{depth['depth']}": depth[figure]
-        for bucket in held_out
-        for depth in bucket["by_depth"]
-        for figure in ("ece", "brier")
-    }
 
 
 @torch.no_grad()

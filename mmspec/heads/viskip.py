@@ -19,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmspec.nn import RMSNorm
-from mmspec.types import COUNTERFACTUALS, Objective, TargetShape
+from mmspec.types import COUNTERFACTUALS, Objective, TargetShape, Trials
 
 EPS = 1e-6
 NO_COUNTERFACTUAL = "none"
+_SURE = 1e-3, 1 - 1e-3
+"""Between which a mean chance becomes a logit."""
+N_TRIALS = 512
+"""Held-out rounds that a controller brings along; fewer leave the rest of the table empty (accepted -1)."""
 _CHUNK = 8192
 """Tokens whose embeddings are projected at a time."""
 
@@ -116,12 +120,19 @@ class Head(nn.Module):
         self.register_buffer("scalar_mean", torch.zeros(c.n_scalars))
         self.register_buffer("scalar_std", torch.ones(c.n_scalars))
         self.register_buffer("prior", torch.full((c.depth,), 0.5).cumprod(0))
+        self.register_buffer("trial_chances", torch.zeros(N_TRIALS, c.depth))
+        self.register_buffer("trial_accepted", torch.full((N_TRIALS,), -1.0))
+        self.trial_chances: Tensor
+        self.trial_accepted: Tensor
         self.scalar_mean: Tensor
         self.scalar_std: Tensor
         self.prior: Tensor
 
     def fit_statistics(self, rounds: Mapping[str, Tensor]) -> None:
-        """Standardisation of the scalars and mean survival by depth, from the training rounds."""
+        """Standardisation of the scalars and mean survival by depth, from the training rounds.
+
+        Survival starts as that mean, whatever the round: what training adds is what it has learned of rounds.
+        """
         table = rounds["scalars"].float()
         self.scalar_mean.copy_(table.mean(0))
         self.scalar_std.copy_(table.std(0).clamp_min(1e-3))
@@ -131,6 +142,24 @@ class Head(nn.Module):
         # Conditional survival over rounds that offered depth k at all, so that shallow rounds do not bias it.
         share = (kept & offered).sum(0) / (reached & offered).sum(0).clamp_min(1)
         self.prior.copy_(share.cumprod(0))
+        with torch.no_grad():
+            self.hazard.weight.zero_()
+            self.hazard.bias.copy_(share.clamp(*_SURE).logit())
+
+    def temper(self, scale: float) -> None:
+        """Draw the survival logits towards those of the mean round: 1 leaves them, 0 is the mean alone."""
+        before = torch.cat([torch.ones_like(self.prior[:1]), self.prior[:-1]])
+        mean = (self.prior / before.clamp_min(_SURE[0])).clamp(*_SURE).logit()
+        with torch.no_grad():
+            self.hazard.weight.mul_(scale)
+            self.hazard.bias.copy_(mean + scale * (self.hazard.bias - mean))
+
+    def remember(self, chances: Tensor, accepted: Tensor) -> None:
+        """Keep what came of held-out rounds: conditional chances [T, Dmax] and accepted tokens [T], the first
+        `N_TRIALS` of them."""
+        n = min(len(accepted), N_TRIALS)
+        self.trial_chances[:n] = chances[:n]
+        self.trial_accepted.fill_(-1.0)[:n] = accepted[:n].to(self.trial_accepted)
 
     def look(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Said:
         """Everything it says of some rounds; arguments as for `survival`."""
@@ -221,6 +250,10 @@ class Deployed:
     @torch.no_grad()
     def __init__(self, head: Head, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         self.prior: list[float] = head.prior.tolist()
+        tried = head.trial_accepted >= 0
+        self.trials: Trials | None = None
+        if bool(tried.any()):
+            self.trials = Trials(_array(head.trial_chances[tried]), _array(head.trial_accepted[tried]).astype(int))
         self.reads_context = head.config.reads == "all"
         if self.reads_context:
             self.state_size = (head.config.hidden_size,)
@@ -256,7 +289,7 @@ class Deployed:
             seen: [R, width] of `look`, or [R, 0].
             scalars: [R, K]; both fp32: a matrix in another precision would be converted every time.
         """
-        s = ((scalars - self.mean) / self.std).clip(-5.0, 5.0)
+        s = np.minimum(np.maximum((scalars - self.mean) / self.std, -5.0), 5.0)  # half of what clip costs
         h = _apply(self.from_scalars, s)
         h = _silu(h + seen if self.reads_context else h)
         h = h + _silu(_apply(self.inner, h))
@@ -296,5 +329,8 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
-    out: np.ndarray = x * sigmoid(x)
+    half = 0.5 * x
+    out: np.ndarray = np.tanh(half)
+    out *= half
+    out += half
     return out

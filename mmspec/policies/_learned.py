@@ -1,8 +1,10 @@
 """The policy of a trained controller: the depth with the best expected gain at the going price of time.
 
-A step's share of it is meant to stay below 2%: the device makes a handful of operations, whose results ride on the
-step's one transfer; history, network and choice are the host's (`heads/viskip.py`, `Deployed`). While nothing pays it
-sleeps, and costs nothing.
+The controller is asked where that pays: where on held-out rounds, at this machine's costs, it was ahead of the best
+single depth by more than it may cost. Elsewhere every round gets that single depth, which follows what comes of drafts,
+and nothing is computed. A step's share of the controller is meant to stay below 2%: the device makes a handful of
+operations, whose results ride on the step's one transfer; history, network and choice are the host's
+(`heads/viskip.py`, `Deployed`). While nothing pays it sleeps, and costs nothing.
 
 Source: methods, D3 (calibration online) and D4.
 """
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mmspec.heads.viskip import sigmoid
-from mmspec.policies._parts import Parts, Price
+from mmspec.policies._parts import Parts, Price, Probing
 from mmspec.policies._refine import Refinement
+from mmspec.policies._usual import UsualDepth, advantage
 from mmspec.policy import Records
 from mmspec.types import Evidence, Plan, StepTrace
 
@@ -25,6 +28,10 @@ _COUNTS = 5
 """n_kept, reach, n_committed, n_prompt, n_visual."""
 _LOOKS = 4
 """Entropy, two largest probabilities, the root's."""
+_OWN_SHARE = 0.02
+"""Of a step, which the controller may take: less than that is no gain."""
+_PROBE_SHARE = 0.005
+"""Of the time, which drafts may lose that are made to see whether drafting pays by now."""
 
 
 class LearnedPolicy:
@@ -51,7 +58,7 @@ class LearnedPolicy:
         self.outcomes: list[tuple[list[float], int]] | None = None
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
-        self.senses, self.rows = True, 0
+        self.asks, self.senses, self.rows = True, True, 0
         self.skips, self.nap = 0, self._SLEEP
 
     def open(self, max_batch: int, device: torch.device) -> None:
@@ -59,16 +66,22 @@ class LearnedPolicy:
         self.said = np.zeros((max_batch, self.max_depth), np.float32)
         """Logits of the plan that is under way."""
         self.left = [0] * max_batch
-        self.asleep, self.planned, self.senses = 0, 0, True
+        self.asleep, self.planned, self.senses = 0, 0, self.asks
         if max_batch == self.rows:
             return
         self.rows = max_batch
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
         self.usual_nodes = float(self.max_budget)
-        prior = self.controller.prior
-        rates = [max_batch * (1 + sum(prior[:d])) / self.cost(d) for d in range(self.max_depth + 1)]
-        self.price = Price(max(rates))
+        prior, seconds = self.controller.prior, [self.cost(d) for d in range(self.max_depth + 1)]
+        self.extra_s = np.array(seconds[1:]) - seconds[0]
+        """Of a draft of each depth, beyond a round without one."""
+        self.price = Price(max(max_batch * (1 + sum(prior[:d])) / s for d, s in enumerate(seconds)))
+        self.usual, self.probing = UsualDepth(prior[: self.max_depth], seconds, max_batch), Probing(_PROBE_SHARE)
+        trials = self.controller.trials
+        if trials is not None:
+            gain, error = advantage(trials, seconds, max_batch)
+            self.asks = self.senses = gain - error > _OWN_SHARE
         self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
 
     def cost(self, depth: int) -> float:
@@ -93,6 +106,8 @@ class LearnedPolicy:
         fresh = any(now > before for now, before in zip(remaining, self.left))
         self.left = list(remaining)
         deepest = min(self.max_depth, max(remaining) - 1)
+        if not self.asks:
+            return self._as_usual(deepest, remaining)
         if self.asleep or deepest < 1:
             self.asleep = 0 if fresh else max(self.asleep - 1, 0)
             self.senses = not self.asleep
@@ -101,8 +116,7 @@ class LearnedPolicy:
         logits = self._logits(np.array([sensed[row] for row in active], np.float32), active)
         chances = sigmoid(logits)
         gains = chances.cumprod(1).cumsum(1)
-        together = gains.sum(0).tolist()
-        values = [0.0, *(gain - self.price.per_s * (self.cost(d) - self.cost(0)) for d, gain in enumerate(together, 1))]
+        values = [0.0, *(gains.sum(0) - self.price.per_s * self.extra_s).tolist()]
         depth = max(range(deepest + 1), key=values.__getitem__)
         if not depth:
             self.skips += 1
@@ -114,14 +128,31 @@ class LearnedPolicy:
         budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
         if not any(budget):
             return self._skip(remaining)
+        by_row = {row: chances[i].tolist() for i, row in enumerate(active)}
+        nothing = [0.0] * self.max_depth
+        said = [by_row.get(row, nothing) for row in range(len(remaining))] if self.refines else None
+        return self._draft(depth, deepest, budget, said)
+
+    def _draft(
+        self, depth: int, deepest: int, budget: tuple[int, ...], said: Sequence[Sequence[float]] | None = None
+    ) -> Plan:
+        """A draft of `depth` levels, or as far as its own scores say."""
         if not self.refines:
             self.planned = depth
             return Plan(depth, budget)
         self.planned = deepest
-        by_row = {row: chances[i].tolist() for i, row in enumerate(active)}
-        nothing = [0.0] * self.max_depth
-        self.refine.begin(deepest, [n > 0 for n in budget], [by_row.get(row, nothing) for row in range(len(remaining))])
+        self.refine.begin(deepest, [n > 0 for n in budget], said)
         return Plan(deepest, budget, self.refine.extend, self.refine.prune)
+
+    def _as_usual(self, deepest: int, remaining: Sequence[int]) -> Plan:
+        """The single depth that pays best; where none does, a draft now and then to see whether that still holds."""
+        depth = min(self.usual.depth, deepest)
+        if not self.usual.depth:
+            trial = min(self.usual.drafting, deepest)
+            depth = trial if trial > 0 and self.probing.due(self.cost(trial) - self.cost(0)) else 0
+        if depth < 1:
+            return self._skip(remaining)
+        return self._draft(depth, deepest, tuple(self.max_budget if left > 1 else 0 for left in remaining))
 
     def _skip(self, remaining: Sequence[int]) -> Plan:
         self.planned = 0
@@ -163,12 +194,21 @@ class LearnedPolicy:
 
     def observe(self, trace: StepTrace) -> None:
         """Measured times stay out of the decisions."""
-        tokens = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active)
+        tokens, levels = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active), self.planned
         if self.refines and self.planned:
-            seconds = self.refine.seconds(trace.n_nodes, True)
+            seconds, levels = self.refine.seconds(trace.n_nodes, True), self.refine.levels
             self.refine.settle(trace)
             self.usual_nodes += 0.02 * (self.refine.nodes - self.usual_nodes)
+            self.extra_s = np.array([self.cost(d) - self.cost(0) for d in range(1, self.max_depth + 1)])
         else:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]
         self.price.add(tokens, seconds)
+        if self.asks:
+            return
+        reach, probe = min(levels, trace.n_nodes - 1), bool(self.planned) and not self.usual.depth
+        self.probing.add(seconds, seconds - self.cost(0) if probe else 0.0)
+        if reach:  # a drafter that had nothing to offer says nothing
+            for accepted, budget in zip(trace.accepted, trace.plan.budget):
+                if budget:
+                    self.usual.learn(accepted, reach)

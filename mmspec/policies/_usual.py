@@ -1,0 +1,89 @@
+"""The draft that pays best whatever comes next, and whether foreseeing each round is worth more than that.
+
+Invariant: decisions follow from the cost table, from what came of drafts, and from held-out rounds that the controller
+brings along; never from the clock.
+
+A controller that foresees badly is worse than none: it ends drafts that would have been accepted, and it takes time. So
+it has to show its worth before it is asked: on rounds it was not trained on, at the costs of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmspec.types import Trials
+
+
+class UsualDepth:
+    """One depth for every round: the best by how far drafts of late have come.
+
+    Args:
+        prior: mean chance that at least k tokens are accepted, k = 1..Dmax, to start from.
+        cost_s: seconds of a round by depth, 0..Dmax.
+        rows: of the batch.
+    """
+
+    _PRIOR = 200.0
+    """Drafts that the start counts for."""
+    _FADE = 0.998
+    _EVERY = 16
+    """Drafts after which depths are compared anew."""
+
+    def __init__(self, prior: Sequence[float], cost_s: Sequence[float], rows: int) -> None:
+        before = [1.0, *prior[:-1]]
+        self.tried = [self._PRIOR * chance for chance in before]
+        """Fading counts of levels whose outcome was seen, and of those that were accepted."""
+        self.passed = [self._PRIOR * chance for chance in prior]
+        self.cost_s, self.rows, self.news = list(cost_s), rows, 0
+        self.compare()
+
+    def learn(self, accepted: int, reach: int) -> None:
+        """Take in a draft: levels accepted, and levels there were."""
+        observed = min(accepted + 1, reach, len(self.tried))
+        for level in range(observed):
+            self.tried[level] = self._FADE * self.tried[level] + 1.0
+            self.passed[level] = self._FADE * self.passed[level] + (level < accepted)
+        self.news += 1
+        if self.news >= self._EVERY:
+            self.compare()
+
+    def compare(self) -> None:
+        """Choose the depth anew, 0 being none, and the best one that drafts at all."""
+        self.news, chance, tokens, rates = 0, 1.0, 1.0, [self.rows / self.cost_s[0]]
+        for passed, tried, seconds in zip(self.passed, self.tried, self.cost_s[1:]):
+            chance *= passed / max(tried, 1e-9)
+            tokens += chance
+            rates.append(self.rows * tokens / seconds)
+        self.drafting = max(range(1, len(rates)), key=rates.__getitem__)
+        self.depth = self.drafting if rates[self.drafting] > rates[0] else 0
+
+
+def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float, float]:
+    """What asking the controller would have gained over the best single depth, as a share of the tokens.
+
+    Args:
+        trials: held-out rounds.
+        cost_s: seconds of a round by depth, 0..Dmax.
+        rows: drafts that share a depth; held-out rounds are put together at random.
+
+    Returns:
+        The mean, and its standard error.
+    """
+    n, costs = len(trials.accepted), np.asarray(cost_s)
+    order = np.random.default_rng(0)
+    groups = np.arange(n)[:, None] if rows == 1 else np.stack([order.permutation(n) for _ in range(rows)], 1)
+    depths = np.arange(len(costs))
+    foreseen = np.pad(trials.chances.cumprod(1).cumsum(1), ((0, 0), (1, 0)))[:, : len(costs)][groups].sum(1)
+    got = rows + np.minimum(trials.accepted[:, None], depths)[groups].sum(1)
+    rates = got.mean(0) / costs
+    usual = int(rates.argmax())
+    price = float(rates[usual])
+    for _ in range(20):  # Dinkelbach's fixed point
+        chosen = (foreseen - price * costs).argmax(1)
+        price = float(got[np.arange(n), chosen].sum() / costs[chosen].sum())
+    chosen = (foreseen - price * costs).argmax(1)
+    gains = got[np.arange(n), chosen] - got[:, usual] - rates[usual] * (costs[chosen] - costs[usual])
+    scale = float(got[:, usual].mean())
+    return float(gains.mean()) / scale, float(gains.std()) / (n / rows) ** 0.5 / scale

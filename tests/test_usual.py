@@ -1,0 +1,172 @@
+"""A controller is asked where that pays, and else the best single depth is drafted; what is kept of its training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmspec.heads import viskip
+from mmspec.policies import Parts, make_policy
+from mmspec.policies._usual import UsualDepth, advantage
+from mmspec.types import StepTrace, Trials
+from tests.test_policy import Flat, Told, rounds, sensed
+from train.calibrate import Best, calibrate
+
+COST = [1.0, 1.2, 1.4, 1.6, 1.8]
+
+
+def trials(foreseen, n=400, seed=0):
+    """Half the rounds accept nothing, half all four tokens; `foreseen`: it knows which, or claims the contrary."""
+    good = np.random.default_rng(seed).random(n) < 0.5
+    sure = np.where(good if foreseen else ~good, 0.97, 0.03)
+    return Trials(np.repeat(sure[:, None], 4, 1), np.where(good, 4, 0))
+
+
+def test_the_advantage_is_what_foresight_is_worth_by_hand():
+    """One depth for all: (1 + 4 / 2) / 1.8 a second. Knowing: 1 / 1.0 and 5 / 1.8, half each."""
+    known = trials(True, 20000)
+    gain, error = advantage(known, COST, 1)
+    share = (known.accepted > 0).mean()
+    usual = (1 + 4 * share) / 1.8
+    spared = (1 - share) * (1.8 - 1.0) * usual  # in tokens, of rounds that are known to accept nothing
+    assert gain == pytest.approx(spared / (1 + 4 * share), rel=1e-6)
+    assert 0 < error < 0.01
+    wrong, _ = advantage(trials(False), COST, 1)
+    assert wrong < -0.1
+    shared, _ = advantage(known, COST, 8)
+    assert 0 <= shared < gain / 2, "eight rows that share a depth have little to foresee"
+
+
+def test_the_usual_depth_is_the_best_fixed_one_and_follows_what_comes_of_drafts():
+    usual = UsualDepth([0.9, 0.8, 0.7, 0.6], COST, 1)
+    assert usual.depth == 4
+    for _ in range(2000):
+        usual.learn(1, 4)
+    assert usual.depth == 1
+    for _ in range(4000):
+        usual.learn(0, 1)
+    assert usual.depth == 0
+    assert usual.drafting == 1
+    for _ in range(4000):
+        usual.learn(4, 4)
+    assert usual.depth == 4
+    censored = UsualDepth([0.9, 0.8, 0.7, 0.6], COST, 1)
+    for _ in range(2000):
+        censored.learn(1, 1)  # all there was: no word against deeper drafts
+    assert censored.depth == 4
+
+
+@pytest.mark.parametrize("name", ["viskip", "viskip_refined"])
+def test_a_controller_that_foresees_nothing_is_not_asked_and_drafts_are_as_usual(name):
+    told = Told([0.9, 0.8, 0.7, 0.6], trials(False))
+    policy = make_policy(name, Parts(4, 4, Flat(level=0.2), told, 1))
+    policy.open(2, torch.device("cpu"))
+    assert not policy.senses
+    plan = policy.plan([[], []], [100, 1])
+    assert (plan.depth, plan.budget) == (4, (4, 0))
+    assert policy.plan([[], []], [3, 2]).depth == 2
+    policy.open(2, torch.device("cpu"))
+    assert not policy.senses, "nor after another call"
+
+
+def test_one_that_does_is_asked():
+    policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), Told([0.5, 0.5, 0.5, 0.5], trials(True)), 1))
+    policy.open(1, torch.device("cpu"))
+    assert policy.senses
+    assert policy.plan(sensed([0.9, 0.9, 0.9, 0.9]), [100]).depth == 4
+    assert policy.plan(sensed([0.02, 0.01, 0.0, 0.0]), [100]).depth == 0
+
+
+def test_a_drafter_that_never_pays_loses_next_to_nothing_and_is_noticed_when_it_does():
+    never = Told([0.02, 0.0, 0.0, 0.0], Trials(np.full((300, 4), 0.02), np.zeros(300, int)))
+    policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), never, 1))
+    policy.open(1, torch.device("cpu"))
+
+    def decode(n, accepted):
+        spent = drafted = 0
+        for _ in range(n):
+            plan = policy.plan([[]], [100])
+            got = min(accepted, plan.depth)
+            spent, drafted = spent + policy.cost(plan.depth), drafted + (plan.depth > 0)
+            policy.observe(StepTrace(plan, (True,), (got,), (got + 1,), 1 + plan.depth))
+        return spent / n, drafted / n
+
+    spent, drafted = decode(4000, 0)
+    assert spent < 1.006 * policy.cost(0)
+    assert drafted > 0
+    decode(12000, 4)
+    assert decode(100, 4)[1] == 1.0
+
+
+def test_training_starts_from_the_mean_round_and_tempering_ends_there():
+    data = rounds(2000)
+    head = viskip.Head(viskip.Config(hidden_size=6, width=16, depth=3))
+    head.fit_statistics(data)
+    few = [data[name][:5] for name in ("last_hidden", "root_embed", "scalars")]
+    assert torch.allclose(head.survival(*few), head.prior.expand(5, -1), atol=1e-4)
+    torch.nn.init.normal_(head.hazard.weight)
+    before = head.survival(*few)
+    head.temper(1.0)
+    assert torch.allclose(head.survival(*few), before, atol=1e-5)
+    head.temper(0.0)
+    assert torch.allclose(head.survival(*few), head.prior.expand(5, -1), atol=1e-4)
+
+
+def fitted(data, steps):
+    torch.manual_seed(0)
+    head = viskip.Head(viskip.Config(hidden_size=6, width=64, depth=3))
+    head.fit_statistics(data)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(steps):
+        objective = head(data)
+        optimizer.zero_grad()
+        (objective.loss / objective.count).backward()
+        optimizer.step()
+    return head
+
+
+def nll(head, data):
+    with torch.no_grad():
+        return float(head(data).sums["survival_nll"]) / len(data["accepted"])
+
+
+def test_what_was_learned_by_heart_is_tempered_and_remembered():
+    """Forty rounds learned by heart foresee others worse than the mean does; tempered, never worse."""
+    held_out = rounds(300, seed=1)
+    head = fitted(rounds(40), 300)
+    mean = viskip.Head(head.config)
+    mean.fit_statistics(rounds(40))
+    overfit, blank = nll(head, held_out), nll(mean, held_out)
+    assert overfit > blank
+    scale = calibrate(head, held_out)
+    assert scale < 1
+    assert nll(head, held_out) <= blank + 1e-3
+    assert (head.trial_accepted >= 0).sum() == 300
+    assert head.trial_accepted[:300].equal(held_out["accepted"].float())
+    survival = head.survival(held_out["last_hidden"], held_out["root_embed"], held_out["scalars"])
+    assert torch.allclose(head.trial_chances[:300].cumprod(1), survival, atol=1e-4)
+    nothing = {name: table[:0] for name, table in held_out.items()}
+    assert calibrate(head, nothing) == 1.0
+
+
+def test_the_best_step_is_kept_and_an_interruption_forgets_only_what_came_later(tmp_path):
+    path = tmp_path / "best.safetensors"
+    weights = [{"x": torch.tensor([float(i)])} for i in range(4)]
+    best = Best(path)
+    for step, value in ((1, 3.0), (2, 2.0), (3, 2.5)):
+        best.offer(step, value, weights[step])
+    assert best.weights()["x"].item() == 2.0
+    again = Best(path)
+    again.forget(after=2)
+    assert (again.step, again.nll) == (2, 2.0)
+    again.offer(3, 2.5, weights[3])
+    assert again.weights()["x"].item() == 2.0
+    earlier = Best(path)
+    earlier.forget(after=1)  # a run that goes on before the best step makes it again
+    assert earlier.step < 0
+    assert not path.is_file()
+    unknown = Best(path)
+    for step in (1, 2):
+        unknown.offer(step, float("inf"), weights[step])
+    assert unknown.weights()["x"].item() == 2.0, "nothing held out: the latest"
