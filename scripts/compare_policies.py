@@ -63,6 +63,9 @@ CONTROLLERS: dict[str, list[str]] = {
     "blind": BLIND,
 }
 """What the controllers of P7 and P8, P5 and P6 differ in."""
+OPTIONS = {"full": "--controller", "scalars": "--scalars-controller", "blind": "--blind-controller"}
+QUESTIONED = ("P7", "P8")
+"""Learned policies that must not be slowed by a head that is always wrong."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def _controllers(args: argparse.Namespace, entrant: Entrant, before: tuple[str, 
     draft = [f"policy.depth={tree.depth}", f"policy.width={tree.width}", f"policy.budget={tree.budget}"]
     shared = [f"run.out={out}", f"run.seed={args.seed}", "run.trackers=[]", f"policy.controller.depth={tree.depth}"]
     answers = [f"data.answers_dir={args.answers or Path(args.out) / 'answers'}"]
-    for name, own in CONTROLLERS.items():
+    for name, own in _readers(entrant).items():
         folder = out / f"{entrant.name}_{name}"
         rounds = [] if name == "full" else [f"policy.rollouts_from={out / f'{entrant.name}_full'}"]
         after = before if name == "full" else (f"controller {entrant.name} full",)
@@ -169,18 +172,17 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
     """Tuning and both scores of a drafter at one batch size and temperature."""
     name = f"{entrant.name} batch {batch} T {temperature:g}"
     folder = Path(args.out) / "cells" / f"{entrant.name}_b{batch}_t{temperature:g}"
-    trained = {k: str(Path(args.out) / "controllers" / f"{entrant.name}_{k}") for k in CONTROLLERS}
+    trained = {k: str(Path(args.out) / "controllers" / f"{entrant.name}_{k}") for k in _readers(entrant)}
     base = [*entrant.words, "--offer", args.offer, "--costs", str(Path(args.out) / "costs" / entrant.name)]
     base += ["--batch-size", str(batch), "--temperature", f"{temperature:g}", "--seed", str(args.seed)]
     base += ["--max-new-tokens", str(args.max_new_tokens), "--dtype", args.dtype]
-    read = ["--controller", trained["full"], "--scalars-controller", trained["scalars"]]
-    read += ["--blind-controller", trained["blind"]]
+    read = [word for k, folder in trained.items() for word in (OPTIONS[k], folder)]
     tuned = folder / "tuned.json"
     words = _module("eval.policies", *base, "--tune", "--limit", str(args.tune_limit), "--out", str(tuned))
     steps = [Step(f"tune {name}", words, tuned, (f"costs {entrant.name}",))]
-    after = (f"tune {name}", *(f"controller {entrant.name} {k}" for k in CONTROLLERS))
+    after = (f"tune {name}", *(f"controller {entrant.name} {k}" for k in trained))
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
-    every = [*BASELINES, *LEARNED, ORACLE]
+    every = [*BASELINES, *QUESTIONED] if entrant.name == UNTRAINED else [*BASELINES, *LEARNED, ORACLE]
     what = {"short": (args.data, every), "long": (args.long_data, args.long_policies)}
     for part in _parts(args, entrant):
         data, policies = what[part]
@@ -188,6 +190,11 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
         said = [*base, *read, "--tuned", str(tuned), "--data", data, *limit, "--policies", *policies]
         steps.append(Step(f"score {name} {part}", _module("eval.policies", *said, "--out", str(makes)), makes, after))
     return steps
+
+
+def _readers(entrant: Entrant) -> dict[str, list[str]]:
+    """Its controllers: nobody asks of the untrained head what reading less is worth."""
+    return {"full": CONTROLLERS["full"]} if entrant.name == UNTRAINED else CONTROLLERS
 
 
 def _parts(args: argparse.Namespace, entrant: Entrant) -> tuple[str, ...]:
@@ -240,7 +247,7 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
 def _held_out(args: argparse.Namespace, entrant: Entrant) -> dict[str, dict[str, float]]:
     """The last held-out figures of each controller: what reading more was worth (`val_survival_nll`, nats a round)."""
     found = {}
-    for name in CONTROLLERS:
+    for name in _readers(entrant):
         path = Path(args.out) / "controllers" / f"{entrant.name}_{name}" / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         said = [entry for entry in map(json.loads, lines) if "viskip/val_survival_nll" in entry]

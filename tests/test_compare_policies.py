@@ -98,6 +98,11 @@ def test_every_cell_is_tuned_before_it_is_scored_and_controllers_share_a_rollout
     scores = [step for step in steps if step.name.startswith("score")]
     assert len(scores) == (2 * 2 + 1) * 2 * 2  # the head and sam, short and long; an untrained one, short
     assert {word for step in scores for word in step.words} >= {"P9", "--scalars-controller", "synth:test"}
+    untrained = [step for step in steps if step.name.startswith("score untrained")]
+    for step in untrained:
+        assert {"P0", "P4", "marginal", "P7", "P8"} <= set(step.words)
+        assert not {"P5", "P6", "P9", "--scalars-controller"} & set(step.words), "nobody asks that of it"
+    assert [name for name in names if name.startswith("controller untrained")] == ["controller untrained full"]
     shared = next(step for step in steps if step.name == "controller mine scalars")
     assert any(word.startswith("policy.rollouts_from=") and "mine_full" in word for word in shared.words)
 
