@@ -34,43 +34,49 @@ onload = () => {
 </script>"""
 
 
-def browse(
-    page: Path, widths: Sequence[int], height: int, dark: bool, action: str, script: str
-) -> tuple[str, str, Path]:
-    """Open a page once, in frames below each other.
+Frame = tuple[Path, int]
+"""A page, of which a copy opens, and how wide in px."""
+
+
+def browse(frames: Sequence[Frame], height: int, dark: bool, action: str, script: str) -> tuple[str, str, Path]:
+    """Open pages once, in frames below each other.
 
     Args:
-        page: a file; what opens is a copy.
-        widths, height: of the frames in px.
+        frames: what opens.
+        height: of each frame in px.
         dark: the colour scheme that is preferred.
         action: what Chromium does with it.
-        script: a function of the page's document and window, called when all is loaded.
+        script: a function of a page's document and window, called for each when all is loaded.
 
     Returns:
         What Chromium printed, what it logged, and the folder it worked in.
     """
     assert CHROMIUM is not None
     folder = Path(tempfile.mkdtemp(prefix="page-"))
-    shutil.copyfile(page, folder / "page.html")
-    frames = "".join(f'<iframe src="page.html" style="width:{width}px"></iframe>' for width in widths)
-    frame = FRAME % {"height": height, "frames": frames, "script": script}
+    for place, (page, _) in enumerate(frames):
+        shutil.copyfile(page, folder / f"{place}.html")
+    drawn = "".join(
+        f'<iframe src="{place}.html" style="width:{width}px"></iframe>' for place, (_, width) in enumerate(frames)
+    )
+    frame = FRAME % {"height": height, "frames": drawn, "script": script}
     (folder / "frame.html").write_text(frame, encoding="utf-8")
+    widest = max(500, *(width for _, width in frames))
     done = subprocess.run(
         [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
             "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND",
-            "--disable-background-networking",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={folder / 'profile'}",
-            f"--window-size={max(*widths, 500)},{height}", action, (folder / "frame.html").as_uri(),
+            "--disable-background-networking", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            f"--user-data-dir={folder / 'profile'}", f"--window-size={widest},{height}", action,
+            (folder / "frame.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, cwd=folder, env=os.environ | {"HOME": str(folder)}, check=True,
+        capture_output=True, text=True, timeout=180, cwd=folder, env=os.environ | {"HOME": str(folder)}, check=True,
     )  # fmt: skip
     return done.stdout, done.stderr, folder
 
 
-def measure(page: Path, widths: Sequence[int], dark: bool, script: str) -> tuple[list[Any], list[str]]:
-    """What a script finds in a page at each width, and what stands in the console; arguments as of `browse`."""
-    printed, logged, folder = browse(page, widths, 900, dark, "--dump-dom", script)
+def measure(frames: Sequence[Frame], dark: bool, script: str) -> tuple[list[Any], list[str]]:
+    """What a script finds in each page, and what stands in the console; arguments as of `browse`."""
+    printed, logged, folder = browse(frames, 900, dark, "--dump-dom", script)
     shutil.rmtree(folder)
     text = printed.split("<pre>")[1].split("</pre>")[0]
     assert text, logged
@@ -79,13 +85,12 @@ def measure(page: Path, widths: Sequence[int], dark: bool, script: str) -> tuple
 
 def picture(page: Path, out: Path, width: int, height: int | None = None, dark: bool = False) -> None:
     """A page's picture, as PNG: its top, or without `height` all of it."""
-    (whole,), _ = measure(page, [width], dark, "page => page.documentElement.scrollHeight")
+    (whole,), _ = measure([(page, width)], dark, "page => page.documentElement.scrollHeight")
     height = min(height or whole, whole)
-    _, _, folder = browse(page, [width], height, dark, "--screenshot", "() => 0")
+    _, _, folder = browse([(page, width)], height, dark, "--screenshot", "() => 0")
     with Image.open(folder / "screenshot.png") as image:
-        image.convert("RGB").crop((0, 0, width, height)).quantize(256, dither=Image.Dither.NONE).save(
-            out, optimize=True
-        )
+        top = image.convert("RGB").crop((0, 0, width, height))
+        top.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
     shutil.rmtree(folder)
 
 
