@@ -47,7 +47,7 @@ def ticks(top: float, n: int = 5) -> list[float]:
 
 
 def marker(shape: int, x: float, y: float, css: str, title: str = "", size: float = 4.0) -> str:
-    """A point: disc, square, triangle, diamond, upturned triangle, cross, and again from the start.
+    """A point: disc, square, triangle, diamond, upturned triangle, cross, bar, and again from the start.
 
     Args:
         shape: which.
@@ -65,6 +65,7 @@ def marker(shape: int, x: float, y: float, css: str, title: str = "", size: floa
         f"M{x:.1f},{y + far:.1f}L{x + far:.1f},{y - size:.1f}H{x - far:.1f}z",
         f"M{x - arm:.1f},{y - far:.1f}h{2 * arm:.1f}V{y - arm:.1f}H{x + far:.1f}v{2 * arm:.1f}H{x + arm:.1f}"
         f"V{y + far:.1f}h{-2 * arm:.1f}V{y + arm:.1f}H{x - far:.1f}v{-2 * arm:.1f}H{x - arm:.1f}z",
+        f"M{x - far:.1f},{y - arm:.1f}h{2 * far:.1f}v{2 * arm:.1f}h{-2 * far:.1f}z",
     )
     said = f"<title>{escape(title)}</title>" if title else ""
     return f'<path class="dot {escape(css)}" d="{shapes[shape % len(shapes)]}">{said}</path>'
@@ -123,6 +124,7 @@ def line_chart(
         parts.append(
             f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}">'
             f"<title>{escape(rule[1])}</title></line>"
+            f'<text class="tick halo" x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(rule[1])}</text>'
         )
     for one in sorted(series, key=lambda one: not one.faint):
         parts += _line(one, [(px(x), py(y)) for x, y in one.points])

@@ -45,7 +45,7 @@ def looks(methods: Mapping[str, Any], primary: str) -> dict[str, Look]:
     first = [name for name in (primary, *rivals) if name != PLAIN][:N_FOCUS]
     chosen = {name: Look(f"m{place}", place, True) for place, name in enumerate(first)}
     others = {name: Look("m-rest", 0, False) for name in methods if name not in chosen}
-    return chosen | others | {PLAIN: Look("m-plain", 5, True)}
+    return chosen | others | {PLAIN: Look("m-plain", N_FOCUS, True)}
 
 
 def _in_order(seen: Mapping[str, Look], names: Sequence[str]) -> list[str]:
@@ -101,7 +101,7 @@ def depth_chart(methods: Mapping[str, Any], seen: Mapping[str, Look], names: Seq
 
 
 def batch_chart(cells: Cells, seen: Mapping[str, Look], names: Sequence[str], temperature: float) -> str:
-    """Speedup against batch size at one temperature; "" with one batch size.
+    """Speedup against batch size at one temperature, the primary's with intervals; "" with one batch size.
 
     Args:
         cells: of the sweep.
@@ -117,15 +117,13 @@ def batch_chart(cells: Cells, seen: Mapping[str, Look], names: Sequence[str], te
         rows = [cell["methods"][name]["overall"] for cell in mine]
         known = [(x, row) for x, row in zip(sizes, rows) if row["speedup"] is not None]
         spans = [None if row["speedup_lo"] is None else (row["speedup_lo"], row["speedup_hi"]) for _, row in known]
-        top = max([top, *(row["speedup"] for _, row in known)])
-        focus = seen[name].focus
+        spans = spans if name == mine[0]["primary"] else []
         points = [(x, row["speedup"]) for x, row in known]
-        lines.append(
-            Series(name, seen[name].css, points, False, seen[name].shape, spans if focus else (), faint=not focus)
-        )
-        top = max([top, *(span[1] for span in spans if span is not None and focus)])
+        look = seen[name]
+        lines.append(Series(name, look.css, points, False, look.shape, spans, faint=not look.focus))
+        top = max([top, *(y for _, y in points), *(span[1] for span in spans if span is not None)])
     words = [f"{cell['batch_size']}" for cell in mine]
-    return line_chart(lines, "batch size", "speedup", sizes, ticks(top), words, (1.0, "break-even: plain decoding"))
+    return line_chart(lines, "batch size", "speedup", sizes, ticks(top), words, (1.0, "break-even"))
 
 
 def trade_off(cells: Cells, seen: Mapping[str, Look], temperature: float) -> str:
@@ -139,7 +137,7 @@ def trade_off(cells: Cells, seen: Mapping[str, Look], temperature: float) -> str
             seconds, rate = row["latency_p50_s"], row["tokens_per_s"]
             if not seconds or not rate:
                 continue
-            label = name if cell is mine[-1] else f"{batch}" if look.shape in (0, 5) and look.focus else ""
+            label = name if cell is mine[-1] else f"{batch}" if look.css in ("m0", "m-plain") else ""
             title = f"{name}, batch size {batch}: {seconds:.3g} s, {rate:.3g} tokens/s"
             size = 4.5 if look.focus else 3.0
             marks.append(Mark(title, label, look.css, look.shape, seconds, rate, name if len(mine) > 1 else "", size))

@@ -90,7 +90,7 @@ def picture(page: Path, out: Path, width: int, height: int | None = None, dark: 
     _, _, folder = browse([(page, width)], height, dark, "--screenshot", "() => 0")
     with Image.open(folder / "screenshot.png") as image:
         top = image.convert("RGB").crop((0, 0, width, height))
-        top.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
+        top.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, optimize=True)
     shutil.rmtree(folder)
 
 

@@ -50,7 +50,7 @@ def test_nothing_is_cut_off_overlaps_or_is_hard_to_read(pages: dict[str, Path], 
 
 
 SPOILED = """
-<div style="position:absolute;top:0;left:0">over</div><p style="width:2000px">wide</p><p style="color:#ccc">pale</p>
+<div style="position:absolute;top:0;left:80px">over</div><p style="width:2000px">wide</p><p style="color:#ccc">pale</p>
 <img src="https://example.org/x.png"></main>
 """
 
