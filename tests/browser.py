@@ -89,8 +89,7 @@ def picture(page: Path, out: Path, width: int, height: int | None = None, dark: 
     height = min(height or whole, whole)
     _, _, folder = browse([(page, width)], height, dark, "--screenshot", "() => 0")
     with Image.open(folder / "screenshot.png") as image:
-        top = image.convert("RGB").crop((0, 0, width, height))
-        top.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, optimize=True)
+        image.convert("RGB").crop((0, 0, width, height)).save(out, optimize=True)
     shutil.rmtree(folder)
 
 
