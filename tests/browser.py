@@ -1,7 +1,7 @@
 """Pages in headless Chromium: measured, and pictured.
 
-    python -m tests.browser runs/viskip_tiny/eval/report.html recipes/results/report.png --width 1280 --height 2000
-    python -m tests.browser runs/viskip_tiny/eval/report.html recipes/results/report_phone.png --width 390 --height 2000
+    python -m tests.browser runs/viskip_tiny/eval/report.html recipes/results/report.png --width 1280 --height 1560
+    python -m tests.browser runs/viskip_tiny/eval/report.html recipes/results/report_phone.png --width 390 --height 1560
 
 Those are the pictures of the README. A window cannot be as narrow as a phone, so a page is shown in a frame of a page.
 """

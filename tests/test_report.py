@@ -183,7 +183,7 @@ def test_an_invalid_run_cannot_be_mistaken(folder: Path) -> None:
         assert words not in good
     assert "<b>Valid.</b>" in good
     assert "<b>Valid.</b>" not in bad
-    assert "Batch 2, greedy: viskip." in bad
+    assert "At batch 2, greedy: viskip." in bad
     assert bad.count("✕ invalid") == 1, "the cell that is"
 
 
