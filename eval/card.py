@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from eval.plots import Series, standalone, ticks
-from eval.report import N_COLOURS, N_DEPTHS
+from eval.plots import N_COLOURS, Series, standalone, ticks
+from eval.report_charts import N_DEPTHS
 from eval.summary import DEFINITIONS, PLAIN, interval, number
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint

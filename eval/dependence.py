@@ -82,12 +82,16 @@ class Answered:
         id, topic: of its record.
         kl: [n] dependence of the generated tokens behind the first.
         outcomes: by checkpoint, of the same tokens.
+        turn: of the record.
+        tokens: of the answer, the first included.
     """
 
     id: str
     topic: str
     kl: Tensor
     outcomes: dict[str, Tensor] = field(default_factory=dict)
+    turn: int = 1
+    tokens: Sequence[int] = ()
 
 
 class Watched:
@@ -244,7 +248,8 @@ class Decoder:
         whole, other = (_longer(p, tokens) for p in (prompt, unseen))
         blind = [] if self.instead is not None or self.hidden else [other]
         [measured] = of_conversations(self.target, [whole], [marks], self.instead, blind, self.hidden)
-        return Answered(task.record.id, task.record.topic, measured.kl[1:], found), tokens
+        record = task.record
+        return Answered(record.id, record.topic, measured.kl[1:], found, task.turn, tokens), tokens
 
 
 def _longer(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
@@ -295,7 +300,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "n_requests": len(answers),
         "n_differing": differing,
         "settings": {
-            "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
+            "data": args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name,
             "counterfactual": args.counterfactual, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
             "dtype": args.dtype, "seed": args.seed, "fingerprint": target.fingerprint, "system": system,
         },
@@ -327,7 +332,8 @@ def write_results(out: Path, result: dict[str, Any], answers: Sequence[Answered]
     """Write `dependence.json`, `tokens.jsonl` (every token) and the plots, as SVG and on one page."""
     with (out / "tokens.jsonl").open("w", encoding="utf-8") as file:
         for answer in answers:
-            line = {"id": answer.id, "topic": answer.topic, "kl": [round(v, 5) for v in answer.kl.tolist()]}
+            line = {"id": answer.id, "turn": answer.turn, "topic": answer.topic, "tokens": list(answer.tokens)}
+            line["kl"] = [round(v, 5) for v in answer.kl.tolist()]
             found = {name: said.tolist() for name, said in answer.outcomes.items()}
             file.write(json.dumps({**line, "outcomes": found}) + "\n")
     write_json(out / "dependence.json", result)

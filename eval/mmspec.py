@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
         "cells": swept,
     }
     shown = results[decoded[0].cell]
-    write_results(out, clean(whole), shown, collect(target, records, shown, whole["primary"]))
+    write_results(out, clean(whole), collect(target, records, shown, whole["primary"]))
     announce(whole, out, console)
     return whole
 
@@ -340,10 +340,10 @@ def placeless(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def write_results(out: Path, summary: dict[str, Any], results: Sequence[Result], samples: list[dict[str, Any]]) -> None:
-    """Write `summary.json` and `report.html`, each whole or not at all."""
+def write_results(out: Path, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    """Write `summary.json`, `samples.json` and `report.html`, each whole or not at all."""
     checkpoints.write_json(out / "summary.json", summary)
-    report.write(out / "report.html", summary, results, samples)
+    report.write(out / "report.html", summary, samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

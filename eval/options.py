@@ -58,7 +58,8 @@ what is written to --out
                     first cell of a sweep at the top, all of them under cells
   requests.jsonl    one line per request and method: tokens, times, every round
   run.json          what a run that goes on must have in common with this one; method_costs/: what it measured
-  report.html       the same to look at; one file, no network
+  report.html       the same to look at; one file, no network; samples.json: the answers it shows. With what
+                    eval.dependence wrote to a folder `dependence` beside it: python -m eval.report makes it again
   quarantine.jsonl  records that could not be used, with the reason; only when there are any
 """
 

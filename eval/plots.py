@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 40
+WIDTH, HEIGHT = 420, 264
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 40
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Series:
     points: Sequence[tuple[float, float]]
     steps: bool = False
     """Draw as a staircase (distribution functions), without markers."""
+    marker: int = 0
+    """Shape of the points, see `marker`: told apart without colours too."""
+    spans: Sequence[tuple[float, float] | None] = ()
+    """Intervals of the points' y, drawn as whiskers."""
+    faint: bool = False
+    """In the background: a thin line without markers."""
 
 
 def ticks(top: float, n: int = 5) -> list[float]:
@@ -40,8 +46,45 @@ def ticks(top: float, n: int = 5) -> list[float]:
     return [round(step * number, 10) for number in range(count + 1)]
 
 
+def marker(shape: int, x: float, y: float, css: str, title: str = "", size: float = 4.0) -> str:
+    """A point: disc, square, triangle, diamond, upturned triangle, cross, bar, and again from the start.
+
+    Args:
+        shape: which.
+        x, y: its middle.
+        css: its class.
+        title: what it says when pointed at.
+        size: about half its width.
+    """
+    r, far, arm = size * 0.88, size * 1.25, size * 0.35
+    shapes = (
+        f"M{x - size:.1f},{y:.1f}a{size},{size} 0 1 0 {2 * size},0a{size},{size} 0 1 0 {-2 * size},0z",
+        f"M{x - r:.1f},{y - r:.1f}h{2 * r:.1f}v{2 * r:.1f}h{-2 * r:.1f}z",
+        f"M{x:.1f},{y - far:.1f}L{x + far:.1f},{y + size:.1f}H{x - far:.1f}z",
+        f"M{x:.1f},{y - far:.1f}L{x + far:.1f},{y:.1f}L{x:.1f},{y + far:.1f}L{x - far:.1f},{y:.1f}z",
+        f"M{x:.1f},{y + far:.1f}L{x + far:.1f},{y - size:.1f}H{x - far:.1f}z",
+        f"M{x - arm:.1f},{y - far:.1f}h{2 * arm:.1f}V{y - arm:.1f}H{x + far:.1f}v{2 * arm:.1f}H{x + arm:.1f}"
+        f"V{y + far:.1f}h{-2 * arm:.1f}V{y + arm:.1f}H{x - far:.1f}v{-2 * arm:.1f}H{x - arm:.1f}z",
+        f"M{x - far:.1f},{y - arm:.1f}h{2 * far:.1f}v{2 * arm:.1f}h{-2 * far:.1f}z",
+    )
+    said = f"<title>{escape(title)}</title>" if title else ""
+    return f'<path class="dot {escape(css)}" d="{shapes[shape % len(shapes)]}">{said}</path>'
+
+
+def opening(label: str, width: float, height: float) -> str:
+    """The start of an `<svg>` that scales with its container and says what it shows."""
+    words = escape(label)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{words}"><title>{words}</title>'
+
+
 def line_chart(
-    series: Sequence[Series], x_label: str, y_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float]
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_words: Sequence[str] = (),
+    rule: tuple[float, str] | None = None,
 ) -> str:
     """Draw lines over two labelled axes.
 
@@ -49,6 +92,8 @@ def line_chart(
         series: the lines; points beyond the last tick are clamped to it.
         x_label, y_label: what the axes show, with the unit.
         x_ticks, y_ticks: ascending; the first and last are the ends of the axes.
+        x_words: what stands at `x_ticks` (default: their numbers).
+        rule: (y, words) of a dashed line from side to side.
 
     Returns:
         An `<svg>` element that scales to the width of its container.
@@ -61,43 +106,57 @@ def line_chart(
     def py(y: float) -> float:
         return HEIGHT - BOTTOM - (min(max(y, y_lo), y_hi) - y_lo) / (y_hi - y_lo) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} by {escape(x_label)}">',
-    ]
+    parts = [opening(f"{y_label} by {x_label}", WIDTH, HEIGHT)]
+    parts.append(f'<text class="axis" x="{LEFT - 6}" y="12" text-anchor="start">{escape(y_label)}</text>')
     for y in y_ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in x_ticks:
-        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
+    for x, words in zip(x_ticks, x_words or [f"{x:g}" for x in x_ticks], strict=True):
+        parts.append(
+            f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(words)}</text>'
+        )
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
     )
-    for one in series:
+    if rule is not None and y_lo <= rule[0] <= y_hi:
+        at = py(rule[0])
+        parts.append(
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}">'
+            f"<title>{escape(rule[1])}</title></line>"
+            f'<text class="tick halo" x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(rule[1])}</text>'
+        )
+    for one in sorted(series, key=lambda one: not one.faint):
         parts += _line(one, [(px(x), py(y)) for x, y in one.points])
+        parts += [
+            f'<path class="whisker {escape(one.css)}" d="M{px(x):.1f},{py(span[0]):.1f}V{py(span[1]):.1f}"/>'
+            for (x, _), span in zip(one.points, one.spans)
+            if span is not None
+        ]
     parts.append("</svg>")
     return "".join(parts)
 
 
 def _line(one: Series, pixels: Sequence[tuple[float, float]]) -> list[str]:
-    """The path of one series and, unless it is a staircase, a marker with a tooltip at every point."""
+    """The path of one series and, unless it is a staircase or faint, a marker with a tooltip at every point."""
     if not pixels:
         return []
     path = f"M{pixels[0][0]:.1f},{pixels[0][1]:.1f}"
     for x, y in pixels[1:]:
         path += f"H{x:.1f}V{y:.1f}" if one.steps else f"L{x:.1f},{y:.1f}"
-    parts = [f'<path class="line {escape(one.css)}" d="{path}"><title>{escape(one.name)}</title></path>']
-    if not one.steps:
-        for (x, y), (_, value) in zip(pixels, one.points):
-            parts.append(
-                f'<circle class="dot {escape(one.css)}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
-                f"<title>{escape(one.name)}: {value:.3f}</title></circle>"
-            )
+    css = f"line {escape(one.css)}{' faint' if one.faint else ''}"
+    parts = [f'<path class="{css}" d="{path}"><title>{escape(one.name)}</title></path>']
+    if not (one.steps or one.faint):
+        parts += [
+            marker(one.marker, x, y, one.css, f"{one.name}: {value:.3f}")
+            for (x, y), (_, value) in zip(pixels, one.points)
+        ]
     return parts
 
 
 LIGHT = ("#2563eb", "#d9620b", "#0f8a6d", "#9333c8", "#c29a12", "#c0266b", "#0891b2", "#6b7d1a", "#7a4a2b")
 """Colours of the classes m0, m1, .. where a chart stands alone; the report's page has its own, for both backgrounds."""
+N_COLOURS = len(LIGHT)
 _ROW = 16
 
 
@@ -118,7 +177,9 @@ def standalone(
     colours = "".join(f".m{k}{{--m:{colour}}}" for k, colour in enumerate(LIGHT))
     style = (
         "text{font:11.5px system-ui,sans-serif;fill:#5c6470}.grid{stroke:#dfe3e8}.title{font-weight:600;fill:#17191d}"
-        ".line{fill:none;stroke:var(--m);stroke-width:2.2;stroke-linejoin:round}.dot,.key{fill:var(--m)}" + colours
+        ".line,.whisker{fill:none;stroke:var(--m);stroke-width:2.2;stroke-linejoin:round}"
+        ".whisker{stroke-width:1.2}.faint{stroke-width:1}.rule{stroke:#5c6470;stroke-dasharray:4 3}"
+        ".dot,.key{fill:var(--m)}" + colours
     )
     legend = [
         f'<rect class="key {escape(one.css)}" x="{LEFT}" y="{22 + _ROW * k}" width="10" height="10" rx="2"/>'

@@ -1,55 +1,82 @@
 """`report.html`: a run to look at, in one file without scripts or network.
 
-Invariant: everything shown is in `summary.json` or `requests.jsonl` (or is a sample's image); nothing is computed anew.
+    python -m eval.report runs/viskip_tiny/eval                              # the page again, from the run's files
+    python -m eval.report runs/viskip_tiny/eval --dependence runs/where      # with what eval.dependence found
+
+`eval.mmspec` writes the page when it is done. What `eval.dependence` has written to the folder `dependence` beside it
+is on the page too; it can be measured later, and this command then makes the page again without decoding anything.
+
+Invariant: everything shown is in `summary.json`, `samples.json` or `dependence/`; nothing is computed anew.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.bench import Result
-from eval.plots import Series, line_chart, ticks
-from eval.summary import interval, number
+from eval import report_charts as charts
+from eval import report_views as views
+from eval.report_dependence import FOLDER, N_LEVELS, Dependence, joined, load
+from eval.summary import SCHEMA, interval, number
 from eval.tasks import PLAIN
+from mmspec.arguments import OneLineParser
+from mmspec.checkpoint import write_json
+from mmspec.types import InputError
 
-TEMPLATE = "report.html.j2"
-N_COLOURS = 9
-"""Classes m0, m1, ... of the template."""
-
-N_DEPTHS = 12
-"""Drawn: what copies from its context may draft forty tokens, which would leave a head's five no room."""
-
-PHASES = (
-    ("draft_s", "draft"),
-    ("verify_s", "verify (target)"),
-    ("commit_s", "commit"),
-    ("control_s", "control"),
-)
+PROGRAM = "eval.report"
+TEMPLATE, SAMPLES = "report.html.j2", "samples.json"
 
 
 def write(
-    path: Path, summary: Mapping[str, Any], results: Sequence[Result], samples: Sequence[Mapping[str, Any]]
+    path: Path, summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], measured: Path | None = None
 ) -> None:
-    """Write the report, whole or not at all.
+    """Write the report, whole or not at all, and beside it the samples that it shows.
 
     Args:
         path: the file.
         summary: what is in `summary.json`.
-        results: of the requests.
         samples: see `eval.samples.collect`.
+        measured: what `eval.dependence` wrote (default: the folder `dependence` beside the report, if there is one).
+
+    Raises:
+        InputError: `measured` is given, and is not of this run. (What lies beside the report and is not of this run is
+            left out, and the page says so.)
     """
+    found, trouble = None, ""
+    try:
+        found = load(measured or path.parent / FOLDER, summary["settings"])
+        if measured and not found:
+            raise InputError(f"--dependence {measured} holds no dependence.json; python -m eval.dependence writes one")
+    except InputError as error:
+        if measured:
+            raise
+        trouble = str(error)
+    write_json(path.parent / SAMPLES, list(samples))
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(summary, results, samples), encoding="utf-8")
+    temporary.write_text(render(summary, samples, found, trouble), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def render(summary: Mapping[str, Any], results: Sequence[Result], samples: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text; arguments as for `write`."""
+def render(
+    summary: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    found: Dependence | None = None,
+    trouble: str = "",
+) -> str:
+    """The page as text.
+
+    Args:
+        summary, samples: as for `write`.
+        found: visual dependence, where it was measured.
+        trouble: why what there is of it is not shown.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,116 +84,121 @@ def render(summary: Mapping[str, Any], results: Sequence[Result], samples: Seque
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    environment.filters["interval"] = interval
-    methods = summary["methods"]
-    # Plain decoding is always grey; the others take the palette in order.
-    drafting = [name for name in methods if name != PLAIN]
-    colours = {PLAIN: "m-plain"} | {name: f"m{place % N_COLOURS}" for place, name in enumerate(drafting)}
+    environment.filters |= {"number": number, "interval": interval, "label": views.label}
+    cells = summary["cells"]
+    seen = charts.looks(summary["methods"], summary["primary"])
+    temperatures = list(dict.fromkeys(cell["temperature"] for cell in cells))
+    names = [name for name in seen if name != PLAIN]
+    largest = max(cell["batch_size"] for cell in cells)
     return environment.get_template(TEMPLATE).render(
         summary=summary,
-        methods=methods,
-        primary=methods[summary["primary"]]["overall"],
-        plain=methods[PLAIN]["overall"],
-        drafting=drafting,
-        topics=list(methods[PLAIN]["topics"]),
-        colours=colours,
-        speedups=bars(summary, drafting, "speedup", "speedup_lo", "speedup_hi"),
-        mats=bars(summary, drafting, "mat"),
-        depth_chart=depth_chart(methods, drafting, colours),
-        latency_chart=latency_chart(results, list(methods), colours),
-        split=time_split(methods),
-        samples=samples,
+        cells=[_cell(cell, seen) for cell in cells],
+        seen=seen,
+        legend=[name for name in seen if seen[name].focus],
+        others=[name for name in seen if not seen[name].focus],
+        topics=list(summary["methods"][PLAIN]["topics"]),
+        verdict=views.sentence(cells[0]),
+        invalid=views.invalid(cells),
+        busy=[cell for cell in cells if cell["contention"]["unreliable"]],
+        largest=largest,
+        batches=[(heat, drawn) for heat in temperatures if (drawn := charts.batch_chart(cells, seen, names, heat))],
+        trades=[(heat, charts.trade_off(cells, seen, heat)) for heat in temperatures],
+        samples=[_sample(sample, found) for sample in samples],
+        dependence=_dependence(found) if found else None,
+        trouble=trouble,
+        n_levels=N_LEVELS,
     )
 
 
-def bars(
-    summary: Mapping[str, Any], names: Sequence[str], key: str, lo: str | None = None, hi: str | None = None
-) -> dict[str, Any]:
-    """Rows of a bar chart in HTML: overall first, then the topics, one bar a method.
-
-    Args:
-        summary: of the run.
-        names: methods to show.
-        key: the figure.
-        lo, hi: figures at the ends of its interval, if it has one.
-
-    Returns:
-        `ticks` with their place in percent, `one` (the place of 1.0), and `groups` of {label, bars}, each bar with
-        value and its place, width and interval in percent of the axis.
-    """
-    methods = summary["methods"]
-    labels = ["overall", *methods[PLAIN]["topics"]]
-
-    def cell(name: str, label: str) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = methods[name]
-        return found["overall"] if label == "overall" else found["topics"][label]
-
-    largest = max((cell(n, label)[k] or 0 for n in names for label in labels for k in (key, hi) if k), default=1)
-    axis = ticks(max(largest, 1.0))
-    scale = 100 / axis[-1]
-    groups = []
-    for label in labels:
-        entries = []
-        for name in names:
-            row = cell(name, label)
-            value = row[key]
-            low, high = (row[lo] if lo else None), (row[hi] if hi else None)
-            entries.append(
-                {
-                    "method": name,
-                    "value": value,
-                    "width": (value or 0) * scale,
-                    "lo": None if low is None else low * scale,
-                    "span": None if low is None or high is None else (high - low) * scale,
-                    "words": interval(row) if key == "speedup" else number(value),
-                }
-            )
-        groups.append({"label": label, "bars": entries})
-    return {"ticks": [(tick, tick * scale) for tick in axis], "one": scale, "groups": groups}
+def _cell(cell: Mapping[str, Any], seen: Mapping[str, charts.Look]) -> dict[str, Any]:
+    """What the page shows of one batch size and temperature."""
+    methods = cell["methods"]
+    names = [name for name in seen if name != PLAIN]
+    return {
+        **cell,
+        "name": views.label(cell),
+        "row": methods[cell["primary"]]["overall"],
+        "plain": methods[PLAIN]["overall"],
+        "leaders": views.leaders(cell),
+        "radar": charts.topic_radar(methods, seen, names),
+        "radars": [(name, charts.topic_radar(methods, seen, [name], small=True)) for name in views.by_speedup(methods)],
+        "heats": [("Speedup", views.heat(methods, "speedup")), ("MAT", views.heat(methods, "mat"))],
+        "depths": charts.depth_chart(methods, seen, names),
+        "ranges": views.ranges(methods),
+        "split": views.time_split(methods),
+        "columns": views.columns(methods),
+    }
 
 
-def depth_chart(methods: Mapping[str, Any], names: Sequence[str], colours: Mapping[str, str]) -> str:
-    """Share of the drafting rounds that accepted at least k tokens, by k; "" when nothing was ever accepted."""
-    lines = [
-        Series(name, colours[name], list(enumerate(methods[name]["overall"]["accept_by_depth"][:N_DEPTHS], start=1)))
-        for name in names
-    ]
-    deepest = max((len(line.points) for line in lines), default=0)
-    if deepest == 0:
-        return ""
-    stride = 1 + deepest // 12
-    depths = [float(depth) for depth in range(0, deepest + stride, stride)]
-    shares = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    return line_chart(lines, "draft depth k", "share of drafting rounds", depths, shares)
+def _sample(sample: Mapping[str, Any], found: Dependence | None) -> dict[str, Any]:
+    """A sample with its text in pieces of one source and one level of dependence."""
+    levels = found.levels(sample) if found else [None] * len(sample["tokens"])
+    known = any(level is not None for level in levels)
+    return {**sample, "pieces": joined(sample, levels), "known": known}
 
 
-def latency_chart(results: Sequence[Result], names: Sequence[str], colours: Mapping[str, str]) -> str:
-    """Share of requests done within t seconds, by t and method."""
-    lines = []
-    for name in names:
-        seconds = sorted(result.output.latency_s for result in results if result.method == name)
-        points = [(0.0, 0.0)] + [(second, (n + 1) / len(seconds)) for n, second in enumerate(seconds)]
-        lines.append(Series(name, colours[name], points, steps=True))
-    longest = max((line.points[-1][0] for line in lines), default=1.0)
-    return line_chart(lines, "seconds", "share of requests done", ticks(longest), [0, 0.25, 0.5, 0.75, 1])
+def _dependence(found: Dependence) -> dict[str, Any]:
+    """What the page shows of visual dependence."""
+    result, names = found.result, list(found.result["checkpoints"])
+    last = result["overall"][-1]
+    return {
+        "names": names,
+        "keys": [charts.Look(f"m{place % charts.N_FOCUS}", place, True).key for place in range(len(names))],
+        "chart": charts.dependence_chart(result["overall"], names),
+        "topics": [(topic, charts.dependence_chart(rows, names)) for topic, rows in result["topics"].items()],
+        "rows": result["overall"],
+        "last": last,
+        "gains": [(name, cell) for name, cell in last["checkpoints"].items() if "gain" in cell],
+        "result": result,
+        "bounds": found.bounds,
+    }
 
 
-def time_split(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the time bar: per method the phases with seconds and percent of the slowest method's sum."""
-    sums = {name: sum((method["overall"].get("seconds") or {}).values()) for name, method in methods.items()}
-    longest = max(sums.values(), default=0.0)
-    if longest <= 0:
-        return []
-    return [
-        {
-            "method": name,
-            "total": sums[name],
-            "phases": [
-                {"css": key, "label": label, "seconds": seconds, "width": 100 * seconds / longest}
-                for key, label in PHASES
-                if (seconds := method["overall"]["seconds"].get(key, 0.0)) > 0
-            ],
-        }
-        for name, method in methods.items()
-    ]
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = OneLineParser(
+        prog=f"python -m {PROGRAM}",
+        description=f"{summary}\n\n{rest}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="EVAL", help="the results of eval.mmspec, e.g. runs/NAME/eval")
+    parser.add_argument(
+        "--dependence", type=Path, metavar="DIR", help=f"the results of eval.dependence (default: EVAL/{FOLDER})"
+    )
+    return parser
+
+
+def again(folder: Path, measured: Path | None) -> Path:
+    """Make the page of a finished run again. Raises InputError where its files are not there or not to be read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if summary.get("schema") != SCHEMA or "cells" not in summary:
+            raise ValueError
+        samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+    except OSError as error:
+        name = Path(str(error.filename)).name
+        raise InputError(f"{folder} has no {name}: give the --out of a finished eval.mmspec") from None
+    except ValueError:
+        raise InputError(
+            f"{folder} was not written by this version of eval.mmspec; run it again with --resume"
+        ) from None
+    path = folder / "report.html"
+    write(path, summary, samples, measured)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        path = again(args.folder, args.dependence)
+    except (InputError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"report: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

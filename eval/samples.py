@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -26,14 +25,14 @@ def collect(target: Target, records: Sequence[Record], results: Sequence[Result]
     """One sample a topic, and one later turn where there are conversations.
 
     Args:
-        target: decodes the pieces.
+        target: decodes the tokens.
         records: by which questions and images are found.
         results: of the run.
         method: whose answers are shown.
 
     Returns:
-        Dicts of `topic, id, turn, question, image (data URI or ""), pieces, mat, n_tokens, cut, match`; `pieces` are
-        `{text, source}` with source prefill, draft, bonus or skip.
+        Dicts of `topic, id, turn, question, image (data URI or ""), tokens, mat, n_tokens, cut, match`; for `tokens`
+        see `texts`.
     """
     by_id = {record.id: record for record in records}
     mine = [result for result in results if result.method == method]
@@ -52,7 +51,7 @@ def collect(target: Target, records: Sequence[Record], results: Sequence[Result]
                 "turn": result.turn,
                 "question": record.turns[result.turn - 1],
                 "image": thumbnail(record),
-                "pieces": pieces(target, result.output.tokens, result.output.rounds),
+                "tokens": texts(target, result.output.tokens, result.output.rounds),
                 "mat": metrics.mat([result.output]),
                 "n_tokens": len(result.output.tokens),
                 "cut": max(0, len(result.output.tokens) - MAX_TOKENS),
@@ -69,8 +68,8 @@ def verdict(match: metrics.Match | None) -> str:
     return "identical" if match.identical else "tie" if match.tie else "diverged"
 
 
-def pieces(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, int, int, int]]) -> list[dict[str, str]]:
-    """The text cut where the source of its tokens changes.
+def texts(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, int, int, int]]) -> list[dict[str, Any]]:
+    """The first tokens of an answer: `{id, text, source}` of each, with source prefill, draft, bonus or skip.
 
     Each token's text is what it adds to the decoding of the tokens before it (a token alone may lose its space, and a
     character may be spread over several tokens: then the one that completes it gets it).
@@ -81,22 +80,15 @@ def pieces(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, in
         rounds: of the same output.
     """
     shown = tokens[:MAX_TOKENS]
-    sources = metrics.token_sources(rounds)
-    texts: list[tuple[str, str]] = []
+    found: list[dict[str, Any]] = []
     done = ""
-    for n, source in zip(range(1, len(shown) + 1), sources):
+    for n, source in zip(range(1, len(shown) + 1), metrics.token_sources(rounds)):
         whole = target.decode(shown[:n])
-        unfinished = whole.endswith("�") and n < len(shown)
-        texts.append((source, "" if unfinished else whole[len(done) :]))
+        unfinished = whole.endswith("\ufffd") and n < len(shown)
+        text = "" if unfinished else whole[len(done) :]
+        found.append({"id": shown[n - 1], "text": text, "source": source})
         done = done if unfinished else whole
-    joined = []
-    # Accepted tokens of one round belong together; a bonus ends its round, so equal neighbours never mix two rounds
-    # except skipped steps, which are single tokens anyway.
-    for source, members in groupby(texts, key=lambda item: item[0]):
-        text = "".join(text for _, text in members)
-        if text:
-            joined.append({"text": text, "source": source})
-    return joined
+    return found
 
 
 def thumbnail(record: Record) -> str:
