@@ -69,8 +69,8 @@ def verdict(match: metrics.Match | None) -> str:
     return "identical" if match.identical else "tie" if match.tie else "diverged"
 
 
-def pieces(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, int, int, int]]) -> list[dict[str, str]]:
-    """The text cut where the source of its tokens changes.
+def texts(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, int, int, int]]) -> list[dict[str, Any]]:
+    """The first tokens of an answer: `{id, text, source}` of each, with source prefill, draft, bonus or skip.
 
     Each token's text is what it adds to the decoding of the tokens before it (a token alone may lose its space, and a
     character may be spread over several tokens: then the one that completes it gets it).
@@ -81,19 +81,24 @@ def pieces(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, in
         rounds: of the same output.
     """
     shown = tokens[:MAX_TOKENS]
-    sources = metrics.token_sources(rounds)
-    texts: list[tuple[str, str]] = []
+    found: list[dict[str, Any]] = []
     done = ""
-    for n, source in zip(range(1, len(shown) + 1), sources):
+    for n, source in zip(range(1, len(shown) + 1), metrics.token_sources(rounds)):
         whole = target.decode(shown[:n])
-        unfinished = whole.endswith("�") and n < len(shown)
-        texts.append((source, "" if unfinished else whole[len(done) :]))
+        unfinished = whole.endswith("\ufffd") and n < len(shown)
+        text = "" if unfinished else whole[len(done) :]
+        found.append({"id": shown[n - 1], "text": text, "source": source})
         done = done if unfinished else whole
+    return found
+
+
+def pieces(target: Target, tokens: Sequence[int], rounds: Sequence[tuple[str, int, int, int]]) -> list[dict[str, str]]:
+    """The text cut where the source of its tokens changes; arguments as for `texts`."""
     joined = []
     # Accepted tokens of one round belong together; a bonus ends its round, so equal neighbours never mix two rounds
     # except skipped steps, which are single tokens anyway.
-    for source, members in groupby(texts, key=lambda item: item[0]):
-        text = "".join(text for _, text in members)
+    for source, members in groupby(texts(target, tokens, rounds), key=lambda token: token["source"]):
+        text = "".join(token["text"] for token in members)
         if text:
             joined.append({"text": text, "source": source})
     return joined
