@@ -58,6 +58,7 @@ BOARD = Dashboard(
                 Panel("Brier score of the first depth", ("viskip/brier_1", "viskip/val_brier_1")),
                 Panel("Survival, negative log-likelihood", ("viskip/survival_nll", "viskip/val_survival_nll")),
                 Panel("Visual attention, mean absolute error", ("viskip/mass_mae", "viskip/val_mass_mae")),
+                Panel("Everything that the controller logs", ("viskip/*",)),
             ),
         ),
     ),
