@@ -52,7 +52,7 @@ def test_training_logs_what_its_panels_show_and_nothing_else(tmp_path: Path):
     save_target(tmp_path / "target")
     data = save_data(tmp_path, records)
     recipe = save_recipe(tmp_path / "r.yaml", tmp_path / "target", data, tmp_path / "out", max_steps=2)
-    more = ["head.kind=eagle3", "head.draft_vocab_size=20", "policy.kind=learned", "policy.steps=2"]
+    more = ["head.kind=eagle3", "head.draft_vocab_size=20", "policy.kind=learned", "deepspeed.zero_stage=1"]
     done = distill(0, recipe, *more, "run.peak_tflops=0.25", "run.trackers=[]", "run.eval_prompts=4")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (tmp_path / "out" / "t" / "metrics.jsonl").read_text().splitlines()

@@ -37,7 +37,7 @@ BOARD = Dashboard(
                 Panel("Loss of the head", ("train/loss",)),
                 Panel("Loss of the controller", ("viskip/loss", "viskip/val_loss")),
                 Panel("Learning rates", ("train/lr", "viskip/lr")),
-                Panel("Gradient norms", ("train/grad_norm", "viskip/grad_norm")),
+                Panel("Gradient norm", ("train/grad_norm",)),
             ),
         ),
         (
