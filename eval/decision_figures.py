@@ -205,8 +205,9 @@ def _levels(answers: Sequence[Answered]) -> list[dict[str, Any]]:
     """By visual dependence of the first token that a round could draft: what is foreseen, what is, what is planned."""
     members: list[list[Asked]] = [[] for _ in LEVELS]
     for answer in answers:
-        for one in answer.asked if answer.kl is not None else ():
-            members[level(float(answer.kl[one.at]))].append(one)
+        if answer.kl is not None:
+            for one in answer.asked:
+                members[level(float(answer.kl[one.at]))].append(one)
     rows = []
     for name, some in zip(LEVELS, members):
         looked = [one for one in some if one.decision.chances]

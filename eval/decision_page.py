@@ -69,13 +69,13 @@ def _rounds(answer: Answered, tokens: Sequence[Mapping[str, Any]]) -> Iterator[d
         if at >= len(tokens):
             return
         foreseen, chances = decision.foreseen, decision.chances
-        entry = {
+        entry: dict[str, Any] = {
             "number": number_, "plan": decision.depth, "nodes": nodes, "foreseen": foreseen,
             "none": None if chances is None else 1 - chances[0], "accepted": accepted, "kept": emitted,
         }  # fmt: skip
         entry["title"] = title = _words(entry)
         here = tokens[at : at + emitted]
-        entry["tokens"] = [_token(answer, t, at + k, k + 1, f"{title}") for k, t in enumerate(here)]
+        entry["tokens"] = [_token(answer, t, at + k, k + 1, title) for k, t in enumerate(here)]
         yield entry
         at += emitted
 
