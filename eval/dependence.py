@@ -245,14 +245,15 @@ class Decoder:
             found[name] = outcomes(output, drafter.trees)
         prompt = task.request.prompt
         marks = torch.cat([torch.zeros(len(prompt), dtype=torch.long), torch.ones(len(tokens), dtype=torch.long)])
-        whole, other = (_longer(p, tokens) for p in (prompt, unseen))
+        whole, other = (longer(p, tokens) for p in (prompt, unseen))
         blind = [] if self.instead is not None or self.hidden else [other]
         [measured] = of_conversations(self.target, [whole], [marks], self.instead, blind, self.hidden)
         record = task.record
         return Answered(record.id, record.topic, measured.kl[1:], found, task.turn, tokens), tokens
 
 
-def _longer(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+def longer(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+    """A prompt with generated tokens behind it."""
     ids = torch.cat([prompt.input_ids, torch.tensor(tokens)])
     visual = torch.cat([prompt.visual, torch.zeros(len(tokens), dtype=torch.bool)])
     return replace(prompt, input_ids=ids, visual=visual)
@@ -281,7 +282,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     blur, mean = args.counterfactual == "blur", args.counterfactual == "mean"
-    instead = mean_feature(target, (_alone(target, record) for record in records[:IMAGES])) if mean else None
+    instead = mean_feature(target, (alone(target, record) for record in records[:IMAGES])) if mean else None
     decoder = Decoder(target, loaded, instead, hidden=not blur and not mean)
     answers: list[Answered] = []
     differing = 0
@@ -312,7 +313,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return result
 
 
-def _alone(target: Target, record: Record) -> Prompt:
+def alone(target: Target, record: Record) -> Prompt:
     """A prompt that is a record's image and nothing else."""
     assert record.image is not None
     return target.encode([{"role": "user", "content": [{"type": "image"}]}], [open_image(record.image)])

@@ -12,6 +12,9 @@ from typing import Any
 from eval.plots import Series, standalone, ticks
 from eval.summary import OVERALL
 
+DRAWN = (1, 2, 4, 8, 12)
+"""Depths whose reliability is drawn."""
+EVEN = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 WANTED_SHARE, LARGE = 0.4, 0.05
 """Share of the headroom that is to be captured, and from which headroom on."""
 PLAIN_FLOOR, BASELINE_FLOOR, CLOSE = 0.97, 0.98, 0.98
@@ -137,14 +140,18 @@ def reliability(title: str, depths: Sequence[Mapping[str, Any]]) -> str:
         title: above it.
         depths: of `calibration`; bins of less than ten levels are left out.
     """
+    honest = Series("honest", "m8", [(0.0, 0.0), (1.0, 1.0)])
+    return standalone(title, [honest, *reliability_lines(depths)], "stated chance", "share accepted", EVEN, EVEN)
+
+
+def reliability_lines(depths: Sequence[Mapping[str, Any]]) -> list[Series]:
+    """The lines of `reliability`, of the classes m0, m1, ..: of each depth in DRAWN with a bin that is full enough."""
     lines = [
-        Series(f"depth {d['depth']}", f"m{k % 9}", [(mean, share) for mean, share, n in d["bins"] if n >= 10])
-        for k, d in enumerate(depths)
-        if d["depth"] in (1, 2, 4, 8, 12)
+        Series(f"depth {d['depth']}", f"m{DRAWN.index(d['depth'])}", [(mean, y) for mean, y, n in d["bins"] if n >= 10])
+        for d in depths
+        if d["depth"] in DRAWN
     ]
-    even = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    lines = [Series("honest", "m8", [(0.0, 0.0), (1.0, 1.0)]), *(line for line in lines if line.points)]
-    return standalone(title, lines, "stated chance", "share accepted", even, even)
+    return [line for line in lines if line.points]
 
 
 def page(table: Mapping[str, Any], plots: Mapping[str, str]) -> str:

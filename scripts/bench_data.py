@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmspec import checkpoint as checkpoints
+from mmspec.arguments import Parser
 from mmspec.heads.eagle import Config
 from mmspec.recipe import Recipe, load
 from mmspec.records import Quarantine
@@ -203,7 +204,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         InputError: a number makes no sense.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     add = parser.add_argument
     add("--records", type=int, default=100_000, help="in the large file (default %(default)s)")

@@ -28,6 +28,7 @@ from _bench import add_common, check, conversation, environment, interleaved, pu
 from torch import Tensor
 from tqdm import tqdm
 
+from mmspec.arguments import Parser
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
 from mmspec.methods import make_method, method_names
@@ -147,7 +148,7 @@ class Bench:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     add = parser.add_argument
     add("--method", nargs="+", metavar="NAME", help=f"of {', '.join(method_names())} (default: all)")

@@ -34,6 +34,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmspec import checkpoint as checkpoints
 from mmspec.api import make_drafter
+from mmspec.arguments import Parser
 from mmspec.assets import resolve
 from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import Config as LookupConfig
@@ -325,7 +326,7 @@ def _share(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> fl
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     add = parser.add_argument
     add("--ckpt", type=Path, metavar="DIR", help="run folder with a head (default: an untrained one)")

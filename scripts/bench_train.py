@@ -35,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmspec import checkpoint as checkpoints
+from mmspec.arguments import Parser
 from mmspec.heads import eagle3
 from mmspec.losses import LossConfig
 from mmspec.types import Features, InputError
@@ -229,7 +230,7 @@ def _pip(python: Path, *words: str) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--json", type=Path, metavar="OUT", help="write the figures there")
     add("--peer", choices=("speculators",), help="compare with this project as well; it is installed apart")

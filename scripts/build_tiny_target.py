@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from mmspec.arguments import OneLineParser
 from mmspec.assets import TINY_LLAVA
 from mmspec.assets.tiny_files import (
     N_IMAGE_TOKENS,
@@ -331,7 +332,7 @@ def provenance(args: argparse.Namespace, at: Progress, scores: dict[str, object]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--steps", type=int, default=sum(c.steps for c in CYCLES), help="steps of phase 2 (default %(default)s)"
     )

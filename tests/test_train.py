@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmspec.heads import eagle, viskip
+from mmspec.login import wandb_mode
 from mmspec.recipe import Optim, Source, load
 from mmspec.records import Quarantine
 from mmspec.types import InputError, Output
@@ -30,7 +31,6 @@ from train.measure import marked
 from train.order import Order, deal
 from train.session import begin, finished
 from train.stopping import Stopped, Stopper
-from train.tracking import wandb_mode
 from train.world import World
 
 ROOT = Path(__file__).parent.parent

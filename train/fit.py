@@ -26,15 +26,12 @@ from train.plain import INSTALLED, PlainEngine, check_plain, deepspeed
 from train.saved import Reader, Saved
 from train.shares import fixed, shares, take, trained
 from train.stopping import Stopped, Stopper
-from train.tracking import Tracker
+from train.tracking import RATES, Tracker
 from train.usage import memory_gb
 from train.world import World
 
 NAMED = 16
 """Samples that a message lists."""
-
-RATES = {"tokens": "perf/tokens_per_s", "answer_tokens": "perf/answer_tokens_per_s", "tflop": "perf/tflops"}
-"""Sums of an objective that are logged per second of a step, not per position."""
 
 
 class Trainee(nn.Module):

@@ -25,12 +25,11 @@ from train.regenerate import answer_counts
 from train.session import Session
 from train.sources import FeatureSource, Loader, open_source
 from train.stopping import Stopped
+from train.tracking import METRICS
 from train.usage import peak_tflops
 
 LOOKED_AT = 64
 """Conversations with an image, from which a vision-blind twin's means are taken."""
-METRICS = {"tau_sim": "accept/tau_sim", "top1": "accept/top1"}
-"""Names that the objective's sums are logged under; `pos_<k>` become `accept/pos_<k>`."""
 
 
 def train_head(session: Session) -> nn.Module:

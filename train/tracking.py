@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import netrc
 import os
 import threading
 import time
@@ -17,9 +16,14 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from mmspec.login import wandb_mode, wandb_project
 from mmspec.types import InputError
 
 CLOSE_S = 20.0
+METRICS = {"tau_sim": "accept/tau_sim", "top1": "accept/top1"}
+"""Names that sums of a head's objective are logged under; `pos_<k>` become `accept/pos_<k>`, others `train/<sum>`."""
+RATES = {"tokens": "perf/tokens_per_s", "answer_tokens": "perf/answer_tokens_per_s", "tflop": "perf/tflops"}
+"""Sums of an objective that are logged per second of a step, not per position."""
 
 
 class Tracker:
@@ -183,7 +187,7 @@ class WandB:
         import wandb
 
         self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "mmspec"),
+            project=wandb_project(),
             name=name,
             id=resume_id,
             resume="allow" if resume_id else None,
@@ -259,22 +263,3 @@ def check_trackers(names: Sequence[str]) -> None:
             "run.trackers names tensorboard, which is not installed: pip install 'mmspec-toolkit[tensorboard]', or "
             "leave it out"
         )
-
-
-def wandb_mode() -> str:
-    """WANDB_MODE if set; else online for who is logged in (key in the environment or netrc), offline for others."""
-    wanted = os.environ.get("WANDB_MODE")
-    if wanted:
-        return wanted if wanted in ("online", "offline", "disabled", "shared") else "offline"
-    return "online" if _logged_in() else "offline"
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return path.is_file() and netrc.netrc(str(path)).authenticators(host) is not None
-    except (netrc.NetrcParseError, OSError):
-        return False
