@@ -51,6 +51,11 @@ ROLES = {
     "latency": ("head",),
 }
 """Heads that an experiment needs, by what they are called in it."""
+TRAINED_AS = {
+    findings_text_only.SEEING: "", findings_batch.SEEING: "", "head": "",
+    findings_text_only.TEXT: "_text", findings_batch.BLIND: "_blind",
+}  # fmt: skip
+"""What a role's run folder is called behind the kind of its head: experiments share what they train."""
 TITLES = {
     "text_only": "Text alone against pictures",
     "batch": "Seeing as the batch grows",
@@ -68,7 +73,8 @@ def heads_of(args: argparse.Namespace) -> dict[str, str]:
         if not (Path(folder) / "head.json").is_file():
             raise InputError(f"--heads {role}={folder} holds no head; train one, or leave it out")
     needed = () if given and args.experiment == "latency" else ROLES[args.experiment]
-    places = {role: given.get(role, str(Path(args.out) / role)) for role in (*needed, *given)}
+    made = {role: str(Path(args.out) / f"{args.kind}{TRAINED_AS[role]}") for role in needed}
+    places = {**made, **given}
     names = [Path(folder).resolve().name for folder in places.values()]
     if same := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--heads: two run folders are both called {same[0]}; rename one")
@@ -112,7 +118,7 @@ def scored(args: argparse.Namespace, heads: Mapping[str, str]) -> dict[str, str]
     """Run folders by role as they are scored: the seeing head's with its controller."""
     if not _steered(args, heads):
         return dict(heads)
-    return {**heads, findings_batch.SEEING: str(Path(args.out) / f"{findings_batch.SEEING}_viskip")}
+    return {**heads, findings_batch.SEEING: str(Path(args.out) / findings_batch.SEEING)}
 
 
 def _to_train(args: argparse.Namespace, role: str) -> bool:
@@ -151,29 +157,29 @@ def _twin(args: argparse.Namespace) -> Step:
 
 def _training(args: argparse.Namespace, role: str) -> Step:
     """A head of the budget, for its role."""
-    recipe, folder = _recipe(args, args.kind), Path(args.out) / role
+    recipe, name = _recipe(args, args.kind), f"{args.kind}{TRAINED_AS[role]}"
     own, after = _data(args), tuple[str, ...]()
     if role == findings_text_only.TEXT:
         own, after = [f"data.train={Path(args.out) / 'text_only.jsonl'}", "data.answers=given"], ("twin",)
     if role == findings_batch.BLIND:
         own = [*own, "head.blind=true"]
     words = launched(
-        args.procs, "train/distill.py", str(recipe), *own, *one_budget(args), *args.set, f"run.name={role}"
+        args.procs, "train/distill.py", str(recipe), *own, *one_budget(args), *args.set, f"run.name={name}"
     )
-    limit_s = args.minutes * 60
-    return Step(f"train {role}", words, folder / "head.safetensors", after, limit_s, ("run.resume=true",), (recipe,))
+    makes, limit_s = Path(args.out) / name / "head.safetensors", args.minutes * 60
+    return Step(f"train {name}", words, makes, after, limit_s, ("run.resume=true",), (recipe,))
 
 
 def _controller(args: argparse.Namespace, head: str) -> Step:
     """The seeing head once more, with a controller for the tree of the experiment."""
-    recipe, name = _recipe(args, f"viskip_only_{args.kind}"), f"{findings_batch.SEEING}_viskip"
+    recipe, name = _recipe(args, f"viskip_only_{args.kind}"), findings_batch.SEEING
     depth, width, budget = _tree(args)
     draft = [f"policy.depth={depth}", f"policy.width={width}", f"policy.budget={budget}"]
     own = [f"policy.controller.depth={depth}", f"head.init_from={head}", f"run.name={name}"]
     shared = [f"run.out={args.out}", f"run.seed={args.seed}", "run.trackers=[]"]
     words = (sys.executable, str(ROOT / "train/distill.py"), str(recipe), *_data(args), *shared, *draft, *own)
     makes = Path(args.out) / name / CONTROLLER
-    after = (f"train {findings_batch.SEEING}",) if _to_train(args, findings_batch.SEEING) else ()
+    after = (f"train {args.kind}",) if _to_train(args, findings_batch.SEEING) else ()
     said = (*words, *args.controller_set)
     return Step("controller", said, makes, after, None, ("run.resume=true",), (recipe,))
 
@@ -292,7 +298,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("batch needs two values of --batch-size at least, and fixed among --policies")
     if args.experiment == "text_only" and len(sizes) != 1:
         raise InputError("text_only takes one --batch-size")
-    parse_tree(args.tree)
+    _tree(args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Invariant: everything that is compared drafts with one tree in one run, and each
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from eval.findings_runs import Found, Run, shown, span
 from eval.plots import Series, standalone, ticks
 from eval.summary import interval
 from eval.verdicts import Claim, Rows, estimate, family, growth, totals
+from mmspec.types import InputError
 
 FINDING = "vision awareness becomes increasingly important as the batch grows."
 SEEING, BLIND = "seeing", "blind"
@@ -37,8 +39,8 @@ def found(run: Run, heads: Mapping[str, str], policies: Sequence[str], seed: int
     for policy, name in steered.items():
         claims.append(_grows(run, f"What {policy} is worth to the head grows with the batch", seeing, name, seed))
         claims.append(_worth(run, f"The head is faster under {policy} than with its fixed tree", seeing, name, seed))
-    lines = lineup(run)
-    even = {name: break_even(run, name) for name in lines}
+    lines = lineup(run, heads, policies)
+    even = {label: break_even(run, name) for label, name in lines.items()}
     twins = [test for test in claims[1].tests][::-1]
     clockless = [["batch", "seconds, blind over seeing [95%]", "forwards of the batch, blind over seeing"]]
     clockless += [
@@ -55,9 +57,9 @@ def found(run: Run, heads: Mapping[str, str], policies: Sequence[str], seed: int
         {
             "": standalone(
                 "Speedup by batch size",
-                [Series(name, f"m{k % 9}", _line(run, name)) for k, name in enumerate(lines)],
+                [Series(label, f"m{k % 9}", _line(run, name)) for k, (label, name) in enumerate(lines.items())],
                 "batch size", "speedup over plain decoding", [0.0, *map(float, run.batches)],
-                ticks(max(y for name in lines for _, y in _line(run, name))),
+                ticks(max(y for name in lines.values() for _, y in _line(run, name))),
             ),
             "_worth": _worth_chart(run, {"a head that sees": (blind, seeing)} | {
                 policy: (seeing, name) for policy, name in steered.items()
@@ -68,9 +70,14 @@ def found(run: Run, heads: Mapping[str, str], policies: Sequence[str], seed: int
     )  # fmt: skip
 
 
-def lineup(run: Run) -> list[str]:
-    """All methods in the order of the table."""
-    return run.methods()
+def lineup(run: Run, heads: Mapping[str, str], policies: Sequence[str]) -> dict[str, str]:
+    """The methods of each role under each policy that it was scored with, by what they are called here."""
+    found = {}
+    for role, folder in heads.items():
+        for policy in policies:
+            with contextlib.suppress(InputError):
+                found[f"{role}, {policy}"] = run.name(folder, policy)
+    return found
 
 
 def break_even(run: Run, method: str) -> int | None:
@@ -110,11 +117,11 @@ def _forwards(run: Run, batch: int, slow: str, fast: str) -> tuple[Rows, list[Ha
     return np.array(list(longest.values())), list(longest)
 
 
-def _speedups(run: Run, names: Sequence[str], even: Mapping[str, int | None]) -> list[list[str]]:
+def _speedups(run: Run, names: Mapping[str, str], even: Mapping[str, int | None]) -> list[list[str]]:
     lines = [["", *(f"batch {batch}" for batch in run.batches), "ahead up to batch"]]
-    for name in names:
+    for label, name in names.items():
         cells = [interval(run.figures(batch, name)) for batch in run.batches]
-        lines.append([name, *cells, str(even[name] or "-")])
+        lines.append([label, *cells, str(even[label] or "-")])
     return lines
 
 

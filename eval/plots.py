@@ -130,9 +130,10 @@ def standalone(
         f'<text x="{LEFT + 16}" y="{31 + _ROW * k}">{escape(one.name)}</text>'
         for k, one in enumerate(series)
     ]
+    style += ".page{fill:#fff}" + _DARK
     top = 24 + _ROW * len(series)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + top}"><style>.page{{fill:#fff}}{style}{_DARK}</style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + top}"><style>{style}</style>'
         f'<rect class="page" width="100%" height="100%"/><text class="title" x="{LEFT}" y="15">{escape(title)}</text>'
         f'{"".join(legend)}<g transform="translate(0,{top})">{inner}</g></svg>\n'
     )

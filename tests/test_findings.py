@@ -196,8 +196,8 @@ def test_batch_says_what_was_put_in(grows: float, answer: str):
     assert found.claims[0].tests[0].what == "batch 8 over batch 1"
     assert found.claims[1].answer == (HOLDS if grows else FAILS)
     assert answers(found)["The head is faster under attention than with its fixed tree"] == FAILS
-    assert found.facts["break_even"]["s"] == 8
-    assert found.facts["break_even"]["a"] is None
+    assert found.facts["break_even"]["seeing, fixed"] == 8
+    assert found.facts["break_even"]["seeing, attention"] is None
 
 
 def test_latency_parts_from_throughput_where_long_answers_gain_most():
@@ -207,7 +207,7 @@ def test_latency_parts_from_throughput_where_long_answers_gain_most():
     run = run_of([1, 8], {"long": head("l"), "even": head("e")}, speed)
     found = answers(findings_latency.found(run))
     assert found["The throughput speedup of single requests says more than a typical request gets"] == HOLDS
-    assert found["It is made by the longest answers"] == HOLDS
+    assert found["The longest answers gain more than the shortest"] == HOLDS
     assert found["The first token comes sooner too"] == FAILS
 
 
@@ -220,7 +220,7 @@ def test_latency_and_throughput_agree_where_all_gain_alike():
             cell[name] = _with_groups(results)  # type: ignore[index]
     found = answers(findings_latency.found(run))
     assert found["The throughput speedup of single requests says more than a typical request gets"] == FAILS
-    assert found["It is made by the longest answers"] == FAILS
+    assert found["The longest answers gain more than the shortest"] == FAILS
     assert found["Drafting leaves more of a batch waiting for its last row"] == FAILS
 
 
@@ -246,23 +246,24 @@ def test_an_invalid_run_decides_nothing():
 
 
 def test_what_is_not_given_is_trained_and_nothing_else(tmp_path: Path):
-    (tmp_path / "eagle").mkdir()
-    (tmp_path / "eagle" / "head.json").write_text("{}")
-    (tmp_path / "eagle" / "head.safetensors").write_text("")
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "head.json").write_text("{}")
+    (folder / "head.safetensors").write_text("")
 
     def names(*words: str) -> list[str]:
         args = findings._parse([*words, "--out", str(tmp_path / "out")])
         return [step.name for step in findings.plan(args, findings.heads_of(args))]
 
-    given = f"={tmp_path / 'eagle'}"
-    assert names("text_only") == ["train multimodal", "twin", "train text_only", "score text_only", "dependence"]
+    given = f"={folder}"
+    assert names("text_only") == ["train eagle", "twin", "train eagle_text", "score text_only", "dependence"]
     assert names("text_only", "--heads", f"multimodal{given}") == names("text_only")[1:]
-    assert names("batch") == ["train seeing", "train blind", "controller", "score batch"]
-    assert names("batch", "--policies", "fixed") == ["train seeing", "train blind", "score batch"]
+    assert names("batch") == ["train eagle", "train eagle_blind", "controller", "score batch"]
+    assert names("batch", "--policies", "fixed") == ["train eagle", "train eagle_blind", "score batch"]
     assert names("latency", "--heads", f"mine{given}") == ["score latency"]
-    assert names("latency") == ["train head", "score latency"]
-    (tmp_path / "eagle" / "viskip.safetensors").write_text("")
-    assert names("batch", "--heads", f"seeing{given}") == ["train blind", "score batch"]
+    assert names("latency") == ["train eagle", "score latency"]
+    (folder / "viskip.safetensors").write_text("")
+    assert names("batch", "--heads", f"seeing{given}") == ["train eagle_blind", "score batch"]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_all_three_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in (tmp_path / "text_only.jsonl").read_text().splitlines()]
     assert lines
     assert "<image>" not in json.dumps(lines)
-    trained = [f"seeing={tmp_path / 'multimodal'}", f"blind={tmp_path / 'text_only'}"]
+    trained = [f"seeing={tmp_path / 'eagle'}", f"blind={tmp_path / 'eagle_text'}"]
     more = ["--set", *changed, "--controller-set", *controller, "--batch-size", "1", "2"]
     assert findings.main(["batch", *small, *more, "--heads", *trained]) == 0
     assert findings.main(["latency", *small, "--heads", trained[0], "--methods", "pld", "--batch-size", "1", "2"]) == 0
