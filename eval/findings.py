@@ -180,7 +180,7 @@ def _controller(args: argparse.Namespace, head: str) -> Step:
     words = (sys.executable, str(ROOT / "train/distill.py"), str(recipe), *_data(args), *shared, *draft, *own)
     makes = Path(args.out) / name / CONTROLLER
     after = (f"train {args.kind}",) if _to_train(args, findings_batch.SEEING) else ()
-    said = (*words, *args.controller_set)
+    said = (*words, *(word for word in args.set if word.startswith("data.")), *args.controller_set)
     return Step("controller", said, makes, after, None, ("run.resume=true",), (recipe,))
 
 
@@ -273,7 +273,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="to decode with (default: %(default)s)")
     add("--seed", type=int, default=0, help="of training and bootstrap (default: 0)")
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all heads")
-    add("--controller-set", nargs="+", default=[], metavar="key=value", help="the same, for the controller")
+    add("--controller-set", nargs="+", default=[], metavar="key=value", help="for the controller, beside data.*")
     args = parser.parse_args(said)
     at_least(args, limit=1, steps=1, batch=1, procs=1, data_limit=1, max_new_tokens=1, batch_size=1)
     _check(args)

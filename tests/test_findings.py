@@ -302,7 +302,7 @@ def test_all_three_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str
     small = ["--limit", "24", "--steps", "12", "--batch", "4", "--tree", "3,1,3", "--data", "synth:testmini"]
     small += ["--data-limit", "6", "--max-new-tokens", "12", "--out", str(tmp_path), "--results", str(tmp_path / "r")]
     changed = ["data.max_new_tokens=16", "run.eval_prompts=4", "run.eval_max_new_tokens=8", "optim.warmup=1"]
-    controller = ["data.max_new_tokens=16", "policy.rollouts=16", "policy.steps=10", "policy.rollout_batch=8"]
+    controller = ["policy.rollouts=16", "policy.steps=10", "policy.rollout_batch=8"]
     words = ["text_only", *small, "--set", *changed]
     assert findings.main(words) == 0
     assert "The paper: speculative decoding made for text-only" in capsys.readouterr().out
