@@ -21,6 +21,8 @@ MARGIN = 0.02
 """A ratio whose whole interval lies below 1 + MARGIN is no gain to speak of."""
 LEVEL = 0.05
 RESAMPLES = 4000
+LEAST = 6
+"""Clusters that an interval needs: of fewer, draws are too few and too alike."""
 
 Rows = NDArray[np.float64]
 Figure = Callable[[Rows], float]
@@ -94,7 +96,7 @@ def estimate(what: str, rows: Rows, clusters: Sequence[Hashable], figure: Figure
         seed: of the resampling.
 
     Returns:
-        The test, not adjusted; its ends and p are NaN with fewer than two clusters.
+        The test, not adjusted; its ends and p are NaN with fewer than `LEAST` clusters.
 
     Raises:
         ValueError: rows and clusters differ in number.
@@ -105,7 +107,7 @@ def estimate(what: str, rows: Rows, clusters: Sequence[Hashable], figure: Figure
     members: dict[Hashable, list[int]] = {}
     for place, cluster in enumerate(clusters):
         members.setdefault(cluster, []).append(place)
-    if len(members) < 2 or math.isnan(value):
+    if len(members) < LEAST or math.isnan(value):
         return Compared(what, value, math.nan, math.nan, math.nan)
     in_order = np.array([place for mine in members.values() for place in mine])
     sizes = np.array([len(mine) for mine in members.values()])

@@ -71,8 +71,9 @@ def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch):
     assert 0.89 <= sum(test.lo <= 1.3 * np.exp(0.045) <= test.hi for test in found) / len(found) <= 0.99
 
 
-def test_one_cluster_or_none_decides_nothing():
-    for rows, clusters in ((units(2, 0.1), [0] * 60), (np.zeros((0, 2)), [])):
+def test_few_clusters_decide_nothing():
+    few = [k % 5 for k in range(60)]
+    for rows, clusters in ((units(2, 0.1), [0] * 60), (units(2, 0.1), few), (np.zeros((0, 2)), [])):
         assert family([estimate("x", rows, clusters, totals)])[0].answer == OPEN
     with pytest.raises(ValueError, match="unpaired"):
         estimate("x", units(2, 0.1), [0], totals)
