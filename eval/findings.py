@@ -101,7 +101,9 @@ def plan(args: argparse.Namespace, heads: Mapping[str, str]) -> list[Step]:
         more += ["--policies", *(args.policies if args.experiment == "batch" else ["fixed"])]
     folder = Path(args.out) / args.experiment
     words = module("eval.mmspec", *ckpts, *more, "--out", str(folder), *said)
-    reads = tuple(Path(f) / "head.safetensors" for role, f in heads.items() if not _to_train(args, role))
+    given = [Path(folder) for role, folder in heads.items() if not _to_train(args, role)]
+    weights = (folder / name for folder in given for name in ("head.safetensors", CONTROLLER))
+    reads = tuple(path for path in weights if path.is_file())
     steps.append(Step(f"score {args.experiment}", words, folder / "summary.json", before, None, ("--resume",), reads))
     if args.experiment == "text_only":
         pair = [word for role in ROLES["text_only"] for word in ("--ckpt", heads[role])]
