@@ -158,12 +158,17 @@ LIGHT = ("#2563eb", "#d9620b", "#0f8a6d", "#9333c8", "#c29a12", "#c0266b", "#089
 """Colours of the classes m0, m1, .. where a chart stands alone; the report's page has its own, for both backgrounds."""
 N_COLOURS = len(LIGHT)
 _ROW = 16
+_DARK = (
+    "@media(prefers-color-scheme:dark){.page{fill:#14171b}text{fill:#a3abb6}.title{fill:#eceff3}.grid{stroke:#30363d}"
+    ".line,.dot,.key{filter:brightness(1.35)}}"
+)
+"""For readers with a dark page."""
 
 
 def standalone(
     title: str, series: Sequence[Series], x_label: str, y_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float]
 ) -> str:
-    """A chart as a file of its own: colours, title and legend come with it, on white.
+    """A chart as a file of its own: colours, title and legend come with it, for light and dark pages.
 
     Args:
         title: above the chart.
@@ -186,9 +191,10 @@ def standalone(
         f'<text x="{LEFT + 16}" y="{31 + _ROW * k}">{escape(one.name)}</text>'
         for k, one in enumerate(series)
     ]
+    style += ".page{fill:#fff}" + _DARK
     top = 24 + _ROW * len(series)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + top}"><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/><text class="title" x="{LEFT}" y="15">{escape(title)}</text>'
+        f'<rect class="page" width="100%" height="100%"/><text class="title" x="{LEFT}" y="15">{escape(title)}</text>'
         f'{"".join(legend)}<g transform="translate(0,{top})">{inner}</g></svg>\n'
     )

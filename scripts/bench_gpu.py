@@ -28,8 +28,8 @@ from typing import Any
 
 from _gpu_page import DECODE, collect, page, paragraph
 from _random_target import NAMES
-from compare_heads import ROOT, Ledger, Step, perform
 
+from eval.steps import ROOT, Ledger, Step, perform
 from mmspec import checkpoint
 from mmspec.api import find_device
 from mmspec.arguments import Parser

@@ -19,17 +19,10 @@ paragraph on the terminal.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -37,6 +30,18 @@ from typing import Any
 
 from eval.head_tables import as_csv, depth_plot, gains, markdown, row
 from eval.options import DTYPES
+from eval.steps import (
+    ROOT,
+    Ledger,
+    Step,
+    hardware_line,
+    launched,
+    module,
+    one_budget,
+    options,
+    perform,
+    read_json,
+)
 from eval.summary import OVERALL, clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
@@ -45,163 +50,15 @@ from mmspec.arguments import Parser, at_least
 from mmspec.methods import method_names
 from mmspec.recipe import head_kinds, load
 from mmspec.types import InputError
-from train.world import free_port
 
-ROOT = Path(__file__).resolve().parents[1]
-GRACE_S = 120
-"""What a stopped training may take to save itself, and what one that goes on gets at least."""
 PREPARED = "prepared"
 """The step that all trainings read."""
 STAGES = (PREPARED, "train", "static", "tune", "matched", "tuned", "dependence")
 """First words of the steps' names."""
-PORT = "PORT"
-"""Stands for a free port in a command."""
 STATIC = "eagle"
 """The head that EAGLE-1's static tree is shown of, beside the dynamic one."""
 TUNED = "tuned_tree.json"
 """What eval.tune_tree leaves in a run folder."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command.
-
-    Args:
-        name: as it is printed and remembered.
-        words: what is run.
-        makes: a file that exists when it is done.
-        after: names of the steps whose results it reads.
-        limit_s: it is stopped then, and counts as done when it left `makes`; None: never.
-        resume: words to add when it goes on with what an interruption left.
-        reads: files that the command names and whose content counts.
-        owns: a folder of this step alone; what another command left there is removed.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    makes: Path
-    after: tuple[str, ...] = ()
-    limit_s: float | None = None
-    resume: tuple[str, ...] = ()
-    reads: tuple[Path, ...] = ()
-    owns: Path | None = None
-
-    def left_s(self, spent_s: float, again: bool) -> float | None:
-        """Seconds of the limit that are left; a step that goes on gets enough to save what it has, however late."""
-        return None if self.limit_s is None else max(self.limit_s - spent_s, GRACE_S if again else 0.0)
-
-
-class Ledger:
-    """What was done, with which command, in `steps.json`; any number of processes may keep it at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._path = folder, folder / "steps.json"
-
-    def _entries(self) -> dict[str, dict[str, Any]]:
-        return _read(self._path) if self._path.is_file() else {}
-
-    @contextlib.contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Waits until no other process is at what `name` stands for, and keeps others from it."""
-        place = self._folder / "locks" / name.replace(" ", "_")
-        place.parent.mkdir(exist_ok=True)
-        with place.open("w") as lock:
-            # The system lets go of it when this process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def key(self, step: Step) -> str:
-        """Of the command, of the files it reads and of the steps it depends on."""
-        entries = self._entries()
-        parts = [*step.words, str(step.limit_s), *(str(entries.get(name, {}).get("key")) for name in step.after)]
-        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in step.reads]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    def entry(self, step: Step) -> dict[str, Any] | None:
-        """What is known of a step with this very command, or None."""
-        found = self._entries().get(step.name)
-        return found if found is not None and found["key"] == self.key(step) else None
-
-    def note(self, step: Step, **facts: Any) -> None:
-        with self.alone("steps.json"):
-            known = self.entry(step) or {"key": self.key(step)}
-            checkpoint.write_json(self._path, {**self._entries(), step.name: {**known, **facts}})
-
-    def seconds(self, name: str) -> float:
-        return float(self._entries().get(name, {}).get("seconds", 0.0))
-
-
-def perform(step: Step, ledger: Ledger) -> None:
-    """Runs a step unless it is done.
-
-    Raises:
-        InputError: it failed, or left nothing.
-    """
-    with ledger.alone(step.name):
-        _perform(step, ledger)
-
-
-def _perform(step: Step, ledger: Ledger) -> None:
-    known = ledger.entry(step)
-    if known is not None and known.get("done") and step.makes.exists():
-        print(f"== {step.name}: done already", flush=True)
-        return
-    words = [*step.words, *(step.resume if known is not None else ())]
-    before = float(known.get("seconds", 0.0)) if known else 0.0
-    print(f"== {step.name}: {' '.join(checkpoint.discreet(word) for word in words)}", flush=True)
-    ledger.note(step, seconds=before)
-    if known is None:
-        _remove(step)
-    start = time.monotonic()
-    left_s = step.left_s(before, known is not None)
-    code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
-    seconds = before + time.monotonic() - start
-    if not step.makes.exists() or (code != 0 and not stopped):
-        ledger.note(step, seconds=seconds)
-        raise InputError(f"{step.name} ended with exit code {code}; the same command again goes on with it")
-    ledger.note(step, seconds=seconds, done=True, stopped=stopped)
-
-
-def _remove(step: Step) -> None:
-    """What an earlier command left; folders that a step does not own are shared and stay."""
-    if step.owns is not None and step.owns.is_dir():
-        shutil.rmtree(step.owns)
-    if step.makes.is_file():
-        step.makes.unlink()
-
-
-def _command(words: Sequence[str], limit_s: float | None, beat: Any) -> tuple[int, bool]:
-    """Runs a command to its end or its limit. Returns the exit code, and whether it was stopped at the limit."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    # A free port: the launcher's fixed one may be taken by another run on this machine.
-    words = [str(free_port()) if word == PORT else word for word in words]
-    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
-    start = time.monotonic()
-    try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=5.0), False
-            beat(time.monotonic() - start)
-            if limit_s is not None and time.monotonic() - start >= limit_s:
-                print(f"   its {limit_s / 60:.0f} minutes are over: it saves what it has", flush=True)
-                _stop(process)
-                return process.returncode, True
-    except BaseException:
-        _stop(process)
-        raise
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks a command and its workers to end, and waits until all are gone; kills what is left after GRACE_S."""
-    end = time.monotonic() + GRACE_S
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < end:
-            process.poll()
-            os.killpg(process.pid, 0)
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 # ---- what is done ----
@@ -265,7 +122,7 @@ def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
         if head.blind:
             folder = out / "dependence" / head.kind
             both = ("--ckpt", str(out / head.kind), "--ckpt", str(out / head.name))
-            words = _module("eval.dependence", *both, "--out", str(folder), *_scored(args))
+            words = module("eval.dependence", *both, "--out", str(folder), *_scored(args))
             after = (f"train {head.kind}", f"train {head.name}")
             steps.append(Step(f"dependence {head.kind}", words, folder / "dependence.json", after))
     return steps
@@ -277,37 +134,20 @@ def _evaluation(
     """One table: all of its methods decode each prompt one directly after another, beside plain decoding."""
     folder = Path(args.out) / name
     ckpts = [word for head in heads for word in ("--ckpt", str(Path(args.out) / head.name))]
-    words = _module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
+    words = module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
     return Step(name, words, folder / "summary.json", (*(f"train {head.name}" for head in heads), *after))
 
 
 def _shared(args: argparse.Namespace) -> list[str]:
     """Overrides that make one budget of all recipes."""
     source = f"data.sources=[{{path: '{args.train}', limit: {args.limit}}}]"
-    micro = args.batch // max(args.procs, 1)
-    return [
-        source, f"data.answers_dir={Path(args.out) / 'answers'}", f"run.out={args.out}", f"run.seed={args.seed}",
-        f"run.max_steps={args.steps}", f"optim.micro_batch={micro}", "optim.accumulate=1", "policy.kind=fixed",
-        "run.eval_every=0", "run.trackers=[]", *args.set,
-    ]  # fmt: skip
+    return [source, f"data.answers_dir={Path(args.out) / 'answers'}", *one_budget(args), *args.set]
 
 
 def _scored(args: argparse.Namespace) -> list[str]:
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
     said = ["--data", args.data, "--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
     return [*said, "--dtype", args.dtype, *limit]
-
-
-def _module(name: str, *words: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", name, *words)
-
-
-def _launched(args: argparse.Namespace, script: str, *words: str) -> tuple[str, ...]:
-    """A script on `--procs` processes; one needs no launcher."""
-    if args.procs <= 1:
-        return (sys.executable, str(ROOT / script), *words)
-    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.procs))
-    return (*launcher, "--master_port", PORT, str(ROOT / script), *words)
 
 
 def _prepared(args: argparse.Namespace) -> Step:
@@ -317,10 +157,10 @@ def _prepared(args: argparse.Namespace) -> Step:
     recipe = max(recipes, key=lambda place: hasattr(load(place).head.config, "taps"))
     named = (str(recipe), "run.name=prepared", *_shared(args))
     if args.live:
-        words = _launched(args, "scripts/regenerate.py", *named)
+        words = launched(args.procs, "scripts/regenerate.py", *named)
         return Step(PREPARED, words, Path(args.out) / "answers", reads=(recipe,))
     folder = Path(args.out) / "states"
-    words = _launched(args, "scripts/extract_features.py", *named, "--out", str(folder))
+    words = launched(args.procs, "scripts/extract_features.py", *named, "--out", str(folder))
     return Step(PREPARED, words, folder / "manifest.json", reads=(recipe,), owns=folder)
 
 
@@ -330,7 +170,7 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
     trained = f"train {head.name}"
     own = [f"run.name={head.name}", f"head.blind={str(head.blind).lower()}"]
     own += [] if args.live else [f"data.features={Path(args.out) / 'states'}"]
-    words = _launched(args, "train/distill.py", str(head.recipe), *_shared(args), *own)
+    words = launched(args.procs, "train/distill.py", str(head.recipe), *_shared(args), *own)
     weights = folder / "head.safetensors"
     steps = [Step(trained, words, weights, (PREPARED,), args.minutes * 60, ("run.resume=true",), (head.recipe,))]
     if head.blind:
@@ -341,7 +181,7 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
         words = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, "--budget", str(_numbers(args.tree)[2]))
         steps.append(Step(f"static {head.name}", (*words, *tuning), folder / STATIC_TREE, (trained,)))
     grid = ("--grid", *args.grid) if args.grid else ()
-    words = _module("eval.tune_tree", *ckpt, "--out", str(folder / TUNED), *tuning, *grid)
+    words = module("eval.tune_tree", *ckpt, "--out", str(folder / TUNED), *tuning, *grid)
     words += ("--max-new-tokens", str(args.max_new_tokens))
     steps.append(Step(f"tune {head.name}", words, folder / TUNED, (trained,)))
     return steps
@@ -370,7 +210,7 @@ def _ready(step: Step) -> Step:
 def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) -> dict[str, Any]:
     """Rows of both tables, and what the twins say."""
     out, runs = Path(args.out), {head.name: head for head in heads}
-    found = {table: _read(out / table / "summary.json") for table in ("matched", "tuned")}
+    found = {table: read_json(out / table / "summary.json") for table in ("matched", "tuned")}
     tables: dict[str, list[dict[str, Any]]] = {}
     for table, summary in found.items():
         tables[table] = []
@@ -387,7 +227,7 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
         best = max(method_names(), key=lambda name: summary["methods"][name][OVERALL]["mat"])
         for rows in tables.values():
             rows.append(row(f"best training-free ({best})", summary, best, {}))
-    dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
+    dependence = {h.kind: read_json(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
         "settings": _settings(args),
         "commit": checkpoint.git_commit(),
@@ -399,19 +239,7 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options, without places of this machine."""
-    said = {key: value for key, value in vars(args).items() if key not in ("out", "results", "said")}
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(part) for part in value]
-        return checkpoint.discreet(value) if isinstance(value, str) else value
-
-    return {key: plain(value) for key, value in said.items()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    return options(args, ("out", "results", "said"))
 
 
 def _steps(folder: Path) -> int | None:
@@ -440,7 +268,7 @@ def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
         text.append(f"- Acceptance that seeing adds to {kind}: {gains(dependence, f'{kind}_blind')}.\n")
     (results / "tables.md").write_text("\n".join(text), encoding="utf-8")
     trained = [f"{entry['head']} {entry['train_s'] / 60:.1f} min" for entry in found["matched"] if "train_s" in entry]
-    machine = ", ".join(f"{key} {value}" for key, value in found["hardware"].items())
+    machine = hardware_line(found["hardware"])
     said = " ".join(map(checkpoint.discreet, args.said))
     return (
         f"## {date.today()} · Heads side by side on {checkpoint.discreet(args.data)}\n\n"

@@ -45,6 +45,7 @@ from eval.policy_tables import (
     skip_quality,
     verdicts,
 )
+from eval.steps import ROOT, Ledger, Step, hardware_line, module, options, perform
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
@@ -52,7 +53,6 @@ from mmspec.arguments import Parser, at_least
 from mmspec.methods import method_names
 from mmspec.targets import load_target
 from mmspec.types import InputError
-from scripts.compare_heads import ROOT, Ledger, Step, perform
 
 UNTRAINED = "untrained"
 LONG = ("P1", "P2", "marginal", "P7", "P8")
@@ -125,7 +125,7 @@ def plan(args: argparse.Namespace, drafters: Sequence[Entrant]) -> list[Step]:
         if entrant.name == UNTRAINED:
             like = dict(pair.split("=", 1) for pair in args.heads)[first(args)]
             made = Path(args.out) / UNTRAINED
-            words = _module("scripts.compare_policies", "--make-untrained", like, "--out", args.out)
+            words = module("scripts.compare_policies", "--make-untrained", like, "--out", args.out)
             steps.append(Step(UNTRAINED, words, made / "tree.json"))
             before = (UNTRAINED,)
         steps += _controllers(args, entrant, before)
@@ -134,10 +134,6 @@ def plan(args: argparse.Namespace, drafters: Sequence[Entrant]) -> list[Step]:
             for temperature in args.temperatures:
                 steps += _cell(args, entrant, batch, temperature)
     return steps
-
-
-def _module(name: str, *words: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", name, *words)
 
 
 def _controllers(args: argparse.Namespace, entrant: Entrant, before: tuple[str, ...]) -> list[Step]:
@@ -178,7 +174,7 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
     base += ["--max-new-tokens", str(args.max_new_tokens), "--dtype", args.dtype]
     read = [word for k, folder in trained.items() for word in (OPTIONS[k], folder)]
     tuned = folder / "tuned.json"
-    words = _module("eval.policies", *base, "--tune", "--limit", str(args.tune_limit), "--out", str(tuned))
+    words = module("eval.policies", *base, "--tune", "--limit", str(args.tune_limit), "--out", str(tuned))
     steps = [Step(f"tune {name}", words, tuned, (f"costs {entrant.name}",))]
     after = (f"tune {name}", *(f"controller {entrant.name} {k}" for k in trained))
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
@@ -188,7 +184,7 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
         data, policies = what[part]
         makes = folder / f"{part}.json"
         said = [*base, *read, "--tuned", str(tuned), "--data", data, *limit, "--policies", *policies]
-        steps.append(Step(f"score {name} {part}", _module("eval.policies", *said, "--out", str(makes)), makes, after))
+        steps.append(Step(f"score {name} {part}", module("eval.policies", *said, "--out", str(makes)), makes, after))
     return steps
 
 
@@ -262,14 +258,7 @@ def _costs_of(args: argparse.Namespace, entrant: Entrant) -> list[Any]:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options, without places of this machine."""
-    said = {key: value for key, value in vars(args).items() if key not in ("out", "results", "said", "make_untrained")}
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(part) for part in value]
-        return checkpoint.discreet(value) if isinstance(value, str) else value
-
-    return {key: plain(value) for key, value in said.items()}
+    return options(args, ("out", "results", "said", "make_untrained"))
 
 
 def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
@@ -295,7 +284,7 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
                 )
                 (results / "policies" / f"{name}.svg").write_text(plots[name], encoding="utf-8")
     (results / "policies" / "index.html").write_text(page(table, plots), encoding="utf-8")
-    machine = ", ".join(f"{key} {value}" for key, value in table["hardware"].items())
+    machine = hardware_line(table["hardware"])
     missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
     said = " ".join(map(checkpoint.discreet, args.said))
     return (

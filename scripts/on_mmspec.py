@@ -32,9 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "scripts"))
 
-from compare_heads import PORT, Ledger, Step, perform  # noqa: E402
-
 from eval.options import DTYPES  # noqa: E402
+from eval.steps import PORT, Ledger, Step, perform  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
 from mmspec.arguments import Parser  # noqa: E402
 from mmspec.recipe import load  # noqa: E402

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from eval import head_tables, tune_tree
+from eval import head_tables, steps, tune_tree
+from eval.steps import Ledger, Step, perform
 from scripts import compare_heads
-from scripts.compare_heads import Ledger, Step, perform
 from tests.test_eval_dependence import folders  # noqa: F401
 
 
@@ -66,7 +66,7 @@ def test_a_step_is_done_again_when_a_file_it_reads_has_changed(tmp_path: Path):
 def test_a_step_that_goes_on_behind_its_limit_gets_time_to_save(tmp_path: Path):
     """It was killed when all of its time was spent and nothing was saved: no time at all would be a dead end."""
     late = step(tmp_path, "", limit_s=60.0)
-    assert [late.left_s(spent, True) for spent in (0.0, 59.0, 600.0)] == [compare_heads.GRACE_S] * 3
+    assert [late.left_s(spent, True) for spent in (0.0, 59.0, 600.0)] == [steps.GRACE_S] * 3
     assert [late.left_s(spent, False) for spent in (0.0, 600.0)] == [60.0, 0.0]
     assert step(tmp_path, "").left_s(600.0, True) is None
 
