@@ -98,7 +98,7 @@ class Ledger:
         self._folder, self._path = folder, folder / "steps.json"
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        return _read(self._path) if self._path.is_file() else {}
+        return read(self._path) if self._path.is_file() else {}
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -265,7 +265,7 @@ def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
         if head.blind:
             folder = out / "dependence" / head.kind
             both = ("--ckpt", str(out / head.kind), "--ckpt", str(out / head.name))
-            words = _module("eval.dependence", *both, "--out", str(folder), *_scored(args))
+            words = module("eval.dependence", *both, "--out", str(folder), *_scored(args))
             after = (f"train {head.kind}", f"train {head.name}")
             steps.append(Step(f"dependence {head.kind}", words, folder / "dependence.json", after))
     return steps
@@ -277,7 +277,7 @@ def _evaluation(
     """One table: all of its methods decode each prompt one directly after another, beside plain decoding."""
     folder = Path(args.out) / name
     ckpts = [word for head in heads for word in ("--ckpt", str(Path(args.out) / head.name))]
-    words = _module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
+    words = module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
     return Step(name, words, folder / "summary.json", (*(f"train {head.name}" for head in heads), *after))
 
 
@@ -298,7 +298,8 @@ def _scored(args: argparse.Namespace) -> list[str]:
     return [*said, "--dtype", args.dtype, *limit]
 
 
-def _module(name: str, *words: str) -> tuple[str, ...]:
+def module(name: str, *words: str) -> tuple[str, ...]:
+    """A command that runs a module."""
     return (sys.executable, "-m", name, *words)
 
 
@@ -341,7 +342,7 @@ def _of_head(args: argparse.Namespace, head: Entrant) -> list[Step]:
         words = (sys.executable, str(ROOT / "scripts/fit_tree.py"), *ckpt, "--budget", str(_numbers(args.tree)[2]))
         steps.append(Step(f"static {head.name}", (*words, *tuning), folder / STATIC_TREE, (trained,)))
     grid = ("--grid", *args.grid) if args.grid else ()
-    words = _module("eval.tune_tree", *ckpt, "--out", str(folder / TUNED), *tuning, *grid)
+    words = module("eval.tune_tree", *ckpt, "--out", str(folder / TUNED), *tuning, *grid)
     words += ("--max-new-tokens", str(args.max_new_tokens))
     steps.append(Step(f"tune {head.name}", words, folder / TUNED, (trained,)))
     return steps
@@ -352,7 +353,7 @@ def _numbers(text: str) -> tuple[int, int, int]:
     return tree.depth, tree.width, tree.budget
 
 
-def _ready(step: Step) -> Step:
+def ready(step: Step) -> Step:
     """The step with what an earlier one found put in place of `--tree=@FILE`."""
     words: list[str] = []
     for word in step.words:
@@ -370,7 +371,7 @@ def _ready(step: Step) -> Step:
 def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) -> dict[str, Any]:
     """Rows of both tables, and what the twins say."""
     out, runs = Path(args.out), {head.name: head for head in heads}
-    found = {table: _read(out / table / "summary.json") for table in ("matched", "tuned")}
+    found = {table: read(out / table / "summary.json") for table in ("matched", "tuned")}
     tables: dict[str, list[dict[str, Any]]] = {}
     for table, summary in found.items():
         tables[table] = []
@@ -387,9 +388,9 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
         best = max(method_names(), key=lambda name: summary["methods"][name][OVERALL]["mat"])
         for rows in tables.values():
             rows.append(row(f"best training-free ({best})", summary, best, {}))
-    dependence = {h.kind: _read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
+    dependence = {h.kind: read(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
-        "settings": _settings(args),
+        "settings": settings(args),
         "commit": checkpoint.git_commit(),
         "hardware": found["matched"]["hardware"],
         **tables,
@@ -397,7 +398,7 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
     }
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options, without places of this machine."""
     said = {key: value for key, value in vars(args).items() if key not in ("out", "results", "said")}
 
@@ -409,7 +410,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {key: plain(value) for key, value in said.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object."""
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
 
@@ -462,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = Ledger(Path(args.out))
         for step in plan(args, heads):
             if not args.only or step.name.split()[0] in args.only:
-                perform(_ready(step), ledger)
+                perform(ready(step), ledger)
         if not args.only:
             print(write(args, collect(args, heads, ledger)))
     except InputError as error:
