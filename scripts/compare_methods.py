@@ -4,7 +4,7 @@
         msd=runs/heads/msd vispec=runs/heads/vispec viskip=runs/viskip_tiny
     bash scripts/compare_methods.sh --heads eagle=runs/viskip_tiny --data synth:testmini --tune-limit 12  # a quick look
     bash scripts/compare_methods.sh --target llava-hf/llava-1.5-7b-hf --dtype bfloat16 --data MMSPEC/test \\
-        --tune-data MMSPEC/testmini --heads eagle=hub:ORG/HEAD viskip=runs/viskip_llava7b        # real weights
+        --heads eagle=hub:ORG/HEAD viskip=runs/viskip_llava7b        # real weights
 
 --heads names trained heads: run folders, or places on the Hub. `eagle` is shown twice, as EAGLE-1 (one static tree) and
 as EAGLE-2 (a dynamic one); of `viskip` the head with its controller and, beside it, the same head without. The methods
@@ -16,10 +16,11 @@ Two tables, each one evaluation in which everybody decodes each prompt of --data
   tuned    what was fastest on --tune-data: depth, width and nodes of each head's tree, nodes of EAGLE-1's, settings of
            the methods without training, which also choose their nodes by measured costs (--method-budget adaptive)
 
-Nothing is tuned on --data. Every step is a command, printed before it runs and skipped when it is done; one is done
-again when its command, its head or a step before it has changed; an evaluation goes on where it was interrupted (after
-an update of the code remove its folder in --out first). Run folders are only read. Results: --results (tables by
-topic with intervals and exact_match as JSON, CSV, Markdown, and plots) and a paragraph on the terminal.
+Nothing is tuned on --data (of MMSpec note that testmini is a part of test). Every step is a command, printed before it
+runs and skipped when it is done; one is done again when its command, its head or a step before it has changed; an
+evaluation goes on where it was interrupted (after an update of the code remove its folder in --out first). Run folders
+are only read. Results: --results (tables by topic with intervals and exact_match as JSON, CSV, Markdown, and plots) and
+a paragraph on the terminal.
 """
 
 from __future__ import annotations
