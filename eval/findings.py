@@ -204,7 +204,7 @@ def write(args: argparse.Namespace, found: Found) -> str:
     """JSON, Markdown and plots; returns the paragraph for RESULTS.md."""
     results, name, summary = Path(args.results), args.experiment, found.run.summary
     results.mkdir(parents=True, exist_ok=True)
-    how = {"settings": options(args, ("out", "results", "said", "heads", "answers")), "run": summary["settings"]}
+    how = {"settings": options(args, ("heads", "answers")), "run": summary["settings"]}
     facts = {"commit": checkpoint.git_commit(), "hardware": summary["hardware"], "versions": summary["versions"]}
     checkpoint.write_json(results / f"{name}.json", {**as_json(found), **how, **facts})
     for part, drawn in found.charts.items():

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from eval import report
+from eval import report, tables, wandb_log
 from eval.bench import Result
 from eval.cells import Decoded, Work, cells, decode
 from eval.lineup import Head, check_frozen, choose_heads, choose_methods, file_hash
@@ -141,6 +141,8 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     shown = results[decoded[0].cell]
     write_results(out, clean(whole), collect(target, records, shown, whole["primary"]))
     announce(whole, out, console)
+    if args.wandb is not None:
+        console.print(wandb_log.log(out, clean(whole), args.wandb or None), soft_wrap=True, highlight=False)
     return whole
 
 
@@ -176,7 +178,7 @@ def begin(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
                     f"{_short(now.get(key))}); leave out --resume to start anew, or give another --out"
                 )
         return
-    for stale in (out / "summary.json", out / "report.html", path, *out.glob("requests*.jsonl")):
+    for stale in (*(out / name for name in wandb_log.FILES), path, *out.glob("requests*.jsonl")):
         stale.unlink(missing_ok=True)
     shutil.rmtree(out / METHOD_COSTS, ignore_errors=True)
     checkpoints.write_json(path, facts)
@@ -341,8 +343,9 @@ def placeless(name: str) -> str:
 
 
 def write_results(out: Path, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    """Write `summary.json`, `samples.json` and `report.html`, each whole or not at all."""
+    """Write `summary.json`, `samples.json`, `report.html` and the tables, each whole or not at all."""
     checkpoints.write_json(out / "summary.json", summary)
+    tables.write(out, summary)
     report.write(out / "report.html", summary, samples)
 
 

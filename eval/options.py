@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from eval import wandb_log
 from eval.tasks import HISTORIES
 from mmspec.api import FREE, METHOD_POLICIES, SHAPED, STATIC, TRAINED, find_device
 from mmspec.arguments import OneLineParser, at_least
@@ -60,6 +61,7 @@ what is written to --out
   run.json          what a run that goes on must have in common with this one; method_costs/: what it measured
   report.html       the same to look at; one file, no network; samples.json: the answers it shows. With what
                     eval.dependence wrote to a folder `dependence` beside it: python -m eval.report makes it again
+  tables.md         the tables by cell and topic; tables.csv: one row for each cell, method and topic, with all figures
   quarantine.jsonl  records that could not be used, with the reason; only when there are any
 """
 
@@ -184,6 +186,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="least and most pixels of an image, for targets of any size (default: MMSpec's for Qwen2.5-VL, else the "
         "target's own)",
     )
+    add(
+        "--wandb",
+        nargs="?",
+        const="",
+        metavar="PROJECT",
+        help="log figures, tables and report to Weights & Biases (default project: WANDB_PROJECT, or mmspec); offline, "
+        "into --out, unless you are logged in",
+    )
     add("--resume", action="store_true", help="go on with what the same command left in --out when it was interrupted")
     add(
         "--frozen",
@@ -228,4 +238,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--pixels must be above 0 and in order, got {args.pixels[0]} {args.pixels[1]}")
     if not 0 <= args.max_bad_share <= 1:
         raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
+    if args.wandb is not None:
+        wandb_log.check()
     args.device = find_device(args.device)

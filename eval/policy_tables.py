@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from eval import tables
 from eval.plots import Series, standalone, ticks
-from eval.summary import OVERALL
+from eval.summary import OVERALL, number
 
 DRAWN = (1, 2, 4, 8, 12)
 """Depths whose reliability is drawn."""
@@ -116,16 +117,16 @@ def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Speedup by policy, a line a cell, overall."""
     labels = sorted({row["policy"] for row in rows}, key=_order)
-    lines = [f"| drafter | batch | T | data | {' | '.join(labels)} |", "|" + "---|" * (4 + len(labels))]
+    lines = []
     cells: dict[Key, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["topic"] == OVERALL:
             key = (row["drafter"], row["batch"], row["temperature"], row["data"])
             cells.setdefault(key, {})[row["policy"]] = row
     for (drafter, batch, temperature, data), by in cells.items():
-        said = [_n(by[label]["speedup"]) if label in by else "-" for label in labels]
-        lines.append(f"| {drafter} | {batch} | {temperature:g} | {data} | {' | '.join(said)} |")
-    return "\n".join(lines) + "\n"
+        said = [number(by[label]["speedup"]) if label in by else "-" for label in labels]
+        lines.append([drafter, batch, f"{temperature:g}", data, *said])
+    return tables.markdown(["drafter", "batch", "T", "data", *labels], lines)
 
 
 def plot(drafter: str, temperature: float, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -164,14 +165,14 @@ def page(table: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     grid = _html(["drafter", "batch", "T", "data", "policy", "topic", "speedup", "95%", "exact"], [
         [
             row["drafter"], row["batch"], f"{row['temperature']:g}", row["data"], row["policy"], row["topic"],
-            _n(row["speedup"]), f"{_n(row['lo'])} to {_n(row['hi'])}", _n(row["exact_match"], 3),
+            number(row["speedup"]), f"{number(row['lo'])} to {number(row['hi'])}", number(row["exact_match"], 3),
         ]
         for row in table["rows"]
     ])  # fmt: skip
     room = _html(["drafter", "batch", "T", "data", "topic", "best baseline", "headroom", "P7 has", "P8 has"], [
         [
             row["drafter"], row["batch"], f"{row['temperature']:g}", row["data"], row["topic"], row["best"],
-            f"{row['headroom']:.1%}", _n(row.get("captured_P7")), _n(row.get("captured_P8")),
+            f"{row['headroom']:.1%}", number(row.get("captured_P7")), number(row.get("captured_P8")),
         ]
         for row in table["headroom"]
     ])  # fmt: skip
@@ -214,7 +215,3 @@ def _order(label: str) -> tuple[int, str]:
 
 def _below(value: float | None, floor: float) -> bool:
     return value is not None and value < floor
-
-
-def _n(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -211,14 +211,14 @@ def one_budget(args: argparse.Namespace) -> list[str]:
 
 
 def options(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The options of a command, without places of this machine."""
+    """The options of a command, without places of this machine, what was typed, and those of `without`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(part) for part in value]
         return checkpoint.discreet(value) if isinstance(value, str) else value
 
-    return {key: plain(value) for key, value in vars(args).items() if key not in without}
+    return {key: plain(value) for key, value in vars(args).items() if key not in ("out", "results", "said", *without)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Finds the draft tree that pays best for a head on this machine: depth, width and nodes, by speedup on held-out data.
+"""Finds what pays best on this machine, by speedup on held-out data: a head's tree, or a method's settings.
 
     python -m eval.tune_tree --ckpt runs/eagle_tiny --out runs/eagle_tiny/tuned_tree.json
+    python -m eval.tune_tree --ckpt runs/viskip_tiny --policy viskip --out runs/tuned.json   # with its controller
+    python -m eval.tune_tree --ckpt runs/eagle_tiny --static runs/fitted.json --grid 6 10 25 --out runs/static.json
+    python -m eval.tune_tree --method pld --grid "{num_pred: 4}" "{num_pred: 10, min_ngram: 2}" --out runs/pld.json
 
-All trees decode the same prompts interleaved with plain decoding, as in `eval.mmspec`, so a slow minute falls on all of
-them alike. Tune on synth:val, report on synth:test (`python -m eval.mmspec --tree DEPTH WIDTH NODES`).
+Tried are trees (depth, width and nodes), with --static the first so many nodes of a fitted one (scripts/fit_tree.py),
+or settings of a method without training (recipes/methods/training_free.yaml has all). All of them decode the same
+prompts interleaved with plain decoding, as in `eval.mmspec`, so a slow minute falls on all alike. Tune on synth:val,
+report on synth:test (`python -m eval.mmspec --tree DEPTH WIDTH NODES`, `--method-settings FILE`).
 """
 
 from __future__ import annotations
@@ -11,11 +16,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from eval.bench import N_WARMUP, Bench, Method, Result
@@ -25,18 +31,29 @@ from eval.summary import Contention, clean, figures, hardware, unreliable
 from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
-from mmspec.api import find_device, make_drafter
+from mmspec.api import METHOD_POLICIES, TRAINED, drafter_and_policy, find_device, make_drafter, method_and_policy
 from mmspec.arguments import OneLineParser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, DraftTree
 from mmspec.drafters.null import NullDrafter
+from mmspec.methods import method_names, resolved
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.records import Quarantine
 from mmspec.sampling import GreedySampler
+from mmspec.static_tree import StaticTree
 from mmspec.types import Drafter, InputError, Target
 
 PROGRAM = "eval.tune_tree"
 GRID = ("3,1,3", "5,1,5", "7,1,7", "10,1,10", "13,1,13", "4,2,6", "5,2,7", "7,2,10", "10,2,14", "7,4,16")
+STATIC_GRID = ("6", "10", "16", "25")
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "pld": [{}, {"num_pred": 5}, {"max_ngram": 4, "min_ngram": 2}, {"max_ngram": 5}],
+    "sam": [{}, {"alpha": 1.0}, {"min_match": 2}, {"n_predicts": 12}, {"prefer": "recent"}],
+    "lookahead": [{}, {"decoding_length": 8}, {"decoding_length": 32}, {"max_query": 4}, {"branch_length": 6}],
+    "recycling": [{}, {"seed_prompt": False}],
+    "lade": [{}, {"ngram": 3}, {"window": 4, "guesses": 4}],
+}
+"""What is tried of a method without `--grid`; nothing that makes drafts depend on earlier requests."""
 FIGURES = ("mat", "speedup", "speedup_lo", "speedup_hi", "exact_match")
 
 
@@ -48,15 +65,75 @@ def parse_tree(text: str) -> DraftTree:
     return DraftTree(*map(int, parts))
 
 
-def make_methods(target: Target, loaded: Checkpoint, trees: Sequence[DraftTree]) -> list[Method]:
-    """Plain decoding, and the head with each tree; trees of one width share a drafter."""
+@dataclass(frozen=True)
+class Candidate:
+    """What is tried.
+
+    Args:
+        facts: what is written of it, and has to be said to decode with it.
+        method: named as it is printed.
+    """
+
+    facts: dict[str, Any]
+    method: Method
+
+
+def of_trees(args: argparse.Namespace, target: Target, loaded: Checkpoint) -> list[Candidate]:
+    """The head with each tree of the grid; steered by nothing, trees of one width share a drafter."""
     by_width: dict[int, Drafter] = {}
-    methods = [Method(PLAIN, NullDrafter(), SkipPolicy())]
-    for tree in trees:
-        if tree.width not in by_width:
-            by_width[tree.width] = make_drafter(replace(loaded, tree=tree), target)
-        methods.append(Method(name(tree), by_width[tree.width], FixedPolicy(tree.depth, tree.budget)))
-    return methods
+    found = []
+    for tree in dict.fromkeys(parse_tree(text) for text in args.grid or GRID):
+        shaped = replace(loaded, tree=tree)
+        if args.policy != "fixed":
+            pair = drafter_and_policy(shaped, target, args.policy, args.batch_size)
+        else:
+            if tree.width not in by_width:
+                by_width[tree.width] = make_drafter(shaped, target)
+            pair = by_width[tree.width], FixedPolicy(tree.depth, tree.budget)
+        found.append(Candidate(asdict(tree), Method(name(tree), *pair)))
+    return found
+
+
+def of_static(args: argparse.Namespace, target: Target, loaded: Checkpoint) -> list[Candidate]:
+    """The head with the first so many nodes of a static tree. Raises InputError for a number that it cannot be."""
+    whole = StaticTree.load(args.static)
+    found = []
+    for text in dict.fromkeys(args.grid or STATIC_GRID):
+        if not (text.isdigit() and int(text)):
+            raise InputError(f"--grid {text}: of a static tree give numbers of nodes, as in 6 10 25")
+        tree = whole.cut(int(text), whole.depth)
+        policy = FixedPolicy(tree.depth, tree.budget)
+        method = Method(f"{tree.budget} nodes", make_drafter(loaded, target, shape=tree), policy)
+        found.append(Candidate({"nodes": tree.budget}, method))
+    return list({one.method.name: one for one in found}.values())
+
+
+def of_settings(args: argparse.Namespace, target: Target) -> list[Candidate]:
+    """A method without training with each of the settings."""
+    found = []
+    for some in settings_of(args):
+        label = ", ".join(f"{key}={value}" for key, value in some.items()) or "defaults"
+        pair = method_and_policy(args.method, target, some, policy=args.method_budget, max_batch=args.batch_size)
+        found.append(Candidate({"settings": some}, Method(label, *pair)))
+    return found
+
+
+def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is tried of a method, each checked. Raises InputError."""
+    found: list[dict[str, Any]] = SETTINGS.get(args.method, [{}])
+    if args.grid:
+        found = []
+        for text in args.grid:
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                value = None
+            if not isinstance(value, dict):
+                raise InputError(f"--grid {text!r} is no mapping of settings; write one as in '{{num_pred: 4}}'")
+            found += [value] if value not in found else []
+    for some in found:
+        resolved(args.method, some)
+    return found
 
 
 def name(tree: DraftTree) -> str:
@@ -65,18 +142,23 @@ def name(tree: DraftTree) -> str:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Decode with all trees and write the best; returns what was written.
+    """Decode with all candidates and write the best; returns what was written.
 
     Raises:
         InputError: the input is wrong.
     """
-    trees = list(dict.fromkeys(parse_tree(text) for text in args.grid))
-    loaded = checkpoints.load(args.ckpt, args.target, args.dtype)
+    if args.method:
+        settings_of(args)  # what is wrong is said before a large target is loaded
+    loaded = [checkpoints.load(args.ckpt, args.target, args.dtype)] if args.ckpt else []
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    target = open_target([loaded], args.target, args.dtype, args.device)
+    target = open_target(loaded, args.target, args.dtype, args.device)
     limit_pixels(target, None)
-    methods = make_methods(target, loaded, trees)
+    if loaded:
+        candidates = (of_static if args.static else of_trees)(args, target, loaded[0])
+    else:
+        candidates = of_settings(args, target)
+    methods = [Method(PLAIN, NullDrafter(), SkipPolicy()), *(one.method for one in candidates)]
     system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     bench = Bench(target, methods, GreedySampler(), args.batch_size, metrics.TIE_GAPS[args.dtype])
@@ -87,19 +169,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     others = contention.cores()
     plain = [result for result in results if result.method == PLAIN]
     rows = []
-    for tree in trees:
-        mine = [result for result in results if result.method == name(tree)]
+    for one in candidates:
+        mine = [result for result in results if result.method == one.method.name]
         found = figures(mine, plain, args.batch_size, args.seed)
-        rows.append({**asdict(tree), **{key: found[key] for key in FIGURES}})
-        console.print(f"{name(tree):>8}  MAT {found['mat']:.2f}  speedup {found['speedup']:.2f}x", highlight=False)
+        rows.append({**one.facts, **{key: found[key] for key in FIGURES}})
+        said = f"{one.method.name:>8}  MAT {found['mat']:.2f}  speedup {found['speedup']:.2f}x"
+        console.print(said, highlight=False, markup=False)
     best = max(rows, key=lambda row: row["speedup"])
     written = {
-        "best": {key: best[key] for key in ("depth", "width", "budget")},
-        "trees": rows,
+        "best": {key: best[key] for key in candidates[0].facts},
+        "tried": rows,
         "settings": {
             "data": args.data if args.data.startswith("synth:") else Path(args.data).name, "limit": args.limit,
             "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "dtype": args.dtype,
             "threads": torch.get_num_threads(),
+            "steered_by": args.method_budget if args.method else "fixed" if args.static else args.policy,
         },
         "contention": {"other_cores": others, "unreliable": unreliable(others, torch.get_num_threads())},
         "hardware": hardware(target.device),
@@ -118,9 +202,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="run folder of train/distill.py")
+    add("--ckpt", metavar="DIR", help="run folder of train/distill.py")
+    add("--method", choices=method_names(), help="instead: a method without training")
     add("--out", required=True, metavar="FILE", help="JSON file to write")
-    add("--grid", nargs="+", default=list(GRID), metavar="D,W,N", help=f"trees to try (default: {' '.join(GRID)})")
+    add(
+        "--grid", nargs="+", metavar="D,W,N",
+        help=f"trees to try (default: {' '.join(GRID)}); with --static numbers of nodes (default: "
+        f"{' '.join(STATIC_GRID)}), with --method settings (default: some around its own)",
+    )  # fmt: skip
+    add("--policy", choices=("fixed", *TRAINED), default="fixed", help="what steers the head (default: %(default)s)")
+    add("--static", metavar="FILE", help="try the head with the first nodes of this static tree")
+    add("--method-budget", choices=METHOD_POLICIES, default="adaptive", help="as of eval.mmspec (default: adaptive)")
     add("--data", default="synth:val", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
     add("--limit", type=int, default=60, metavar="N", help="records, taken in turn from the topics (default: 60)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
@@ -139,6 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         at_least(args, limit=1, max_new_tokens=1, batch_size=1)
+        if bool(args.ckpt) == bool(args.method):
+            raise InputError("give --ckpt DIR or --method NAME")
+        if args.static and (args.method or args.policy != "fixed"):
+            raise InputError("--static goes with --ckpt and no --policy: its tree is the same every round")
         args.device = find_device(args.device)
         found = run(args, console)
     except InputError as error:

@@ -8,7 +8,7 @@ A round is `(action, nodes, accepted, emitted)` as in `types.Output`: one active
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,16 +158,7 @@ def speedup(
     Raises:
         ValueError: the three sequences differ in length.
     """
-    totals = _by_cluster(null_s, method_s, clusters)
-    if totals is None:
-        return Interval(math.nan, math.nan, math.nan)
-    null, method = totals
-    value = float(null.sum() / method.sum())
-    if len(null) < 2:
-        return Interval(value, math.nan, math.nan)
-    ratios = _resampled(null, method, n_resamples, seed)
-    ends = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Interval(value, float(ends[0]), float(ends[1]))
+    return contrast((null_s, method_s), clusters, ratio, 1.0, n_resamples, seed)[0]
 
 
 def p_value(
@@ -182,12 +173,62 @@ def p_value(
     Twice the share of resampled ratios on the other side of 1, with the observed one counted among them, so that it is
     never 0. NaN with fewer than two clusters.
     """
-    totals = _by_cluster(null_s, method_s, clusters)
-    if totals is None or len(totals[0]) < 2:
-        return math.nan
-    ratios = _resampled(*totals, n_resamples, seed)
-    fewer = min(int((ratios <= 1).sum()), int((ratios >= 1).sum()))
-    return min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
+    return contrast((null_s, method_s), clusters, ratio, 1.0, n_resamples, seed)[1]
+
+
+def ratio(totals: torch.Tensor) -> torch.Tensor:
+    """The first of the totals [..., 2] by the second."""
+    return totals[..., 0] / totals[..., 1]
+
+
+def contrast(
+    columns: Sequence[Sequence[float]],
+    clusters: Sequence[Hashable],
+    statistic: Callable[[torch.Tensor], torch.Tensor],
+    neutral: float,
+    n_resamples: int = 4000,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """A statistic of several totals of the same units, with the bootstrap of `speedup`: whole clusters are drawn.
+
+    Args:
+        columns: K sequences of figures of the units, in one order.
+        clusters: what each unit belongs to.
+        statistic: of totals [..., K] float64 the figure [...].
+        neutral: its value where there is no difference.
+        n_resamples, seed: see `speedup`.
+
+    Returns:
+        The figure with its interval, and the two-sided p of its being `neutral`; both as `judged` has them.
+
+    Raises:
+        ValueError: the sequences differ in length.
+    """
+    totals = _by_cluster(columns, clusters)
+    drawn = draws(len(totals), n_resamples, seed)
+    resampled = torch.stack([column[drawn].sum(1) for column in totals.T], -1)
+    return judged(float(statistic(totals.sum(0))), statistic(resampled), len(totals), neutral)
+
+
+def judged(value: float, resampled: torch.Tensor, n_clusters: int, neutral: float) -> tuple[Interval, float]:
+    """A figure with its 95% interval and its p: twice the share of `resampled` on the other side of `neutral`.
+
+    NaN throughout where the figure cannot be computed; interval and p are NaN with fewer than two clusters.
+    """
+    if not math.isfinite(value):
+        return Interval(math.nan, math.nan, math.nan), math.nan
+    if n_clusters < 2:
+        return Interval(value, math.nan, math.nan), math.nan
+    ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    fewer = min(int((resampled <= neutral).sum()), int((resampled >= neutral).sum()))
+    return Interval(value, float(ends[0]), float(ends[1])), min(1.0, 2 * (1 + fewer) / (1 + len(resampled)))
+
+
+def draws(n_clusters: int, n_resamples: int, seed: int) -> torch.Tensor:
+    """[n_resamples, n_clusters] numbers of clusters drawn with replacement."""
+    if not n_clusters:
+        return torch.zeros((n_resamples, 0), dtype=torch.long)
+    return torch.randint(n_clusters, (n_resamples, n_clusters), generator=torch.Generator().manual_seed(seed))
 
 
 def mean_difference(
@@ -209,22 +250,8 @@ def mean_difference(
     Returns:
         The interval, and p as in `p_value`; ends and p are NaN with fewer than two clusters, all is NaN without units.
     """
-    index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
-    C = len(index)
-    if not C:
-        return Interval(math.nan, math.nan, math.nan), math.nan
-    rows = torch.tensor([index[name] for name in clusters])
-    zeros = torch.zeros(C, dtype=torch.float64)
-    gain = zeros.index_add(0, rows, (second - first).double())
-    n = zeros.index_add(0, rows, torch.ones(len(rows), dtype=torch.float64))
-    value = float(gain.sum() / n.sum())
-    if C < 2:
-        return Interval(value, math.nan, math.nan), math.nan
-    drawn = torch.randint(C, (n_resamples, C), generator=torch.Generator().manual_seed(seed))
-    again = gain[drawn].sum(1) / n[drawn].sum(1)
-    ends = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    fewer = min(int((again <= 0).sum()), int((again >= 0).sum()))
-    return Interval(value, float(ends[0]), float(ends[1])), min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
+    gain = (second - first).tolist()
+    return contrast((gain, [1.0] * len(gain)), clusters, ratio, 0.0, n_resamples, seed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -275,25 +302,15 @@ def _ranks(x: torch.Tensor) -> torch.Tensor:
     return mean[place]
 
 
-def _by_cluster(
-    null_s: Sequence[float], method_s: Sequence[float], clusters: Sequence[Hashable]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Seconds summed by cluster, [C] float64 each, or None where there is no time to divide by."""
-    if not len(null_s) == len(method_s) == len(clusters):
-        raise ValueError(f"unpaired units: {len(null_s)} null, {len(method_s)} method, {len(clusters)} clusters")
+def _by_cluster(columns: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -> torch.Tensor:
+    """Figures of units summed by cluster, [C, K] float64."""
+    if any(len(column) != len(clusters) for column in columns):
+        lengths = ", ".join(str(len(column)) for column in columns)
+        raise ValueError(f"unpaired units: {lengths} figures, {len(clusters)} clusters")
     index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
     rows = torch.tensor([index[name] for name in clusters], dtype=torch.long)
-    zeros = torch.zeros(len(index), dtype=torch.float64)
-    null = zeros.index_add(0, rows, torch.tensor(null_s, dtype=torch.float64))
-    method = zeros.index_add(0, rows, torch.tensor(method_s, dtype=torch.float64))
-    return (null, method) if len(rows) and method.sum() > 0 else None
-
-
-def _resampled(null: torch.Tensor, method: torch.Tensor, n_resamples: int, seed: int) -> torch.Tensor:
-    """[n_resamples] ratios of totals over clusters drawn with replacement."""
-    C = len(null)
-    drawn = torch.randint(C, (n_resamples, C), generator=torch.Generator().manual_seed(seed))
-    return null[drawn].sum(1) / method[drawn].sum(1)
+    values = torch.tensor([list(column) for column in columns], dtype=torch.float64).T.reshape(len(rows), len(columns))
+    return torch.zeros((len(index), len(columns)), dtype=torch.float64).index_add(0, rows, values)
 
 
 def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:

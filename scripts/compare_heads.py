@@ -192,7 +192,7 @@ def _numbers(text: str) -> tuple[int, int, int]:
     return tree.depth, tree.width, tree.budget
 
 
-def _ready(step: Step) -> Step:
+def ready(step: Step) -> Step:
     """The step with what an earlier one found put in place of `--tree=@FILE`."""
     words: list[str] = []
     for word in step.words:
@@ -229,17 +229,12 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
             rows.append(row(f"best training-free ({best})", summary, best, {}))
     dependence = {h.kind: read_json(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
-        "settings": _settings(args),
+        "settings": options(args),
         "commit": checkpoint.git_commit(),
         "hardware": found["matched"]["hardware"],
         **tables,
         "dependence": {k: {key: d[key] for key in ("zeros", "overall", "topics")} for k, d in dependence.items()},
     }
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options, without places of this machine."""
-    return options(args, ("out", "results", "said"))
 
 
 def _steps(folder: Path) -> int | None:
@@ -290,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = Ledger(Path(args.out))
         for step in plan(args, heads):
             if not args.only or step.name.split()[0] in args.only:
-                perform(_ready(step), ledger)
+                perform(ready(step), ledger)
         if not args.only:
             print(write(args, collect(args, heads, ledger)))
     except InputError as error:

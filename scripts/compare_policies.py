@@ -258,7 +258,7 @@ def _costs_of(args: argparse.Namespace, entrant: Entrant) -> list[Any]:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options, without places of this machine."""
-    return options(args, ("out", "results", "said", "make_untrained"))
+    return options(args, ("make_untrained",))
 
 
 def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def test_a_step_that_goes_on_behind_its_limit_gets_time_to_save(tmp_path: Path):
 
 def test_settings_name_no_place_of_this_machine(tmp_path: Path):
     words = ["--data", str(tmp_path / "mine"), "--set", f"data.answers_dir={tmp_path / 'a'}", "--tree", "3,2,5"]
-    found = compare_heads._settings(compare_heads._parse(words))
+    found = steps.options(compare_heads._parse(words))
     assert str(tmp_path) not in json.dumps(found)
     assert found["data"] == ".../mine"
     assert found["set"] == ["data.answers_dir=.../a"]
@@ -178,10 +178,10 @@ def test_the_tree_that_pays_best_is_found(folders, tmp_path: Path):  # noqa: F81
     words = ["--ckpt", str(folders[0]), "--out", str(out), "--grid", "2,1,2", "2,2,4", "--limit", "6"]
     assert tune_tree.main([*words, "--max-new-tokens", "10", "--data", "synth:testmini"]) == 0
     found = json.loads(out.read_text())
-    assert len(found["trees"]) == 2
-    best = max(found["trees"], key=lambda tree: tree["speedup"])
+    assert len(found["tried"]) == 2
+    best = max(found["tried"], key=lambda tree: tree["speedup"])
     assert found["best"] == {key: best[key] for key in ("depth", "width", "budget")}
-    assert all(tree["exact_match"] == 1 for tree in found["trees"])
+    assert all(tree["exact_match"] == 1 for tree in found["tried"])
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_speedup_of_one_cluster_has_no_interval() -> None:
 
 
 def test_speedup_refuses_unpaired_times() -> None:
-    with pytest.raises(ValueError, match="unpaired units: 2 null, 1 method"):
+    with pytest.raises(ValueError, match="unpaired units: 2, 1 figures"):
         metrics.speedup([1.0, 2.0], [1.0], ["a", "b"])
 
 
