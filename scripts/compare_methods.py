@@ -35,6 +35,7 @@ from typing import Any
 import yaml
 
 from eval.options import DTYPES
+from eval.steps import ROOT, Ledger, Step, module, perform, read_json
 from eval.tune_tree import STATIC_GRID, parse_tree
 from mmspec import checkpoint
 from mmspec.api import STATIC_TREE
@@ -43,7 +44,6 @@ from mmspec.assets import EMBEDDED
 from mmspec.hub import run_folder
 from mmspec.types import InputError
 from scripts._method_tables import FREE, HEADS, STATIC, TABLES, VISKIP, collect, folder_name, write
-from eval.steps import ROOT, Ledger, Step, module, perform, read_json
 
 FILES = ("head.json", "head.safetensors")
 CONTROLLER = ("viskip.json", "viskip.safetensors")
