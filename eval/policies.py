@@ -159,7 +159,8 @@ def prepare(args: argparse.Namespace) -> Setup:
         drafter, plan = make_method(args.method, target)
         script = (wanted.depth, wanted.budget) if wanted else (plan.max_depth, plan.max_budget)
         make = lambda: make_method(args.method, target)[0]  # noqa: E731
-        home, key, width = Path("runs") / args.method / "costs", "", None
+        # As many nodes as levels: its drafts are chains, and a shallower one has fewer nodes.
+        home, key, width = Path("runs") / args.method / "costs", "", 1 if plan.max_depth == plan.max_budget else None
     limit_pixels(target, None)
     folder = Path(args.costs) if args.costs else home
     depth, budget = max(offer.depth, script[0]), max(offer.budget, script[1])

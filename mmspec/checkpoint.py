@@ -329,9 +329,10 @@ def _save_module(
 
 
 def _filled(module: nn.Module, path: Path, dtype: torch.dtype) -> nn.Module:
-    """The module with the file's weights, names and shapes strictly equal."""
-    state = _tensors(path)
-    wanted = module.state_dict()
+    """The module with the file's weights, names and shapes strictly equal; what a module's `LATER` names may be missing
+    in older files."""
+    state, wanted = _tensors(path), module.state_dict()
+    state = {name: wanted[name] for name in getattr(module, "LATER", ())} | state
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if missing or extra:
         raise InputError(

@@ -278,10 +278,12 @@ class Trials:
     Args:
         chances: [T, Dmax] of each level once the one before is accepted.
         accepted: [T] tokens.
+        reach: [T] levels that the drafter had to offer.
     """
 
     chances: np.ndarray
     accepted: np.ndarray
+    reach: np.ndarray
 
 
 @dataclass(frozen=True)

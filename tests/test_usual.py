@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from mmspec import checkpoint
 from mmspec.heads import viskip
 from mmspec.policies import Parts, make_policy
-from mmspec.policies._usual import UsualDepth, advantage
+from mmspec.policies._usual import UsualDepth, advantage, expected_seconds
 from mmspec.types import StepTrace, Trials
 from tests.test_policy import Flat, Told, rounds, sensed
 from train.calibrate import Best, calibrate
@@ -20,7 +21,7 @@ def trials(foreseen, n=400, seed=0):
     """Half the rounds accept nothing, half all four tokens; `foreseen`: it knows which, or claims the contrary."""
     good = np.random.default_rng(seed).random(n) < 0.5
     sure = np.where(good if foreseen else ~good, 0.97, 0.03)
-    return Trials(np.repeat(sure[:, None], 4, 1), np.where(good, 4, 0))
+    return Trials(np.repeat(sure[:, None], 4, 1), np.where(good, 4, 0), np.full(n, 4))
 
 
 def test_the_advantage_is_what_foresight_is_worth_by_hand():
@@ -36,6 +37,13 @@ def test_the_advantage_is_what_foresight_is_worth_by_hand():
     assert wrong < -0.1
     shared, _ = advantage(known, COST, 8)
     assert 0 <= shared < gain / 2, "eight rows that share a depth have little to foresee"
+
+
+def test_copies_that_end_early_cost_what_they_have():
+    """Half the drafts have two levels at most, and a deeper plan costs no more than these."""
+    some = Trials(np.full((2, 4), 0.5), np.array([1, 2]), np.array([2, 4]))
+    assert expected_seconds(some, COST) == pytest.approx([1.0, 1.2, 1.4, 1.5, 1.6])
+    assert expected_seconds(None, COST) == COST
 
 
 def test_the_usual_depth_is_the_best_fixed_one_and_follows_what_comes_of_drafts():
@@ -79,7 +87,7 @@ def test_one_that_does_is_asked():
 
 
 def test_a_drafter_that_never_pays_loses_next_to_nothing_and_is_noticed_when_it_does():
-    never = Told([0.02, 0.0, 0.0, 0.0], Trials(np.full((300, 4), 0.02), np.zeros(300, int)))
+    never = Told([0.02, 0.0, 0.0, 0.0], Trials(np.full((300, 4), 0.02), np.zeros(300, int), np.full(300, 4)))
     policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), never, 1))
     policy.open(1, torch.device("cpu"))
 
@@ -170,3 +178,16 @@ def test_the_best_step_is_kept_and_an_interruption_forgets_only_what_came_later(
     for step in (1, 2):
         unknown.offer(step, float("inf"), weights[step])
     assert unknown.weights()["x"].item() == 2.0, "nothing held out: the latest"
+
+
+def test_a_controller_of_before_is_loaded_and_asked(tmp_path):
+    head = viskip.Head(viskip.Config(hidden_size=6, width=8, depth=3))
+    state = {name: table for name, table in head.state_dict().items() if not name.startswith("trial_")}
+    checkpoint.write_tensors(tmp_path / "viskip.safetensors", state)
+    again = checkpoint._filled(viskip.Head(head.config), tmp_path / "viskip.safetensors", torch.float32)
+    assert torch.equal(again.inner.weight, head.inner.weight)
+    assert viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).trials is None
+    again.remember(torch.full((4, 3), 0.5), torch.tensor([0, 1, 2, 3]), torch.full((4,), 3))
+    trials = viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).trials
+    assert trials is not None
+    assert (trials.chances.shape, trials.accepted.tolist(), trials.reach.tolist()) == ((4, 3), [0, 1, 2, 3], [3] * 4)

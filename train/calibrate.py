@@ -88,7 +88,7 @@ def calibrate(controller: nn.Module, held_out: Mapping[str, Tensor]) -> float:
     scale = min(found)[1]
     head.load_state_dict(kept)
     head.temper(scale)
-    head.remember(_chances(head, held_out), held_out["accepted"])
+    head.remember(_chances(head, held_out), held_out["accepted"], held_out["reach"])
     return scale
 
 

@@ -100,6 +100,9 @@ class Said:
 class Head(nn.Module):
     """Survival model of a paired drafter."""
 
+    LATER = ("trial_chances", "trial_accepted", "trial_reach")
+    """Controllers of before had no held-out rounds to bring along; they are asked always."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
@@ -122,8 +125,10 @@ class Head(nn.Module):
         self.register_buffer("prior", torch.full((c.depth,), 0.5).cumprod(0))
         self.register_buffer("trial_chances", torch.zeros(N_TRIALS, c.depth))
         self.register_buffer("trial_accepted", torch.full((N_TRIALS,), -1.0))
+        self.register_buffer("trial_reach", torch.zeros(N_TRIALS))
         self.trial_chances: Tensor
         self.trial_accepted: Tensor
+        self.trial_reach: Tensor
         self.scalar_mean: Tensor
         self.scalar_std: Tensor
         self.prior: Tensor
@@ -154,12 +159,13 @@ class Head(nn.Module):
             self.hazard.weight.mul_(scale)
             self.hazard.bias.copy_(mean + scale * (self.hazard.bias - mean))
 
-    def remember(self, chances: Tensor, accepted: Tensor) -> None:
-        """Keep what came of held-out rounds: conditional chances [T, Dmax] and accepted tokens [T], the first
-        `N_TRIALS` of them."""
+    def remember(self, chances: Tensor, accepted: Tensor, reach: Tensor) -> None:
+        """Keep what came of held-out rounds: conditional chances [T, Dmax], accepted tokens and offered levels [T], the
+        first `N_TRIALS` of them."""
         n = min(len(accepted), N_TRIALS)
         self.trial_chances[:n] = chances[:n]
         self.trial_accepted.fill_(-1.0)[:n] = accepted[:n].to(self.trial_accepted)
+        self.trial_reach[:n] = reach[:n].to(self.trial_reach)
 
     def look(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Said:
         """Everything it says of some rounds; arguments as for `survival`."""
@@ -253,7 +259,8 @@ class Deployed:
         tried = head.trial_accepted >= 0
         self.trials: Trials | None = None
         if bool(tried.any()):
-            self.trials = Trials(_array(head.trial_chances[tried]), _array(head.trial_accepted[tried]).astype(int))
+            counts = [_array(table[tried]).astype(int) for table in (head.trial_accepted, head.trial_reach)]
+            self.trials = Trials(_array(head.trial_chances[tried]), *counts)
         self.reads_context = head.config.reads == "all"
         if self.reads_context:
             self.state_size = (head.config.hidden_size,)

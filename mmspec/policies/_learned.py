@@ -20,7 +20,7 @@ from torch import Tensor
 from mmspec.heads.viskip import sigmoid
 from mmspec.policies._parts import Parts, Price, Probing
 from mmspec.policies._refine import Refinement
-from mmspec.policies._usual import UsualDepth, advantage
+from mmspec.policies._usual import UsualDepth, advantage, expected_seconds
 from mmspec.policy import Records
 from mmspec.types import Evidence, Plan, StepTrace
 
@@ -73,14 +73,15 @@ class LearnedPolicy:
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
         self.usual_nodes = float(self.max_budget)
-        prior, seconds = self.controller.prior, [self.cost(d) for d in range(self.max_depth + 1)]
+        prior, trials = self.controller.prior, self.controller.trials
+        costs = [self.cost(d) for d in range(self.max_depth + 1)]
+        seconds = expected_seconds(trials, costs)
         self.extra_s = np.array(seconds[1:]) - seconds[0]
         """Of a draft of each depth, beyond a round without one."""
         self.price = Price(max(max_batch * (1 + sum(prior[:d])) / s for d, s in enumerate(seconds)))
         self.usual, self.probing = UsualDepth(prior[: self.max_depth], seconds, max_batch), Probing(_PROBE_SHARE)
-        trials = self.controller.trials
         if trials is not None:
-            gain, error = advantage(trials, seconds, max_batch)
+            gain, error = advantage(trials, costs, max_batch)
             self.asks = self.senses = gain - error > _OWN_SHARE
         self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
 

@@ -60,6 +60,20 @@ class UsualDepth:
         self.depth = self.drafting if rates[self.drafting] > rates[0] else 0
 
 
+def expected_seconds(trials: Trials | None, cost_s: Sequence[float]) -> list[float]:
+    """Seconds of a round by planned depth, where the drafter often has less to offer (a copy that ends)."""
+    if trials is None:
+        return list(cost_s)
+    seconds: list[float] = _seconds(cost_s, trials.reach).mean(0).tolist()
+    return seconds
+
+
+def _seconds(cost_s: Sequence[float], reach: np.ndarray) -> np.ndarray:
+    """[T, 1 + Dmax] of rounds that reach so deep at most, by planned depth."""
+    out: np.ndarray = np.asarray(cost_s)[np.minimum(np.arange(len(cost_s)), reach[:, None])]
+    return out
+
+
 def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float, float]:
     """What asking the controller would have gained over the best single depth, as a share of the tokens.
 
@@ -71,19 +85,18 @@ def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float
     Returns:
         The mean, and its standard error.
     """
-    n, costs = len(trials.accepted), np.asarray(cost_s)
-    order = np.random.default_rng(0)
+    n, order = len(trials.accepted), np.random.default_rng(0)
     groups = np.arange(n)[:, None] if rows == 1 else np.stack([order.permutation(n) for _ in range(rows)], 1)
-    depths = np.arange(len(costs))
-    foreseen = np.pad(trials.chances.cumprod(1).cumsum(1), ((0, 0), (1, 0)))[:, : len(costs)][groups].sum(1)
+    depths, each = np.arange(len(cost_s)), np.arange(n)
+    foreseen = np.pad(trials.chances.cumprod(1).cumsum(1), ((0, 0), (1, 0)))[:, : len(cost_s)][groups].sum(1)
     got = rows + np.minimum(trials.accepted[:, None], depths)[groups].sum(1)
-    rates = got.mean(0) / costs
+    spent, planned = _seconds(cost_s, trials.reach[groups].max(1)), np.array(expected_seconds(trials, cost_s))
+    rates = got.sum(0) / spent.sum(0)
     usual = int(rates.argmax())
     price = float(rates[usual])
     for _ in range(20):  # Dinkelbach's fixed point
-        chosen = (foreseen - price * costs).argmax(1)
-        price = float(got[np.arange(n), chosen].sum() / costs[chosen].sum())
-    chosen = (foreseen - price * costs).argmax(1)
-    gains = got[np.arange(n), chosen] - got[:, usual] - rates[usual] * (costs[chosen] - costs[usual])
+        chosen = (foreseen - price * planned).argmax(1)
+        price = float(got[each, chosen].sum() / spent[each, chosen].sum())
+    gains = got[each, chosen] - got[:, usual] - rates[usual] * (spent[each, chosen] - spent[:, usual])
     scale = float(got[:, usual].mean())
     return float(gains.mean()) / scale, float(gains.std()) / (n / rows) ** 0.5 / scale
