@@ -183,9 +183,9 @@ def _answer(found: dict[str, Any]) -> list[str]:
     known = next(row for row in found["ablations"] if row["without"] == "constant")["gain"]
     if verdict(heads) == "helps":
         first = (
-            f"Yes, by this much: of what the controller knows beyond the mean of each depth "
-            f"{heads['gain'] / known:.1%} is lost without distilled visual heads ({heads['gain']:.4f} of {known:.4f} nats "
-            "a round)."
+            "Yes, by this much: of what the controller knows beyond the mean of each depth "
+            f"{heads['gain'] / known:.1%} is lost without distilled visual heads: {heads['gain']:.4f} of {known:.4f} "
+            "nats a round."
         )
     elif verdict(told) == "helps":
         first = (
