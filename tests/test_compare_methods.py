@@ -65,7 +65,7 @@ def test_steps_are_in_order_and_tables_come_last(named: list[str]) -> None:
     assert {"fit eagle", "fit recycling", "tune eagle", "tune eagle_static", "tune viskip"} <= set(names)
     assert {f"tune {name}" for name in FREE} <= set(names)
     matched, tuned = steps[-2:]
-    assert set(tuned.after) == {name for name in names if name.startswith("tune")}
+    assert set(tuned.after) == {name for name in names if name.startswith("tune ")}
     assert set(matched.after) == {"fit eagle", "fit recycling"}
     for step in steps[:-2]:
         assert args.tune_data in step.words, "nothing is fitted or tuned on what is reported"
