@@ -227,8 +227,8 @@ def page(found: Mapping[str, Any]) -> str:
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """On the terminal, in 80 columns."""
-    for line in legend(found):
-        console.print(line, soft_wrap=True, highlight=False, style="bold red" if "INVALID" in line else None)
+    for words in legend(found):
+        console.print(words, soft_wrap=True, highlight=False, style="bold red" if "INVALID" in words else None)
     for title, lines in blocks(found):
         grid = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
         for place, heading in enumerate(HEAD):
