@@ -233,8 +233,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         grid = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
         for place, heading in enumerate(HEAD):
             grid.add_column(heading, justify="left" if place < 2 else "right", no_wrap=True)
-        for line in lines:
-            grid.add_row(*line)
+        for cells in lines:
+            grid.add_row(*cells)
         console.print(grid)
 
 

@@ -109,11 +109,14 @@ def of_static(args: argparse.Namespace, target: Target, loaded: Checkpoint) -> l
 
 
 def of_settings(args: argparse.Namespace, target: Target) -> list[Candidate]:
-    """A method without training with each of the settings."""
+    """A method without training with each of the settings; costs measured for larger drafts serve for smaller ones."""
     found = []
+    costs = Path(args.out).parent / f"{args.method}_costs"
     for some in settings_of(args):
         label = ", ".join(f"{key}={value}" for key, value in some.items()) or "defaults"
-        pair = method_and_policy(args.method, target, some, policy=args.method_budget, max_batch=args.batch_size)
+        pair = method_and_policy(
+            args.method, target, some, policy=args.method_budget, max_batch=args.batch_size, costs=costs
+        )
         found.append(Candidate({"settings": some}, Method(label, *pair)))
     return found
 
