@@ -51,7 +51,6 @@ SCHEMA = "mmspec-compare/1"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = ("first", "second", "batch_size", "temperature", "method", "other", "topic", "n", "figure", "first_value",
            "second_value", "change", "lo", "hi", "p", "p_holm", "invalid")  # fmt: skip
-LEVEL = 0.05
 
 
 def compare(runs: Sequence[Evaluated], named: Sequence[str], mat_only: bool, seed: int) -> dict[str, Any]:
@@ -201,7 +200,7 @@ def _change(row: Mapping[str, Any]) -> tuple[str, str]:
         return ("INVALID" if row["invalid"] and row["figure"] in TIMES else "-"), "-"
     sign, unit = ("+", "") if row["figure"] == "mat" else ("", "x")
     ends = "" if row["lo"] is None else f" [{row['lo']:{sign}.2f}, {row['hi']:{sign}.2f}]"
-    return f"{value:{sign}.2f}{unit}{ends}", "-" if p is None else f"{p:.3f}{'*' if p < LEVEL else ''}"
+    return f"{value:{sign}.2f}{unit}{ends}", "-" if p is None else f"{p:.3f}{'*' if p < metrics.LEVEL else ''}"
 
 
 def legend(found: Mapping[str, Any]) -> list[str]:

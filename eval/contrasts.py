@@ -28,7 +28,6 @@ DEFINITIONS = {
 }
 FIGURES = tuple(DEFINITIONS)
 TIMES = tuple(name for name in FIGURES if name != "mat")
-N_RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _entry(
     neutral: float, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """A figure that is a ratio of totals."""
-    change, p = metrics.contrast(columns, clusters, statistic, neutral, N_RESAMPLES, seed)
+    change, p = metrics.contrast(columns, clusters, statistic, neutral, metrics.RESAMPLES, seed)
     totals = torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64)
     first, second = map(float, _sides(totals))
     return {"first": first, "second": second, "change": change.value, "lo": change.lo, "hi": change.hi, "p": p}
@@ -104,8 +103,8 @@ def _entry(
 def _percentiles(latencies: Sequence[Sequence[float]], clusters: Sequence[Any], q: float, seed: int) -> dict[str, Any]:
     """Percentiles of latencies over plain decoding's: of the first method, plain, the second method, plain."""
     index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
-    drawn = metrics.draws(len(index), N_RESAMPLES, seed)
-    times = torch.zeros((N_RESAMPLES, len(index)), dtype=torch.float64)
+    drawn = metrics.draws(len(index), metrics.RESAMPLES, seed)
+    times = torch.zeros((metrics.RESAMPLES, len(index)), dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     weights = times[:, [index[name] for name in clusters]]
     mine_a, plain_a, mine_b, plain_b = (torch.tensor(some, dtype=torch.float64) for some in latencies)

@@ -6,7 +6,7 @@ none would have given is known; rates are tokens over seconds of the cost table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.policy_tables import break_even, skip_quality
+from eval.policy_tables import skip_quality
 from eval.summary import OVERALL
 from eval.tasks import Task
 from mmspec import metrics
@@ -39,8 +39,8 @@ DEFINITIONS = {
     "captured": "(controller - best fixed depth) / (hindsight - best fixed depth), of the rates",
     "dependence": "KL(p || q) in nats of the target's distributions of a token with the image (p) and with the mean "
     "image feature in its place (q)",
-    "break-even": "largest batch at which the rate of a fixed depth is above plain decoding's, each batch with its own "
-    "measured costs and with the acceptance of these rounds",
+    "break-even": "largest batch up to which the rate of a fixed depth is above plain decoding's, each batch with its "
+    "own measured costs and with the acceptance of these rounds",
 }
 
 
@@ -124,7 +124,8 @@ def figures(answers: Sequence[Answered], policy: LearnedPolicy, tree: DraftTree)
     members = {topic: [a for a in answers if a.task.record.topic == topic] for topic in topics}
     costs = policy.costs
     assert isinstance(costs, CostTable)
-    rows = [row for batch in sorted(costs.verify_s) for row in _at_batch(asked, policy, tree, batch)]
+    by_batch = {batch: _at_batch(asked, policy, tree, batch) for batch in sorted(costs.verify_s)}
+    fixed = next(iter(by_batch.values()))
     return {
         "topics": {name: _row(some, policy, tree) for name, some in {OVERALL: answers, **members}.items()},
         "calibration": metrics.calibration(said),
@@ -133,8 +134,12 @@ def figures(answers: Sequence[Answered], policy: LearnedPolicy, tree: DraftTree)
             "stated": {f"{threshold:g}": skip_quality(said, threshold) for threshold in THRESHOLDS},
         },
         "levels": _levels(answers),
-        "batches": rows,
-        "break_even": {row["policy"]: row["batch"] for row in break_even(rows)},
+        "batches": [
+            {"batch": batch, "policy": name, "speedup": speedup}
+            for batch, found in by_batch.items()
+            for name, speedup in found.items()
+        ],
+        "break_even": {name: metrics.break_even({b: found[name] for b, found in by_batch.items()}) for name in fixed},
         "definitions": DEFINITIONS,
     }
 
@@ -187,18 +192,16 @@ def _rates(asked: Sequence[Asked], policy: LearnedPolicy, tree: DraftTree) -> di
     }
 
 
-def _at_batch(asked: Sequence[Asked], policy: LearnedPolicy, tree: DraftTree, batch: int) -> list[dict[str, Any]]:
-    """What the cost table says of fixed depths at a batch size: rows as `break_even` takes them."""
+def _at_batch(asked: Sequence[Asked], policy: LearnedPolicy, tree: DraftTree, batch: int) -> dict[str, float]:
+    """What the cost table says of fixed depths at a batch size, over plain decoding."""
     steps: list[Step] = [(one.outcome,) for one in asked]
     prices = Prices.of(policy.costs, batch, policy.max_depth, policy.max_budget)
     plain = fixed_rate(steps, prices, 0, 0)
     depths = range(1, policy.max_depth + 1)
-    speedups = {
+    return {
         "the checkpoint's tree": fixed_rate(steps, prices, min(tree.depth, policy.max_depth), tree.budget) / plain,
         "best fixed depth": max(fixed_rate(steps, prices, d, policy.offered[d]) for d in depths) / plain,
     }
-    facts: Mapping[str, Any] = {"drafter": "", "temperature": 0.0, "topic": OVERALL, "batch": batch}
-    return [{**facts, "policy": name, "speedup": speedup} for name, speedup in speedups.items()]
 
 
 def _levels(answers: Sequence[Answered]) -> list[dict[str, Any]]:

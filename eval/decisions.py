@@ -195,11 +195,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = OneLineParser(
-        prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="a run folder with a head and its controller")
     add("--out", required=True, metavar="FILE", help="the page; the figures go beside it as JSON")

@@ -14,6 +14,7 @@ from eval.findings_runs import Found, Run, shown, span
 from eval.plots import Series, standalone, ticks
 from eval.summary import interval
 from eval.verdicts import Claim, Rows, estimate, family, growth, totals
+from mmspec import metrics
 from mmspec.types import InputError
 
 FINDING = "vision awareness becomes increasingly important as the batch grows."
@@ -40,7 +41,7 @@ def found(run: Run, heads: Mapping[str, str], policies: Sequence[str], seed: int
         claims.append(_grows(run, f"What {policy} is worth to the head grows with the batch", seeing, name, seed))
         claims.append(_worth(run, f"The head is faster under {policy} than with its fixed tree", seeing, name, seed))
     lines = lineup(run, heads, policies)
-    even = {label: break_even(run, name) for label, name in lines.items()}
+    even = {label: ahead(run, name) for label, name in lines.items()}
     twins = [test for test in claims[1].tests][::-1]
     clockless = [["batch", "seconds, blind over seeing [95%]", "forwards of the batch, blind over seeing"]]
     clockless += [
@@ -80,15 +81,9 @@ def lineup(run: Run, heads: Mapping[str, str], policies: Sequence[str]) -> dict[
     return found
 
 
-def break_even(run: Run, method: str) -> int | None:
-    """The largest batch size up to which drafting is surely ahead of plain decoding at every size; None: at none."""
-    last = None
-    for batch in run.batches:
-        low = run.figures(batch, method)["speedup_lo"]
-        if low is None or low <= 1:
-            break
-        last = batch
-    return last
+def ahead(run: Run, method: str) -> int | None:
+    """The batch size up to which drafting is surely ahead of plain decoding."""
+    return metrics.break_even({batch: run.figures(batch, method)["speedup_lo"] for batch in run.batches})
 
 
 def _grows(run: Run, says: str, slow: str, fast: str, seed: int) -> Claim:
@@ -110,11 +105,11 @@ def _worth(run: Run, says: str, slow: str, fast: str, seed: int) -> Claim:
 def _forwards(run: Run, batch: int, slow: str, fast: str) -> tuple[Rows, list[Hashable]]:
     """[G, 2] forwards of each group's batch: those of its longest row."""
     longest: dict[int, list[float]] = {}
-    for column, method in enumerate((slow, fast)):
-        for one in run.cells[batch][method]:
+    for column, results in enumerate(run.paired(batch, slow, fast)):
+        for one in results:
             sums = longest.setdefault(one.group, [0.0, 0.0])
             sums[column] = max(sums[column], float(len(one.output.rounds)))
-    return np.array(list(longest.values())), list(longest)
+    return np.array(list(longest.values())).reshape(-1, 2), list(longest)
 
 
 def _speedups(run: Run, names: Mapping[str, str], even: Mapping[str, int | None]) -> list[list[str]]:

@@ -6,11 +6,11 @@ typical request (geometric mean of the requests' own ratios) counts each request
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from eval.bench import Result
 from eval.findings_runs import (
     FAST_GROUP_S,
     FAST_S,
@@ -28,6 +28,7 @@ from eval.findings_runs import (
 from eval.plots import Series, standalone, ticks
 from eval.tasks import PLAIN
 from eval.verdicts import Claim, Compared, Figure, Rows, at, estimate, family, growth, over, totals, typical
+from mmspec import metrics
 
 FINDING = "throughput speedup alone does not reliably reflect latency."
 FIFTHS = 5
@@ -107,7 +108,13 @@ def found(run: Run, seed: int = 0) -> Found:
             family([estimate(f"{what}, batch {b}", *_all(run, b, methods), chosen(q), seed)
                     for b in run.batches for what, q in (("p50", 50), ("p90", 90))]), run.valid,
         ))  # fmt: skip
-    even = {name: {what: break_even(run, rows, name, f) for what, f in LATENCIES.items()} for name in methods}
+    even = {
+        name: {
+            what: metrics.break_even({b: figure(rows[b, name][0]) for b in run.batches})
+            for what, figure in LATENCIES.items()
+        }
+        for name in methods
+    }
     share = long_share(rows[first, methods[0]][0])
     facts = {"break_even": even, "long_share": share}
     table = {
@@ -163,34 +170,17 @@ def chosen(percent: float) -> Figure:
     return figure
 
 
-def break_even(
-    run: Run, rows: Mapping[tuple[int, str], tuple[Rows, list[Hashable]]], name: str, figure: Figure
-) -> int | None:
-    """The largest batch size up to which a speedup is above 1 at every size; None: at none."""
-    last = None
-    for batch in run.batches:
-        if not figure(rows[batch, name][0]) > 1:
-            break
-        last = batch
-    return last
-
-
 def _all(run: Run, batch: int, methods: Sequence[str]) -> tuple[Rows, list[Hashable]]:
-    """[N, 2K] latencies and shares of all methods, and clusters; requests that all answered alike."""
-    found: dict[tuple[str, int], dict[str, Result]] = {}
-    for name in methods:
-        for one in run.cells[batch][name]:
-            found.setdefault((one.id, one.turn), {})[name] = one
-    size: dict[int, int] = {}
-    for mine in found.values():
-        group = next(iter(mine.values())).group
-        size[group] = size.get(group, 0) + 1
-    rows = [
-        [mine[n].output.latency_s for n in methods] + [mine[n].group_s / size[mine[n].group] for n in methods]
-        for mine in found.values()
-    ]
-    first = [mine[methods[0]] for mine in found.values()]
-    return np.array(rows), [one.image if batch == 1 else one.group for one in first]
+    """[N, 2K] latencies and shares of all methods, and clusters; of groups that all answered as the first did."""
+    pairs = [run.paired(batch, methods[0], name) for name in methods]
+    groups = set.intersection(*({one.group for one in mine} for mine, _ in pairs))
+    first = [one for one in pairs[0][0] if one.group in groups]
+    size = Counter(one.group for one in first)
+    by_method = [[one for one in mine if one.group in groups] for _, mine in pairs]
+    latencies = [[one.output.latency_s for one in mine] for mine in by_method]
+    shares = [[one.group_s / size[one.group] for one in mine] for mine in by_method]
+    rows = np.array([*latencies, *shares]).T.reshape(-1, 2 * len(methods))
+    return rows, [one.image if batch == 1 else one.group for one in first]
 
 
 def _charts(

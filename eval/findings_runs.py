@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eval import tables
 from eval.bench import Result
 from eval.claims import Units
 from eval.rows import from_row, read
@@ -108,18 +109,18 @@ class Run:
 
     def seconds(self, batch: int, slow: str, fast: str, topic: str = OVERALL) -> tuple[Rows, list[Hashable]]:
         """[N, 2] seconds of the units of time (`Units`), and their clusters."""
-        a, b = self._paired(batch, slow, fast, topic)
+        a, b = self.paired(batch, slow, fast, topic)
         units = Units.of(b, a, batch)
         return _rows([units.plain_s, units.mine_s]), list(units.clusters)
 
     def rounds(self, batch: int, slow: str, fast: str, topic: str = OVERALL) -> tuple[Rows, list[Hashable]]:
         """[N, 2] forwards of the target that each request took after its prefill; needs no clock."""
-        a, b = self._paired(batch, slow, fast, topic)
+        a, b = self.paired(batch, slow, fast, topic)
         return _rows([[len(one.output.rounds) for one in some] for some in (a, b)]), [one.image for one in a]
 
     def requests(self, batch: int, slow: str, fast: str) -> tuple[Rows, list[Hashable]]:
         """[N, 9] what each request took, by the columns above, and its cluster."""
-        a, b = self._paired(batch, slow, fast)
+        a, b = self.paired(batch, slow, fast)
         size: dict[int, int] = {}
         for one in a:
             size[one.group] = size.get(one.group, 0) + 1
@@ -136,17 +137,22 @@ class Run:
         """[C, 4] seconds of both at one batch size and at another, by the groups of the largest one.
 
         Groups are consecutive requests of one topic and turn, so that those of a size that divides the largest lie
-        within its groups.
+        within its groups. One in which the two differ at either size is left out.
         """
         largest = {(one.id, one.turn): one.group for one in self.cells[max(self.batches)][slow]}
         sums: dict[int, list[float]] = {}
+        differing: set[int] = set()
         for start, size in ((0, batch), (2, base)):
-            for column, method in ((start, slow), (start + 1, fast)):
-                for one in {result.group: result for result in self.cells[size][method]}.values():
+            pair = self.paired(size, slow, fast)
+            alike = {(one.id, one.turn) for one in pair[0]}
+            differing |= {group for request, group in largest.items() if request not in alike}
+            for column, results in enumerate(pair, start):
+                for one in {result.group: result for result in results}.values():
                     sums.setdefault(largest[one.id, one.turn], [0.0] * 4)[column] += one.group_s
-        return np.array(list(sums.values())), list(sums)
+        kept = [group for group in sums if group not in differing]
+        return np.array([sums[group] for group in kept]).reshape(-1, 4), list(kept)
 
-    def _paired(self, batch: int, slow: str, fast: str, topic: str = OVERALL) -> tuple[list[Result], list[Result]]:
+    def paired(self, batch: int, slow: str, fast: str, topic: str = OVERALL) -> tuple[list[Result], list[Result]]:
         """Results of both, request by request; what differs (at a tie) is left out with its group."""
         cell = self.cells[batch]
         other = {(one.id, one.turn): one for one in cell[fast]}
@@ -199,9 +205,9 @@ def as_markdown(found: Found) -> str:
         rows = [["", "ratio [95%]", "p (Holm)", "answer"]]
         for test in claim.tests:
             rows.append([test.what, span(test), shown(test.p_holm, 4), test.answer if claim.valid else claim.answer])
-        parts.append(table(rows))
+        parts.append(tables.markdown(rows[0], rows[1:]))
     for title, lines in found.tables.items():
-        parts.append(f"**{title}**\n\n{table(lines)}")
+        parts.append(f"**{title}**\n\n{tables.markdown(lines[0], lines[1:])}")
     return "\n".join(parts)
 
 
@@ -213,14 +219,6 @@ def span(test: Compared) -> str:
 def shown(value: float, digits: int = 3) -> str:
     """A figure in words; a dash for NaN."""
     return number(clean(float(value)), digits)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row has the headings."""
-    head, *rest = rows
-    return (
-        "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(r)} |" for r in rest)]) + "\n"
-    )
 
 
 def _rows(columns: Sequence[Sequence[float]]) -> Rows:

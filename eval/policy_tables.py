@@ -12,6 +12,7 @@ from typing import Any
 from eval import tables
 from eval.plots import Series, standalone, ticks
 from eval.summary import OVERALL, number
+from mmspec import metrics
 
 DRAWN = (1, 2, 4, 8, 12)
 """Depths whose reliability is drawn."""
@@ -102,16 +103,17 @@ def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]
 
 
 def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By drafter, temperature and policy: the largest batch at which drafting is still ahead of plain decoding."""
-    found: dict[tuple[str, float, str], list[int]] = {}
+    """By drafter, temperature, data and policy: the batch size up to which drafting is ahead of plain decoding."""
+    found: dict[tuple[Any, ...], dict[int, float | None]] = {}
     for row in rows:
-        if row["topic"] == OVERALL and row["speedup"]:
-            batches = found.setdefault((row["drafter"], row["temperature"], row["policy"]), [])
-            batches += [row["batch"]] if row["speedup"] > 1 else []
+        if row["topic"] == OVERALL:
+            facts = tuple(row[name] for name in ("drafter", "temperature", "data", "policy"))
+            found.setdefault(facts, {})[row["batch"]] = row["speedup"]
     return [
-        {"drafter": d, "temperature": t, "policy": p, "batch": max(batches, default=None)}
-        for (d, t, p), batches in found.items()
-    ]
+        {"drafter": drafter, "temperature": temperature, "data": data, "policy": policy,
+         "batch": metrics.break_even(speedups)}
+        for (drafter, temperature, data, policy), speedups in found.items()
+    ]  # fmt: skip
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -156,11 +156,8 @@ def _dependence(found: Dependence) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = OneLineParser(
-        prog=f"python -m {PROGRAM}",
-        description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="EVAL", help="the results of eval.mmspec, e.g. runs/NAME/eval")
     parser.add_argument(

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval import tables
 from eval.summary import OVERALL
+from eval.verdicts import OPEN
 from mmspec import metrics
 
-LEVEL = 0.05
 ENOUGH = 100
 """Observed levels from which on a depth's calibration error is worth a figure."""
 
@@ -110,10 +111,12 @@ def compared(
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """What one comparison says: helps, harms, or no difference was found."""
-    if row["p_holm"] < LEVEL and row["lo"] > 0:
+    """What one comparison says: helps, harms, no difference was found, or (of a single image) nothing."""
+    if math.isnan(row["p_holm"]):
+        return OPEN
+    if row["p_holm"] < metrics.LEVEL and row["lo"] > 0:
         return "helps"
-    if row["p_holm"] < LEVEL and row["hi"] < 0:
+    if row["p_holm"] < metrics.LEVEL and row["hi"] < 0:
         return "harms"
     return "no difference found"
 
@@ -151,35 +154,35 @@ def markdown(found: Mapping[str, Any]) -> str:
         "95%",
         "p (Holm)",
     )
-    lines += _table(head, [
+    lines += [tables.markdown(head, [
         [
             row["model"], f"{row['survival_nll']:.4f}", _n(row["auc"], 3), _n(row["ece_1"], 3), _n(row["ece_max"], 3),
             *(_gain(found["ablations"], row["model"])),
         ]
         for row in found["models"] if row["topic"] == OVERALL
-    ])  # fmt: skip
-    lines += ["", "## By topic", ""]
+    ])]  # fmt: skip
+    lines += ["## By topic", ""]
     names = [row["model"] for row in found["models"] if row["topic"] == OVERALL]
     cell = {(row["model"], row["topic"]): row for row in found["models"]}
     nats = {place: f"{row['survival_nll']:.4f}" for place, row in cell.items()}
     topics = list(dict.fromkeys(row["topic"] for row in found["models"]))
-    lines += _table(("topic", "rounds", "a = 0", *names), [
+    lines += [tables.markdown(("topic", "rounds", "a = 0", *names), [
         [topic, cell[names[0], topic]["n"], _n(cell[names[0], topic]["a0"], 3), *(nats[name, topic] for name in names)]
         for topic in topics
-    ])  # fmt: skip
-    lines += ["", "## Vision, by topic", "", *_comparisons(found["vision"]), ""]
-    lines += ["## Logistic regression of a = 0", "", found["logistic_how"], "", *_comparisons(found["logistic"]), ""]
-    lines += ["## Labels", ""]
-    lines += _table(("topic", "rounds with an image", "KL, mean nats", "choice changed", *found["rank_names"]), [
+    ])]  # fmt: skip
+    lines += ["## Vision, by topic", "", _comparisons(found["vision"])]
+    lines += ["## Logistic regression of a = 0", "", found["logistic_how"], "", _comparisons(found["logistic"])]
+    head = ("topic", "rounds with an image", "KL, mean nats", "choice changed", *found["rank_names"])
+    lines += ["## Labels", "", tables.markdown(head, [
         [row["topic"], row["n"], _n(row["dependence"], 3), _n(row["changed"], 3), *(_n(r, 2) for r in row["ranks"])]
         for row in found["labels"]
-    ])  # fmt: skip
-    return "\n".join(lines) + "\n"
+    ])]  # fmt: skip
+    return "\n".join(lines)
 
 
-def _comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ("without", "topic", "gain, nats a round", "95%", "p (Holm)", "so it")
-    return _table(head, [
+    return tables.markdown(head, [
         [
             r["without"], r["topic"], f"{r['gain']:+.4f}", f"{r['lo']:+.4f} to {r['hi']:+.4f}", _n(r["p_holm"], 3),
             verdict(r),
@@ -193,11 +196,6 @@ def _gain(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
         if row["without"] == name and row["topic"] == OVERALL:
             return [f"{row['gain']:+.4f}", f"{row['lo']:+.4f} to {row['hi']:+.4f}", _n(row["p_holm"], 3)]
     return ["", "", ""]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return lines + [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
 
 
 def _n(value: float | None, digits: int) -> str:

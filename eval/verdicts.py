@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mmspec import metrics
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 MARGIN = 0.02
-"""A ratio whose whole interval lies below 1 + MARGIN is no gain to speak of."""
-LEVEL = 0.05
-RESAMPLES = 4000
+"""A ratio that is not above 1 + MARGIN is no gain to speak of."""
 LEAST = 6
 """Clusters that an interval needs: of fewer, draws are too few and too alike."""
 
@@ -54,7 +53,7 @@ class Compared:
             return OPEN
         if self.hi < 1 + MARGIN:
             return FAILS
-        return HOLDS if self.value > 1 and self.p_holm < LEVEL else OPEN
+        return HOLDS if self.value > 1 + MARGIN and self.p_holm < metrics.LEVEL else OPEN
 
 
 @dataclass(frozen=True)
@@ -112,19 +111,17 @@ def estimate(what: str, rows: Rows, clusters: Sequence[Hashable], figure: Figure
     in_order = np.array([place for mine in members.values() for place in mine])
     sizes = np.array([len(mine) for mine in members.values()])
     starts = sizes.cumsum() - sizes
-    drawn = np.random.default_rng(seed).integers(len(sizes), size=(RESAMPLES, len(sizes)))
-    ratios = np.array([figure(rows[in_order[_expand(starts[draw], sizes[draw])]]) for draw in drawn])
-    ratios = ratios[~np.isnan(ratios)]
-    if not len(ratios):
-        return Compared(what, value, math.nan, math.nan, math.nan)
-    lo, hi = np.quantile(ratios, [0.025, 0.975])
-    fewer = min(int((ratios <= 1).sum()), int((ratios >= 1).sum()))
-    return Compared(what, value, float(lo), float(hi), min(1.0, 2 * (1 + fewer) / (1 + len(ratios))))
+    drawn = metrics.draws(len(sizes), metrics.RESAMPLES, seed).numpy()
+    ratios = [figure(rows[in_order[_expand(starts[draw], sizes[draw])]]) for draw in drawn]
+    gain, p = metrics.judged(value, torch.tensor(ratios, dtype=torch.float64), len(sizes), 1.0)
+    return Compared(what, gain.value, gain.lo, gain.hi, p)
 
 
 def _expand(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """start, start + 1, .. of each stretch, one after another."""
-    places: NDArray[np.int64] = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
+    places: NDArray[np.int64] = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(
+        int(sizes.sum()), dtype=np.int64
+    )
     return places
 
 

@@ -1,6 +1,7 @@
 """Dashboards of Weights & Biases as code: which metrics stand on which panel, for a project or for a file.
 
 Invariant: a panel is its metrics' names; the view that W&B takes is made by W&B's own library and never typed here.
+The library is imported when a view is made, and by nothing else: decoding does not need it (tests/test_imports.py).
 """
 
 from __future__ import annotations
@@ -72,11 +73,9 @@ def command(program: str, about: str, board: Dashboard, file: str, argv: Sequenc
     Returns:
         The exit code.
     """
-    summary, _, rest = about.partition("\n\n")
     parser = OneLineParser(
-        prog=f"python -m {program}", description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog=f"python -m {program}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", metavar="FILE", help=f"write the view as JSON, logged in or not (not logged in: {file})")
     add("--project", default=wandb_project(), metavar="NAME", help="of W&B (default: WANDB_PROJECT, or mmspec)")

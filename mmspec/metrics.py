@@ -8,7 +8,7 @@ A round is `(action, nodes, accepted, emitted)` as in `types.Output`: one active
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ import torch
 from mmspec.types import Output
 
 CALIBRATION_BINS = 10
+RESAMPLES = 4000
+"""Of every bootstrap."""
+LEVEL = 0.05
+"""A claim holds where its p within its family (`holm`) is under this."""
 TIE_GAP = 1e-4
 """Top-2 logit gap under which a divergence in fp32 is a tie: cached and full forward differ by 1e-5 in logits."""
 TIE_GAPS = {"float64": 0.0, "float32": TIE_GAP, "float16": 2**-5, "bfloat16": 2**-2}
@@ -138,7 +142,7 @@ def speedup(
     null_s: Sequence[float],
     method_s: Sequence[float],
     clusters: Sequence[Hashable],
-    n_resamples: int = 4000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
     """Total seconds of plain decoding / total seconds of the method, with a paired bootstrap interval.
@@ -161,21 +165,6 @@ def speedup(
     return contrast((null_s, method_s), clusters, ratio, 1.0, n_resamples, seed)[0]
 
 
-def p_value(
-    null_s: Sequence[float],
-    method_s: Sequence[float],
-    clusters: Sequence[Hashable],
-    n_resamples: int = 4000,
-    seed: int = 0,
-) -> float:
-    """Two-sided p of "the two take the same time", by the bootstrap of `speedup`; arguments as there.
-
-    Twice the share of resampled ratios on the other side of 1, with the observed one counted among them, so that it is
-    never 0. NaN with fewer than two clusters.
-    """
-    return contrast((null_s, method_s), clusters, ratio, 1.0, n_resamples, seed)[1]
-
-
 def ratio(totals: torch.Tensor) -> torch.Tensor:
     """The first of the totals [..., 2] by the second."""
     return totals[..., 0] / totals[..., 1]
@@ -186,7 +175,7 @@ def contrast(
     clusters: Sequence[Hashable],
     statistic: Callable[[torch.Tensor], torch.Tensor],
     neutral: float,
-    n_resamples: int = 4000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Interval, float]:
     """A statistic of several totals of the same units, with the bootstrap of `speedup`: whole clusters are drawn.
@@ -211,13 +200,16 @@ def contrast(
 
 
 def judged(value: float, resampled: torch.Tensor, n_clusters: int, neutral: float) -> tuple[Interval, float]:
-    """A figure with its 95% interval and its p: twice the share of `resampled` on the other side of `neutral`.
+    """A figure with its 95% interval, and its two-sided p: twice the share of `resampled` on the other side of
+    `neutral`, with the observed figure counted among them, so that it is never 0.
 
-    NaN throughout where the figure cannot be computed; interval and p are NaN with fewer than two clusters.
+    NaN throughout where the figure cannot be computed; interval and p are NaN with fewer than two clusters. Resamples
+    of which the figure cannot be computed do not count.
     """
     if not math.isfinite(value):
         return Interval(math.nan, math.nan, math.nan), math.nan
-    if n_clusters < 2:
+    resampled = resampled[~resampled.isnan()]
+    if n_clusters < 2 or not len(resampled):
         return Interval(value, math.nan, math.nan), math.nan
     ends = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64))
     fewer = min(int((resampled <= neutral).sum()), int((resampled >= neutral).sum()))
@@ -235,7 +227,7 @@ def mean_difference(
     first: torch.Tensor,
     second: torch.Tensor,
     clusters: Sequence[Hashable],
-    n_resamples: int = 4000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Interval, float]:
     """Mean of `second - first` over the same units, with a bootstrap interval that draws whole clusters, and the
@@ -248,7 +240,7 @@ def mean_difference(
         seed: of the resampling only.
 
     Returns:
-        The interval, and p as in `p_value`; ends and p are NaN with fewer than two clusters, all is NaN without units.
+        The interval, and p as in `judged`; ends and p are NaN with fewer than two clusters, all is NaN without units.
     """
     gain = (second - first).tolist()
     return contrast((gain, [1.0] * len(gain)), clusters, ratio, 0.0, n_resamples, seed)
@@ -265,6 +257,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(order) - place) * p_values[i]))
         adjusted[i] = least
     return adjusted
+
+
+def break_even(speedups: Mapping[int, float | None]) -> int | None:
+    """The largest batch size up to which a speedup (or the lower end of its interval) is above 1 at every size.
+
+    Args:
+        speedups: by batch size; None or NaN is not above 1.
+
+    Returns:
+        None where not even the smallest size is.
+    """
+    last = None
+    for batch, gain in sorted(speedups.items()):
+        if gain is None or not gain > 1:
+            break
+        last = batch
+    return last
 
 
 def geometric_mean(values: Sequence[float]) -> float:

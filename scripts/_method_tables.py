@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from eval.head_tables import as_csv, depth_plot, markdown, row, speedup_plot
-from eval.steps import options, read_json
+from eval.steps import hardware_line, options, read_json
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
@@ -104,9 +104,9 @@ def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
         (results / f"{table}_depth.svg").write_text(depth_plot(title, found[table]), encoding="utf-8")
         text.append(markdown(title, found[table], FACTS))
     (results / "tables.md").write_text("\n".join(text), encoding="utf-8")
-    machine = ", ".join(f"{key} {value}" for key, value in found["hardware"].items())
     said = " ".join(map(checkpoint.discreet, args.said))
     return (
         f"## {date.today()} · All methods side by side on {checkpoint.discreet(args.data)}\n\n"
-        f"`bash scripts/compare_methods.sh {said}`, commit {found['commit']}, {machine}.\n\n" + "\n".join(text)
+        f"`bash scripts/compare_methods.sh {said}`, commit {found['commit']}, {hardware_line(found['hardware'])}.\n\n"
+        + "\n".join(text)
     )

@@ -237,7 +237,7 @@ def simulated(rng: random.Random, speedup: float, slow: float, work: list[float]
 def test_intervals_cover_a_known_ratio_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of two days, the second on a machine half as fast. In 200 trials a coverage of 95% has an error of 1.5%; the
     intervals of percentiles, whose resamples take few values, are wider than they say."""
-    monkeypatch.setattr(contrasts, "N_RESAMPLES", 600)
+    monkeypatch.setattr(metrics, "RESAMPLES", 600)
     rng, hits = random.Random(0), dict.fromkeys(FIGURES, 0)
     n = 200
     for trial in range(n):

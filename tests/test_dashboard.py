@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from eval import dashboard as evaluation
+from eval import wandb_log
 from eval.summary import OVERALL
 from mmspec.dashboards import Dashboard, Panel
 from tests.training import ROOT, distill, record, save_data, save_recipe, save_target
@@ -63,7 +64,6 @@ def test_training_logs_what_its_panels_show_and_nothing_else(tmp_path: Path):
 
 
 def test_an_evaluation_logs_what_its_panels_show():
-    wandb_log = pytest.importorskip("eval.wandb_log")
     figures = {panel.metrics[0].split("/")[2] for panel in evaluation.BOARD.panels}
     figures |= {f"speedup_{end}" for end in ("lo", "hi")}
     found = dict.fromkeys(figures, 1.0)

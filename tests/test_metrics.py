@@ -161,3 +161,18 @@ def test_simulated_acceptance_recovers_its_rate() -> None:
     # 20,000 rounds: three standard errors of a share are 0.0106.
     assert metrics.acceptance_by_depth([output(rounds)]) == pytest.approx([0.7, 0.49, 0.343, 0.2401], abs=0.0106)
     assert metrics.mat([output(rounds)]) == pytest.approx(2.7731, abs=0.04)
+
+
+def test_resamples_that_have_no_figure_do_not_make_it_surer() -> None:
+    # Of two clusters one has no rounds: a quarter of the resamples draw it twice, and have no MAT.
+    kept, rounds = [3.0, 0.0], [2.0, 0.0]
+    interval, p = metrics.contrast((kept, rounds), ["a", "b"], metrics.ratio, 1.5)
+    assert (interval.value, interval.lo, interval.hi) == (1.5, 1.5, 1.5)
+    assert p == 1.0
+
+
+def test_drafting_breaks_even_where_it_was_ahead_all_the_way() -> None:
+    assert metrics.break_even({4: 1.1, 1: 2.0, 2: 1.5}) == 4
+    assert metrics.break_even({1: 2.0, 2: 0.9, 4: 1.1}) == 1, "a lucky large batch does not count"
+    for none in (1.0, math.nan, None):
+        assert metrics.break_even({1: none, 2: 2.0}) is None
