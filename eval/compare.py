@@ -200,7 +200,11 @@ def _change(row: Mapping[str, Any]) -> tuple[str, str]:
         return ("INVALID" if row["invalid"] and row["figure"] in TIMES else "-"), "-"
     sign, unit = ("+", "") if row["figure"] == "mat" else ("", "x")
     ends = "" if row["lo"] is None else f" [{row['lo']:{sign}.2f}, {row['hi']:{sign}.2f}]"
-    return f"{value:{sign}.2f}{unit}{ends}", "-" if p is None else f"{p:.3f}{'*' if p < metrics.LEVEL else ''}"
+    return f"{value:{sign}.2f}{unit}{ends}", "-" if p is None else f"{_p(p)}{'*' if p < metrics.LEVEL else ''}"
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def legend(found: Mapping[str, Any]) -> list[str]:
@@ -229,9 +233,11 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for words in legend(found):
         console.print(words, soft_wrap=True, highlight=False, style="bold red" if "INVALID" in words else None)
     for title, lines in blocks(found):
-        grid = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+        grid = Table(
+            box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold"
+        )  # a space less between columns than usual
         for place, heading in enumerate(HEAD):
-            grid.add_column(heading, justify="left" if place < 2 else "right", no_wrap=True)
+            grid.add_column(heading, justify="left" if place < 2 else "right", no_wrap=place > 0)
         for cells in lines:
             grid.add_row(*cells)
         console.print(grid)

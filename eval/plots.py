@@ -77,6 +77,38 @@ def opening(label: str, width: float, height: float) -> str:
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{words}"><title>{words}</title>'
 
 
+def axes(
+    x_label: str,
+    y_label: str,
+    xs: Sequence[tuple[float, str]],
+    ys: Sequence[tuple[float, str]],
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    upright: bool = False,
+) -> list[str]:
+    """What stands around the data of a chart of this size, between LEFT, RIGHT, TOP and BOTTOM from its sides.
+
+    Args:
+        x_label, y_label: names of the axes.
+        xs, ys: places of their ticks in the drawing, and what stands there.
+        upright: grid lines at `xs` too.
+
+    Returns:
+        Elements of an `<svg>`.
+    """
+    right, bottom = width - RIGHT, height - BOTTOM
+    parts = [f'<text class="axis" x="{LEFT - 6}" y="12" text-anchor="start">{escape(y_label)}</text>']
+    for y, words in ys:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(words)}</text>')
+    for x, words in xs:
+        if upright:
+            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom:g}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18:g}" text-anchor="middle">{escape(words)}</text>')
+    middle = f'x="{(LEFT + right) / 2:g}" y="{height - 5:g}"'
+    return [*parts, f'<text class="axis" {middle} text-anchor="middle">{escape(x_label)}</text>']
+
+
 def line_chart(
     series: Sequence[Series],
     x_label: str,
@@ -106,19 +138,9 @@ def line_chart(
     def py(y: float) -> float:
         return HEIGHT - BOTTOM - (min(max(y, y_lo), y_hi) - y_lo) / (y_hi - y_lo) * (HEIGHT - TOP - BOTTOM)
 
+    named = zip(x_ticks, x_words or [f"{x:g}" for x in x_ticks], strict=True)
     parts = [opening(f"{y_label} by {x_label}", WIDTH, HEIGHT)]
-    parts.append(f'<text class="axis" x="{LEFT - 6}" y="12" text-anchor="start">{escape(y_label)}</text>')
-    for y in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x, words in zip(x_ticks, x_words or [f"{x:g}" for x in x_ticks], strict=True):
-        parts.append(
-            f'<text class="tick" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(words)}</text>'
-        )
-    parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-    )
+    parts += axes(x_label, y_label, [(px(x), words) for x, words in named], [(py(y), f"{y:g}") for y in y_ticks])
     if rule is not None and y_lo <= rule[0] <= y_hi:
         at = py(rule[0])
         parts.append(

@@ -175,7 +175,10 @@ def again(folder: Path, measured: Path | None) -> Path:
         samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
     except OSError as error:
         name = Path(str(error.filename)).name
-        raise InputError(f"{folder} has no {name}: give the --out of a finished eval.mmspec") from None
+        remedy = (
+            "run eval.mmspec again with --resume" if name == SAMPLES else "give the --out of a finished eval.mmspec"
+        )
+        raise InputError(f"{folder} has no {name}: {remedy}") from None
     except ValueError:
         raise InputError(
             f"{folder} was not written by this version of eval.mmspec; run it again with --resume"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 
-from eval.plots import BOTTOM, LEFT, WIDTH, Series, marker, opening
+from eval.plots import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Series, axes, marker, opening
 
 CHARACTER, LINE = 6.0, 13.0
 """Generous width and height of a character of a chart's labels, in its units."""
@@ -130,7 +130,7 @@ def scatter(marks: Sequence[Mark], x_label: str, y_label: str, width: float = WI
     if not marks:
         return ""
     (x_lo, x_hi), (y_lo, y_hi) = ((min(v) / 1.2, max(v) * 1.2) for v in ([m.x for m in marks], [m.y for m in marks]))
-    left, right, top, bottom = float(LEFT), width - 16.0, 26.0, height - BOTTOM
+    left, right, top, bottom = LEFT, width - RIGHT, TOP, height - BOTTOM
 
     def px(x: float) -> float:
         return left + math.log(x / x_lo) / math.log(x_hi / x_lo) * (right - left)
@@ -139,16 +139,8 @@ def scatter(marks: Sequence[Mark], x_label: str, y_label: str, width: float = WI
         return bottom - math.log(y / y_lo) / math.log(y_hi / y_lo) * (bottom - top)
 
     parts = [opening(f"{y_label} by {x_label}", width, height)]
-    parts.append(f'<text class="axis" x="{left - 6}" y="12">{escape(y_label)}</text>')
-    for y in log_ticks(y_lo, y_hi):
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in log_ticks(x_lo, x_hi):
-        parts.append(f'<line class="grid" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
-    parts.append(
-        f'<text class="axis" x="{(left + right) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    xs, ys = ([(px(x), f"{x:g}") for x in log_ticks(x_lo, x_hi)], [(py(y), f"{y:g}") for y in log_ticks(y_lo, y_hi)])
+    parts += axes(x_label, y_label, xs, ys, width, height, upright=True)
     for trail in dict.fromkeys(mark.trail for mark in marks if mark.trail):
         members = [mark for mark in marks if mark.trail == trail]
         d = "M" + "L".join(f"{px(m.x):.1f},{py(m.y):.1f}" for m in members)

@@ -13,8 +13,9 @@ from eval import tables
 from eval.summary import show
 
 USAGE = """\
-usage: python -m eval.show SUMMARY.json [--markdown | --csv]
+usage: python -m eval.show EVAL [--markdown | --csv]
 
+  EVAL        the results of eval.mmspec, e.g. runs/NAME/eval, or the summary.json in them
   --markdown  with decode-only speedup, latencies, ties and what the columns mean, as in tables.md
   --csv       one row for each cell, method and topic with all figures, as in tables.csv"""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from eval import compare, contrasts
 from eval import mmspec as cli
@@ -208,6 +209,20 @@ def test_wrong_input_is_one_line(runs: Callable[..., Path], tmp_path: Path, caps
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_a_table_fits_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    row = dict.fromkeys(compare.COLUMNS) | {
+        "first": "A", "second": "B", "batch_size": 1, "temperature": 0.0, "method": "a", "other": "b",
+        "topic": "multi-turn conversation", "figure": "mat", "first_value": 17.56, "second_value": 17.18,
+        "change": -10.38, "lo": -10.61, "hi": -10.16, "p": 0.0005, "p_holm": 0.0005,
+    }  # fmt: skip
+    compare.show({"runs": [], "notes": [], "rows": [row]}, Console(width=80))
+    said = capsys.readouterr().out
+    assert "-10.38 [-10.61, -10.16]  <0.001*" in said, "a topic is wrapped before a figure is cut"
+    row |= {"first_value": 7.56, "second_value": 7.18, "change": -0.38, "lo": -0.61, "hi": -0.16}
+    compare.show({"runs": [], "notes": [], "rows": [row]}, Console(width=80))
+    assert "multi-turn conversation  mat" in capsys.readouterr().out
 
 
 def test_weighted_percentiles_are_those_of_the_samples() -> None:
