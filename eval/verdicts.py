@@ -108,21 +108,11 @@ def estimate(what: str, rows: Rows, clusters: Sequence[Hashable], figure: Figure
         members.setdefault(cluster, []).append(place)
     if len(members) < LEAST or math.isnan(value):
         return Compared(what, value, math.nan, math.nan, math.nan)
-    in_order = np.array([place for mine in members.values() for place in mine])
-    sizes = np.array([len(mine) for mine in members.values()])
-    starts = sizes.cumsum() - sizes
-    drawn = metrics.draws(len(sizes), metrics.RESAMPLES, seed).numpy()
-    ratios = [figure(rows[in_order[_expand(starts[draw], sizes[draw])]]) for draw in drawn]
-    gain, p = metrics.judged(value, torch.tensor(ratios, dtype=torch.float64), len(sizes), 1.0)
+    places = [np.array(mine) for mine in members.values()]
+    drawn = metrics.draws(len(places), metrics.RESAMPLES, seed).tolist()
+    ratios = [figure(rows[np.concatenate([places[number] for number in draw])]) for draw in drawn]
+    gain, p = metrics.judged(value, torch.tensor(ratios, dtype=torch.float64), len(places), 1.0)
     return Compared(what, gain.value, gain.lo, gain.hi, p)
-
-
-def _expand(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """start, start + 1, .. of each stretch, one after another."""
-    places: NDArray[np.int64] = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(
-        int(sizes.sum()), dtype=np.int64
-    )
-    return places
 
 
 def family(tests: Sequence[Compared]) -> tuple[Compared, ...]:

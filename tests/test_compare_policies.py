@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.policy_tables import headroom_of, markdown, page, plot, rows_of, skip_quality, verdicts
+from eval.policy_tables import break_even, headroom_of, markdown, page, plot, rows_of, skip_quality, verdicts
 from mmspec import checkpoint, metrics
 from mmspec.types import InputError
 from scripts import compare_policies as command
@@ -65,6 +65,16 @@ def test_rows_headroom_and_page_come_from_the_cells():
     html = page(table, {"one": drawn})
     assert "&lt;b&gt;" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_data_break_even_apart():
+    facts = {"drafter": "d", "temperature": 0.0, "policy": "P0", "topic": "overall"}
+    rows = [
+        {**facts, "data": data, "batch": batch, "speedup": speedup}
+        for data, *speedups in (("one", 2.0, 1.2, 0.9), ("other", 2.0, 0.9, None))
+        for batch, speedup in zip((1, 4, 8), speedups)
+    ]
+    assert {row["data"]: row["batch"] for row in break_even(rows)} == {"one": 4, "other": 1}
 
 
 def test_calibration_is_zero_for_honest_chances_and_the_difference_for_others():

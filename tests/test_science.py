@@ -12,6 +12,7 @@ import torch
 
 from eval.science import Rounds, answer, compared, figures, markdown, survival_nll, verdict
 from eval.summary import OVERALL
+from eval.verdicts import OPEN
 from mmspec import metrics
 from mmspec.heads import eagle
 from mmspec.heads.viskip import Config, Head
@@ -164,6 +165,13 @@ def test_a_logistic_regression_finds_what_decides():
     assert float(told.mean()) < float(blank.mean()) - 0.1
 
 
+def test_of_a_single_image_nothing_is_said():
+    seen = Rounds(torch.tensor([0, 1]), torch.tensor([1, 1]), ["t", "t"], ["a", "a"])
+    [row] = compared({"x": (torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.6]))}, seen, [OVERALL], 0)
+    assert row["gain"] == pytest.approx(0.4)
+    assert verdict(row) == OPEN
+
+
 def test_the_page_says_it_in_words(tmp_path: Path):
     logits, seen, nats, _ = judged(tmp_path, "label", ("whole", "told the labels"))
     pairs = {"no visual heads": (nats["told the labels"], nats["whole"])}
@@ -176,6 +184,8 @@ def test_the_page_says_it_in_words(tmp_path: Path):
         "command": "c", "commit": "x", "machine": "m", "how": "h", "logistic_how": "l", "answer": said,
         "models": models, "ablations": rows, "vision": rows, "logistic": rows, "labels": labels, "rank_names": ["r"],
     })  # fmt: skip
+    assert "\n\n| topic | rounds | a = 0 |" in page, "a table begins behind an empty line"
+    assert "|\n\n## Labels" in page
     assert "| even |" in page
     assert "| 0.500 | - | 0.25 |" in page
     assert json.dumps(rows)
