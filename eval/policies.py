@@ -73,8 +73,8 @@ class Timed:
         self.max_depth, self.max_budget, self.mass_layer = policy.max_depth, policy.max_budget, policy.mass_layer
         self.senses = policy.senses
 
-    def open(self, max_batch: int, device: torch.device) -> None:
-        self.policy.open(max_batch, device)
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
+        self.policy.open(max_batch, device, sampled)
         self.senses = self.policy.senses
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:

@@ -124,7 +124,9 @@ def estimate(what: str, rows: Rows, clusters: Sequence[Hashable], figure: Figure
 
 def _expand(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """start, start + 1, .. of each stretch, one after another."""
-    places: NDArray[np.int64] = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
+    places: NDArray[np.int64] = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(
+        int(sizes.sum()), dtype=np.int64
+    )
     return places
 
 

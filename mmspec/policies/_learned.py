@@ -52,38 +52,60 @@ class LearnedPolicy:
 
     def __init__(self, parts: Parts, refine: bool = False, bias_rate: float = 0.02) -> None:
         self.controller, self.costs = parts.trained("viskip"), parts.measured("viskip")
-        self.max_depth = min(parts.depth, len(self.controller.prior))
+        self.max_depth = min(parts.depth, len(self.controller.at(False).prior))
         self.max_budget, self.refines, self.bias_rate = parts.budget, refine, bias_rate
         self.offered = [parts.nodes(d) for d in range(self.max_depth + 1)]
         self.outcomes: list[tuple[list[float], int]] | None = None
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
-        self.asks, self.senses, self.rows = True, True, 0
+        self._met: dict[bool, tuple[UsualDepth, np.ndarray]] = {}
+        """What was learned of drafts, by way of sampling; the batch has no say in it."""
+        self._pays: dict[tuple[int, bool], bool] = {}
+        self.asks, self.senses = True, True
+        self.opened: tuple[int, bool] | None = None
         self.skips, self.nap = 0, self._SLEEP
 
-    def open(self, max_batch: int, device: torch.device) -> None:
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         self.records = Records(max_batch)
         self.said = np.zeros((max_batch, self.max_depth), np.float32)
         """Logits of the plan that is under way."""
         self.left = [0] * max_batch
         self.asleep, self.planned, self.senses = 0, 0, self.asks
-        if max_batch == self.rows:
+        if (max_batch, sampled) == self.opened:
             return
-        self.rows = max_batch
+        self.opened = max_batch, sampled
+        calibration = self.controller.at(sampled)
+        self.prior, self.trials = calibration.prior[: self.max_depth], calibration.trials
+        self.scale = np.asarray(calibration.scale, np.float32)[: self.max_depth]
+        self.offset = np.asarray(calibration.offset, np.float32)[: self.max_depth]
+        if sampled not in self._met:
+            self._met[sampled] = UsualDepth(self.prior), np.zeros(self.max_depth, np.float32)
+        self.usual, self.bias = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
-        self.usual_nodes = float(self.max_budget)
-        prior, trials = self.controller.prior, self.controller.trials
-        costs = [self.cost(d) for d in range(self.max_depth + 1)]
-        seconds = expected_seconds(trials, costs)
+        self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE)
+        seconds = self._reckon()
+        self.price = Price(max(max_batch * (1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)))
+        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
+        if self.opened not in self._pays:
+            self._pays[self.opened] = self._worth_asking(max_batch)
+        self.asks = self.senses = self._pays[self.opened]
+
+    def _reckon(self) -> list[float]:
+        """Seconds to expect of a round by planned depth, which depths are compared by from now on."""
+        self.reckoned = round(self.usual_nodes)
+        seconds = expected_seconds(self.trials, [self.cost(d) for d in range(self.max_depth + 1)])
         self.extra_s = np.array(seconds[1:]) - seconds[0]
         """Of a draft of each depth, beyond a round without one."""
-        self.price = Price(max(max_batch * (1 + sum(prior[:d])) / s for d, s in enumerate(seconds)))
-        self.usual, self.probing = UsualDepth(prior[: self.max_depth], seconds, max_batch), Probing(_PROBE_SHARE)
-        if trials is not None:
-            gain, error = advantage(trials, costs, max_batch)
-            self.asks = self.senses = gain - error > _OWN_SHARE
-        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
+        self.usual.price(seconds)
+        return seconds
+
+    def _worth_asking(self, rows: int) -> bool:
+        """Whether the controller was ahead of the best single depth; one that brings no trials is trusted."""
+        if self.trials is None:
+            return True
+        gain, error = advantage(self.trials, [self.cost(d) for d in range(self.max_depth + 1)], rows)
+        return gain - error > _OWN_SHARE
 
     def cost(self, depth: int) -> float:
         """Predicted seconds of a round."""
@@ -104,11 +126,11 @@ class LearnedPolicy:
         return torch.cat(looks if seen is None else [*looks, seen], 1)
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        fresh = any(now > before for now, before in zip(remaining, self.left))
-        self.left = list(remaining)
         deepest = min(self.max_depth, max(remaining) - 1)
         if not self.asks:
             return self._as_usual(deepest, remaining)
+        fresh = any(now > before for now, before in zip(remaining, self.left))
+        self.left = list(remaining)
         if self.asleep or deepest < 1:
             self.asleep = 0 if fresh else max(self.asleep - 1, 0)
             self.senses = not self.asleep
@@ -165,7 +187,8 @@ class LearnedPolicy:
         if self.bias_rate:
             self._correct(counts, rows)
         table = self.records.scalars(counts, looks, rows)
-        logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth] + self.bias
+        logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth]
+        logits = logits * self.scale + (self.offset + self.bias)
         self.said[list(rows)] = logits
         return logits
 
@@ -199,17 +222,19 @@ class LearnedPolicy:
         if self.refines and self.planned:
             seconds, levels = self.refine.seconds(trace.n_nodes, True), self.refine.levels
             self.refine.settle(trace)
-            self.usual_nodes += 0.02 * (self.refine.nodes - self.usual_nodes)
-            self.extra_s = np.array([self.cost(d) - self.cost(0) for d in range(1, self.max_depth + 1)])
+            self.usual_nodes += 0.02 * (trace.n_nodes - 1 - self.usual_nodes)
+            if round(self.usual_nodes) != self.reckoned:
+                self._reckon()
         else:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]
         self.price.add(tokens, seconds)
         if self.asks:
             return
-        reach, probe = min(levels, trace.n_nodes - 1), bool(self.planned) and not self.usual.depth
+        probe = bool(self.planned) and not self.usual.depth
         self.probing.add(seconds, seconds - self.cost(0) if probe else 0.0)
-        if reach:  # a drafter that had nothing to offer says nothing
-            for accepted, budget in zip(trace.accepted, trace.plan.budget):
-                if budget:
-                    self.usual.learn(accepted, reach)
+        # A copy may end before the others of its batch, and a pruned tree before its levels do.
+        reach = (self.refine.reach if self.refines else ()) or trace.nodes
+        for accepted, budget, deep in zip(trace.accepted, trace.plan.budget, reach):
+            if budget and levels and deep:  # a drafter that had nothing to offer says nothing
+                self.usual.learn(accepted, min(levels, deep))
