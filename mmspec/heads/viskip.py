@@ -267,7 +267,8 @@ class Deployed:
 
     Its network is a few vectors of a few hundred numbers: on the device each of its thirty operations would cost a
     launch. So the device makes one projection of the state, which rides on the step's one transfer, and the rest is
-    NumPy's on the host. What the root contributes is looked up in a table of all tokens.
+    NumPy's on the host. What the root contributes is looked up in a table of all tokens. Both logistic functions in it
+    are `(1 + tanh(x / 2)) / 2`, whose halves are in the matrices.
 
     Args:
         head: trained, in eval mode, on the target's device.
@@ -285,25 +286,29 @@ class Deployed:
         if self.reads_context:
             self.state_size = (head.config.hidden_size,)
             # The norm's gain goes into the matrix.
-            self.state_weight = (head.from_state.weight * head.norm_state.weight).float()
-            self.state_bias = head.from_state.bias.float()
+            self.state_weight = 0.5 * (head.from_state.weight * head.norm_state.weight).float()
+            self.state_bias = 0.5 * head.from_state.bias.float()
             tokens = torch.arange(vocab_size, device=head.prior.device)
             rows = [head.from_root(head.norm_root(embed(some).float())) for some in tokens.split(_CHUNK)]
-            self.by_root = torch.cat(rows).float()
-        self.mean, self.std = _array(head.scalar_mean), _array(head.scalar_std)
-        self.from_scalars = _layer(head.from_scalars)
-        self.inner, self.hazard = _layer(head.inner), _layer(head.hazard)
+            self.by_root = 0.5 * torch.cat(rows).float()
+        self.mean, self.per_std = _array(head.scalar_mean), 1 / _array(head.scalar_std)
+        self.from_scalars, self.inner = _layer(head.from_scalars, 0.5), _layer(head.inner, 0.5)
         # What survival does not read (`head.changed`) stays behind; what it reads is one product.
-        read = [layer for layer in (head.mass, head.dependence) if layer is not None]
-        self.n_mass = head.config.n_mass
+        self.n_mass = n = head.config.n_mass
+        read = [] if head.mass is None else [_layer(head.mass, 0.5)]
+        read += [] if head.dependence is None else [_layer(head.dependence)]
         self.visual = _joined(read) if read else None
+        matrix, bias = _layer(head.hazard)
+        attention = matrix[head.config.width : head.config.width + n]
+        attention *= 0.5
+        self.hazard = matrix, bias + attention.sum(0)
 
     def at(self, sampled: bool) -> Calibration:
         """What its logits mean where tokens are drawn, or the best ones are taken."""
         return self._at[sampled]
 
     def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
-        """The trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
+        """Half the trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
 
         Args:
             last_hidden: [R, D]; roots: [R] int64.
@@ -320,14 +325,14 @@ class Deployed:
             seen: [R, width] of `look`, or [R, 0].
             scalars: [R, K]; both fp32: a matrix in another precision would be converted every time.
         """
-        s = np.minimum(np.maximum((scalars - self.mean) / self.std, -5.0), 5.0)  # half of what clip costs
+        s = np.minimum(np.maximum((scalars - self.mean) * self.per_std, -5.0), 5.0)  # half of what clip costs
         h = _apply(self.from_scalars, s)
-        h = _silu(h + seen if self.reads_context else h)
-        h = h + _silu(_apply(self.inner, h))
+        h = _silu_of_twice(h + seen if self.reads_context else h)
+        h += _silu_of_twice(_apply(self.inner, h))
         if self.visual is None:
             return _apply(self.hazard, np.concatenate([h, s], -1))
         seen = _apply(self.visual, h)
-        mass, dependence = sigmoid(seen[:, : self.n_mass]), np.logaddexp(0.0, seen[:, self.n_mass :])
+        mass, dependence = np.tanh(seen[:, : self.n_mass]), np.logaddexp(0.0, seen[:, self.n_mass :])
         return _apply(self.hazard, np.concatenate([h, mass, dependence, s], -1))
 
 
@@ -353,20 +358,21 @@ def _array(x: Tensor) -> np.ndarray:
     return out
 
 
-def _layer(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray | float]:
-    """Its matrix, transposed, and its bias."""
-    bias = _array(layer.bias) if layer.bias is not None else 0.0
-    return np.ascontiguousarray(_array(layer.weight).T), bias
+def _layer(layer: nn.Linear, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """A multiple of its matrix, transposed, and of its bias."""
+    bias = _array(layer.bias) if layer.bias is not None else np.zeros(layer.out_features, np.float32)
+    return np.ascontiguousarray(times * _array(layer.weight).T), times * bias
 
 
-def _joined(layers: Sequence[nn.Linear]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Several layers of one input as one."""
-    matrices, biases = zip(*(_layer(layer) for layer in layers))
+    matrices, biases = zip(*layers)
     return np.ascontiguousarray(np.concatenate(matrices, 1)), np.concatenate(biases)
 
 
-def _apply(layer: tuple[np.ndarray, np.ndarray | float], x: np.ndarray) -> np.ndarray:
-    out: np.ndarray = x @ layer[0] + layer[1]
+def _apply(layer: tuple[np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
+    out: np.ndarray = x @ layer[0]
+    out += layer[1]
     return out
 
 
@@ -376,8 +382,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def _silu(x: np.ndarray) -> np.ndarray:
-    half = 0.5 * x
+def _silu_of_twice(half: np.ndarray) -> np.ndarray:
     out: np.ndarray = np.tanh(half)
     out *= half
     out += half

@@ -119,8 +119,10 @@ class LearnedPolicy:
         """What the host needs of each row, [R, _COUNTS + _LOOKS + any]."""
         e = evidence
         counts = torch.stack([e.n_kept, e.reach, e.n_committed, e.n_prompt, e.n_visual], 1)
-        p = e.logits.float().softmax(-1)
-        entropy = torch.special.entr(p).sum(-1, keepdim=True)
+        log_p = e.logits.float().log_softmax(-1)
+        p = log_p.exp()
+        # As `policy.scalars` has it; a token that cannot be has probability 0, not 0 times infinity.
+        entropy = -torch.linalg.vecdot(p, log_p.clamp_min_(-50.0)).unsqueeze(1)
         looks = [counts, entropy, p.topk(2, dim=-1).values, p.gather(1, e.roots.unsqueeze(1))]
         seen = self.controller.look(e.last_hidden, e.roots)
         return torch.cat(looks if seen is None else [*looks, seen], 1)
