@@ -336,7 +336,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--long-data", default="synth:test", metavar="DATA", help="for --long-policies; '' for none")
     add("--long-policies", nargs="+", default=list(LONG), metavar="P", help=f"(default: {' '.join(LONG)})")
     add("--data-limit", type=int, metavar="N", help="records of both (default: all)")
-    add("--tune-limit", type=int, default=30, metavar="N", help="records of synth:val to tune on (default: 30)")
+    add("--tune-limit", type=int, default=32, metavar="N", help="records of synth:val to tune on (default: 32)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
     add("--dtype", choices=DTYPES, default="float32", help="to decode with (default: float32)")
     add("--answers", metavar="DIR", help="answers of a run on the same questions (default: made once)")

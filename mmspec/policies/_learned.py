@@ -58,6 +58,7 @@ class LearnedPolicy:
         self.outcomes: list[tuple[list[float], int]] | None = None
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
+        self.levels = np.arange(1, self.max_depth + 1)
         self._met: dict[bool, tuple[UsualDepth, np.ndarray]] = {}
         """What was learned of drafts, by way of sampling; the batch has no say in it."""
         self._pays: dict[tuple[int, bool], bool] = {}
@@ -153,9 +154,11 @@ class LearnedPolicy:
         budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
         if not any(budget):
             return self._skip(remaining)
-        by_row = {row: chances[i].tolist() for i, row in enumerate(active)}
-        nothing = [0.0] * self.max_depth
-        said = [by_row.get(row, nothing) for row in range(len(remaining))] if self.refines else None
+        said = None
+        if self.refines:
+            of_row = np.zeros((len(remaining), self.max_depth))
+            of_row[active] = chances
+            said = of_row.tolist()
         return self._draft(depth, deepest, budget, said)
 
     def _draft(
@@ -195,15 +198,13 @@ class LearnedPolicy:
         return logits
 
     def _correct(self, counts: np.ndarray, rows: Sequence[int]) -> None:
-        for row, (n_kept, reach) in zip(rows, counts[:, :2].astype(int).tolist()):
-            if n_kept and reach:
-                accepted = n_kept - 1
-                observed = min(accepted + 1, reach, self.max_depth)
-                right = np.arange(1, observed + 1) <= accepted
-                chances = sigmoid(self.said[row, :observed])
-                self.bias[:observed] += self.bias_rate * (right - chances)
-                if self.outcomes is not None:
-                    self.outcomes.append((chances.tolist(), accepted))
+        """Moves the bias by what came of the levels that were reached; a fresh row and a skip have none."""
+        accepted, chances = counts[:, :1] - 1, sigmoid(self.said[list(rows)])
+        observed = self.levels <= np.minimum(accepted + 1, counts[:, 1:2])
+        self.bias += self.bias_rate * (((self.levels <= accepted) - chances) * observed).sum(0)
+        if self.outcomes is not None:
+            ends = zip(chances, observed.sum(1), accepted[:, 0])
+            self.outcomes += [(row[:n].tolist(), int(got)) for row, n, got in ends if n]
 
     def _budget(
         self, gains: Sequence[float], nodes: int, active: Sequence[int], remaining: Sequence[int]
