@@ -8,11 +8,13 @@ P0 the fixed tree of the checkpoint or method; P1 the best fixed one; P2 the att
 acceptance; P4 the draft's confidence; marginal, the marginal rule; P5 a controller of scalars alone, P6 one without
 visual attention, P7 the whole one, P8 that with early exit and pruning; P9 the oracle in hindsight, from one more,
 recorded decoding with all that is offered. All decode the same prompts interleaved with plain decoding, so a slow
-minute falls on all of them alike; where P0's tree was found the best one, P0 and P1 are one decoding.
+minute falls on all of them alike. Policies that are known to make the same plans are one decoding (`same` in the file):
+P0 and P1 where P0's tree was found the best one, P5 to P7 where none of their controllers is worth asking.
 
-Tuning fills its batches with records of all topics. One decoding with all that is offered, of a third of the records,
-says which trees may be fastest; these are timed on all records. Thresholds are timed on that third, and the best two of
-each policy on all. Scoring keeps topics apart, so that each has its own seconds: batches of few records are small ones.
+Tuning fills its batches with records of all topics. One decoding with all that is offered, of a quarter of the
+records, says which trees may be fastest; these are timed on all records. Thresholds are timed on that quarter, and the
+best two of each policy on all. Scoring keeps topics apart, so that each has its own seconds: where a topic has fewer
+records than the batch has rows, the batch is as small.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ THRESHOLDS = {
     "P3": ("ema", (0.1, 0.2, 0.35, 0.5)),
     "P4": ("confidence", (0.03, 0.1, 0.2, 0.35, 0.5)),
 }
-FEW, LIKELY_TREES, FINALISTS = 3, 4, 2
+FEW, LIKELY_TREES, FINALISTS = 4, 3, 2
 """Tuning: the share of the records that looks first are at, trees of the grid and thresholds of a policy that stay."""
 FIGURES = ("speedup", "speedup_lo", "speedup_hi", "exact_match", "mat", "skip_rate", "draft_efficiency", "n_requests")
 
@@ -306,6 +308,7 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         label: setup.policy(label, tuned) for label in labels if label in BASELINES or label in setup.controllers
     }
     same = {"P0": "P1"} if tuple(tuned["P1"]) == tuple(setup.script) else {}
+    same |= _unasked(policies, args)
     methods = [setup.method(label, policy) for label, policy in policies.items() if label not in same]
     if ORACLE in args.policies:
         everything = FixedPolicy(setup.offer.depth, setup.offer.budget)
@@ -318,7 +321,7 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
             rows.append({"policy": label, "topic": topic, **{key: mine[key] for key in FIGURES}})
             for other in dict.fromkeys((best, "P1", "P2")):
                 if label in LEARNED and other in policies:
-                    ratio = scored.figures(label, other, topic)
+                    ratio = scored.figures(same.get(label, label), same.get(other, other), topic)
                     spans = {key: ratio[f"speedup{end}"] for key, end in (("ratio", ""), ("lo", "_lo"), ("hi", "_hi"))}
                     against.append({"policy": label, "over": other, "topic": topic, **spans})
         if ORACLE in args.policies:
@@ -327,6 +330,7 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         "best": best,
         "rows": rows,
         "against": against,
+        "same": same,
         "control": {method.name: scored.control_share(method) for method in methods},
         "calibration": {
             k: metrics.calibration(p.outcomes)
@@ -340,6 +344,18 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         },
         **about(args, scored),
     }
+
+
+def _unasked(policies: Mapping[str, Policy], args: argparse.Namespace) -> dict[str, str]:
+    """Learned policies that ask no controller and so plan what another one, named beside each, does."""
+    first: dict[Any, str] = {}
+    same = {}
+    for label, policy in policies.items():
+        if isinstance(policy, LearnedPolicy):
+            plans = policy.unasked(args.batch_size, torch.device(args.device), args.temperature > 0)
+            if plans is not None and first.setdefault(plans, label) != label:
+                same[label] = first[plans]
+    return same
 
 
 def oracle_row(

@@ -124,6 +124,24 @@ def test_a_copy_that_ends_before_the_others_of_its_batch_has_not_failed():
     assert policy.usual.tried[1] == pytest.approx(before[1] * 0.998 + 1)
 
 
+def test_policies_that_ask_nobody_say_what_their_plans_follow_from():
+    device = torch.device("cpu")
+
+    def unasked(name, prior, known, batch=4):
+        parts = Parts(4, 4, Flat(level=0.2), Told(prior, known), 1)
+        return make_policy(name, parts).unasked(batch, device, False)
+
+    prior = [0.9, 0.8, 0.7, 0.6]
+    one = unasked("viskip", prior, trials(False))
+    assert one == unasked("viskip", prior, trials(False, seed=1)), (
+        "what a controller that is not asked foresees is nothing"
+    )
+    assert one != unasked("viskip", [0.9, 0.8, 0.7, 0.5], trials(False))
+    assert one != unasked("viskip_refined", prior, trials(False))
+    assert unasked("viskip", prior, trials(True)) is None
+    assert unasked("viskip", prior, None) is None
+
+
 class Moody(Told):
     """Foresees greedy rounds, and none that are sampled, of which fewer tokens are accepted."""
 

@@ -108,6 +108,18 @@ class LearnedPolicy:
         gain, error = advantage(self.trials, [self.cost(d) for d in range(self.max_depth + 1)], rows)
         return gain - error > _OWN_SHARE
 
+    def unasked(self, max_batch: int, device: torch.device, sampled: bool) -> tuple[object, ...] | None:
+        """What plans follow from where the controller is asked at no batch size up to `max_batch`; None where it is.
+
+        Policies that say the same, with the same costs, make the same plans.
+        """
+        for rows in range(1, max_batch + 1):
+            self.open(rows, device, sampled)
+            if self.asks or self.trials is None:
+                return None
+        assert self.trials is not None
+        return self.refines, self.max_depth, self.max_budget, tuple(self.prior), self.trials.reach.tobytes()
+
     def cost(self, depth: int) -> float:
         """Predicted seconds of a round."""
         return self.verify_s[self.nodes(depth)] + self.draft_s[depth]
