@@ -107,8 +107,8 @@ def calibration(outcomes: Sequence[tuple[Sequence[float], int]]) -> list[dict[st
             how many levels were accepted.
 
     Returns:
-        By depth: n observed, ece (expected calibration error, 10 bins of equal width), honest (the ece that chances which
-        are exactly right would show on so few levels), brier, and the bins as [mean chance, share accepted, n].
+        By depth: n observed, ece (expected calibration error, 10 bins of equal width), honest (the ece that chances
+        which are exactly right would show on so few levels), brier, and the bins as [mean chance, share accepted, n].
     """
     deepest = max((len(chances) for chances, _ in outcomes), default=0)
     rows = []
