@@ -63,7 +63,7 @@ class Steered(Timed):
         self.decisions: list[Decision] = []
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        looks = not self.learned.asleep and max(remaining) > 1
+        looks = self.learned.asks and not self.learned.asleep and max(remaining) > 1
         made = super().plan(sensed, remaining)
         chances = tuple(sigmoid(self.learned.said[0]).tolist()) if looks else None
         self.decisions.append(Decision(made.depth, self.learned.offered[made.depth], chances))
@@ -85,8 +85,8 @@ class Shadow(Steered):
         self.asked: list[Asked] = []
         self.emitted = 1
 
-    def open(self, max_batch: int, device: torch.device) -> None:
-        super().open(max_batch, device)
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
+        super().open(max_batch, device, sampled)
         self.recorder.steps.clear()
         self.asked, self.emitted = [], 1
 
@@ -102,7 +102,9 @@ class Shadow(Steered):
             accepted = outcome.accepted(decision.depth, decision.nodes)
             self.asked.append(Asked(decision, outcome, self.emitted))
         self.emitted += trace.emitted[0]
-        super().observe(replace(trace, plan=self.made, accepted=(accepted,), n_nodes=1 + decision.nodes))
+        super().observe(
+            replace(trace, plan=self.made, accepted=(accepted,), n_nodes=1 + decision.nodes, nodes=(decision.nodes,))
+        )
 
 
 class Decoder:

@@ -8,7 +8,13 @@ P0 the fixed tree of the checkpoint or method; P1 the best fixed one; P2 the att
 acceptance; P4 the draft's confidence; marginal, the marginal rule; P5 a controller of scalars alone, P6 one without
 visual attention, P7 the whole one, P8 that with early exit and pruning; P9 the oracle in hindsight, from one more,
 recorded decoding with all that is offered. All decode the same prompts interleaved with plain decoding, so a slow
-minute falls on all of them alike.
+minute falls on all of them alike. Policies that are known to make the same plans are one decoding (`same` in the file):
+P0 and P1 where P0's tree was found the best one, P5 to P7 where none of their controllers is worth asking.
+
+Tuning fills its batches with records of all topics. One decoding with all that is offered, of a quarter of the
+records, says which trees may be fastest; these are timed on all records. Thresholds are timed on that quarter, and the
+best two of each policy on all. Scoring keeps topics apart, so that each has its own seconds: where a topic has fewer
+records than the batch has rows, the batch is as small.
 """
 
 from __future__ import annotations
@@ -62,6 +68,8 @@ THRESHOLDS = {
     "P3": ("ema", (0.1, 0.2, 0.35, 0.5)),
     "P4": ("confidence", (0.03, 0.1, 0.2, 0.35, 0.5)),
 }
+FEW, LIKELY_TREES, FINALISTS = 4, 3, 2
+"""Tuning: the share of the records that looks first are at, trees of the grid and thresholds of a policy that stay."""
 FIGURES = ("speedup", "speedup_lo", "speedup_hi", "exact_match", "mat", "skip_rate", "draft_efficiency", "n_requests")
 
 
@@ -73,8 +81,8 @@ class Timed:
         self.max_depth, self.max_budget, self.mass_layer = policy.max_depth, policy.max_budget, policy.mass_layer
         self.senses = policy.senses
 
-    def open(self, max_batch: int, device: torch.device) -> None:
-        self.policy.open(max_batch, device)
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
+        self.policy.open(max_batch, device, sampled)
         self.senses = self.policy.senses
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
@@ -169,11 +177,25 @@ def prepare(args: argparse.Namespace) -> Setup:
 
 
 class Scored:
-    """What a list of methods did on the data."""
+    """What a list of methods did on the data.
 
-    def __init__(self, args: argparse.Namespace, setup: Setup, methods: list[Method], data: str, limit: int | None):
+    Args:
+        mixed: groups hold records of all topics, so that few of them fill a batch; topics then have no figures.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        setup: Setup,
+        methods: list[Method],
+        data: str,
+        limit: int | None,
+        mixed: bool = False,
+    ):
         quarantine, self.args = Quarantine(None), args
         records = load_records(data_folder(data), limit, quarantine, args.max_bad_share)
+        if mixed:
+            records = [replace(record, topic=OVERALL) for record in records]
         system = "" if setup.target.name == EMBEDDED else MMSPEC_SYSTEM
         dialogues = Dialogues(setup.target, records, system, args.max_new_tokens, quarantine)
         plain = Method(PLAIN, NullDrafter(), SkipPolicy())
@@ -219,36 +241,63 @@ class Scored:
 
 
 def tune(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    """The best settings of P1 to P4, then the best baseline; the fixed trees first, as two of the others use one."""
-    offer = setup.offer
-    grid = [(d, n) for d, n in FIXED_GRID if d <= offer.depth and n <= offer.budget]
-    trees = {f"{d},{n}": (d, n) for d, n in dict.fromkeys([setup.script, *grid])}
-    methods = [setup.method(name, make_policy("fixed", Parts(*tree))) for name, tree in trees.items()]
-    first = Scored(args, setup, methods, args.data, args.limit)
-    speedups = {name: first.figures(name)["speedup"] for name in trees}
-    tuned: dict[str, Any] = {"P1": trees[max(speedups, key=speedups.__getitem__)]}
-    candidates: dict[str, tuple[str, float | None]] = {"P0": ("P0", None), "P1": ("P1", None)}
-    candidates["marginal"] = ("marginal", None)
-    for label, (_, thresholds) in THRESHOLDS.items():
-        candidates |= {f"{label} {t}": (label, t) for t in thresholds}
-    methods = [
-        setup.method(name, setup.policy(label, tuned if t is None else {**tuned, label: t}))
-        for name, (label, t) in candidates.items()
+    """The best settings of P1 to P4, then the best baseline; the fixed trees first, as two of the others use one.
+
+    What is far behind on a share of the records is not timed on all of them: trees by what one recorded decoding says
+    of each, thresholds by time.
+    """
+    few = args.limit and min(args.limit, max(args.limit // FEW, args.batch_size))
+    trees = _likely_trees(args, setup, few)
+    fixed = [setup.method(name, make_policy("fixed", Parts(*tree))) for name, tree in trees.items()]
+    first = _speedups(args, setup, fixed, args.limit)
+    tuned: dict[str, Any] = {"P1": trees[max(first, key=first.__getitem__)]}
+    candidates: dict[str, tuple[str, float]] = {
+        f"{label} {t}": (label, t) for label, (_, thresholds) in THRESHOLDS.items() for t in thresholds
+    }
+
+    def methods(names: Sequence[str]) -> list[Method]:
+        asked = [(name, *candidates[name]) for name in names]
+        return [setup.method(name, setup.policy(label, {**tuned, label: t})) for name, label, t in asked]
+
+    coarse = _speedups(args, setup, methods(list(candidates)), few)
+    kept = [
+        name
+        for label in THRESHOLDS
+        for name in sorted((n for n in candidates if candidates[n][0] == label), key=coarse.__getitem__)[-FINALISTS:]
     ]
-    second = Scored(args, setup, methods, args.data, args.limit)
-    found = {name: second.figures(name)["speedup"] for name in candidates}
-    best: dict[str, float] = {}
-    for name, (label, threshold) in candidates.items():
-        if label not in best or found[name] > best[label]:
-            best[label] = found[name]
-            if threshold is not None:
-                tuned[label] = threshold
+    others = [setup.method(label, setup.policy(label, tuned)) for label in ("P1", "marginal")]
+    last = Scored(args, setup, [*others, *methods(kept)], args.data, args.limit, mixed=True)
+    found = {method.name: last.figures(method.name)["speedup"] for method in last.methods}
+    best = {label: found[label] for label in ("P1", "marginal")}
+    for label in THRESHOLDS:
+        name = max((n for n in kept if candidates[n][0] == label), key=found.__getitem__)
+        tuned[label], best[label] = candidates[name][1], found[name]
     return {
         "tuned": tuned,
         "best": max(best, key=best.__getitem__),
-        "speedups": {**speedups, **found},
-        **about(args, second),
+        "speedups": {**coarse, **first, **found},
+        **about(args, last),
     }
+
+
+def _likely_trees(args: argparse.Namespace, setup: Setup, limit: int | None) -> dict[str, tuple[int, int]]:
+    """P0's tree, and those of the grid that decode fastest by the costs, going by one recorded decoding of `limit`
+    records with all that is offered (`mmspec.hindsight`)."""
+    offer = setup.offer
+    grid = [(d, n) for d, n in FIXED_GRID if d <= offer.depth and n <= offer.budget]
+    everything = Timed(FixedPolicy(offer.depth, offer.budget))
+    steps = Scored(
+        args, setup, [Method(RECORD, Recorder(setup.make()), everything)], args.data, limit, mixed=True
+    ).steps.get(OVERALL)
+    if steps:
+        prices = Prices.of(setup.costs, args.batch_size, offer.depth, offer.budget)
+        grid = sorted(grid, key=lambda tree: -fixed_rate(steps, prices, *tree))[:LIKELY_TREES]
+    return {f"{d},{n}": (d, n) for d, n in dict.fromkeys([setup.script, *grid])}
+
+
+def _speedups(args: argparse.Namespace, setup: Setup, methods: list[Method], limit: int | None) -> dict[str, float]:
+    scored = Scored(args, setup, methods, args.data, limit, mixed=True)
+    return {method.name: scored.figures(method.name)["speedup"] for method in methods}
 
 
 def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +307,9 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
     policies = {
         label: setup.policy(label, tuned) for label in labels if label in BASELINES or label in setup.controllers
     }
-    methods = [setup.method(label, policy) for label, policy in policies.items()]
+    same = {"P0": "P1"} if tuple(tuned["P1"]) == tuple(setup.script) else {}
+    same |= _unasked(policies, args)
+    methods = [setup.method(label, policy) for label, policy in policies.items() if label not in same]
     if ORACLE in args.policies:
         everything = FixedPolicy(setup.offer.depth, setup.offer.budget)
         methods.append(Method(RECORD, Recorder(setup.make()), Timed(everything)))
@@ -266,11 +317,11 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
     rows, against = [], []
     for topic in scored.topics():
         for label in policies:
-            mine = scored.figures(label, topic=topic)
+            mine = scored.figures(same.get(label, label), topic=topic)
             rows.append({"policy": label, "topic": topic, **{key: mine[key] for key in FIGURES}})
             for other in dict.fromkeys((best, "P1", "P2")):
                 if label in LEARNED and other in policies:
-                    ratio = scored.figures(label, other, topic)
+                    ratio = scored.figures(same.get(label, label), same.get(other, other), topic)
                     spans = {key: ratio[f"speedup{end}"] for key, end in (("ratio", ""), ("lo", "_lo"), ("hi", "_hi"))}
                     against.append({"policy": label, "over": other, "topic": topic, **spans})
         if ORACLE in args.policies:
@@ -279,6 +330,7 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         "best": best,
         "rows": rows,
         "against": against,
+        "same": same,
         "control": {method.name: scored.control_share(method) for method in methods},
         "calibration": {
             k: metrics.calibration(p.outcomes)
@@ -292,6 +344,18 @@ def score(args: argparse.Namespace, setup: Setup, chosen: Mapping[str, Any]) -> 
         },
         **about(args, scored),
     }
+
+
+def _unasked(policies: Mapping[str, Policy], args: argparse.Namespace) -> dict[str, str]:
+    """Learned policies that ask no controller and so plan what another one, named beside each, does."""
+    first: dict[Any, str] = {}
+    same = {}
+    for label, policy in policies.items():
+        if isinstance(policy, LearnedPolicy):
+            plans = policy.unasked(args.batch_size, torch.device(args.device), args.temperature > 0)
+            if plans is not None and first.setdefault(plans, label) != label:
+                same[label] = first[plans]
+    return same
 
 
 def oracle_row(

@@ -98,7 +98,8 @@ def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]
             said.append(f"{where}: {label} itself takes {found['control'][label]:.1%} of the time")
         for depth in found["calibration"].get(label, []):
             if depth["n"] >= 100 and depth["ece"] > 0.05:
-                said.append(f"{where}: {label} is off by {depth['ece']:.3f} (ECE) at depth {depth['depth']}")
+                few = f", of which {depth['honest']:.3f} is chance" if "honest" in depth else ""
+                said.append(f"{where}: {label} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
     return said
 
 

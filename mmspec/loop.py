@@ -106,7 +106,7 @@ def generate(
         run.teach(trees, forward, accepted, news)
         run.retire()
         seconds = clock.lap(start, planned, drafted, verified)
-        trace = StepTrace(plan, *told, trees.tokens.shape[1], *seconds)
+        trace = StepTrace(plan, *told, trees.tokens.shape[1], tuple(news.nodes), *seconds)
         policy.observe(trace)
         if traces is not None:
             traces.append(trace)
@@ -195,7 +195,7 @@ class _Run:
         self.n_slots = longest + policy.max_budget + policy.max_depth + 2
         self.state: Any = target.open(batch, self.n_slots, policy.mass_layer)
         drafter.open(batch, self.n_slots)
-        policy.open(batch, target.device)
+        policy.open(batch, target.device, sampler.sampled)
         zeros = torch.zeros(batch, dtype=torch.long, device=target.device)
         self.all_rows = torch.arange(batch, device=target.device)
         self.roots, self.keys = zeros.clone(), zeros.clone()

@@ -111,23 +111,28 @@ def calibration(outcomes: Sequence[tuple[Sequence[float], int]]) -> list[dict[st
             how many levels were accepted.
 
     Returns:
-        By depth: n observed, ece (expected calibration error, 10 bins of equal width), brier, and the bins as
-        [mean chance, share accepted, n].
+        By depth: n observed, ece (expected calibration error, 10 bins of equal width), honest (the ece that chances
+        which are exactly right would show on so few levels), brier, and the bins as [mean chance, share accepted, n].
     """
     deepest = max((len(chances) for chances, _ in outcomes), default=0)
     rows = []
     for level in range(deepest):
-        bins = [[0.0, 0.0, 0] for _ in range(CALIBRATION_BINS)]
+        bins, spread = [[0.0, 0.0, 0] for _ in range(CALIBRATION_BINS)], [0.0] * CALIBRATION_BINS
         brier, n = 0.0, 0
         for chances, accepted in outcomes:
             if level < len(chances):
                 q, y = chances[level], float(accepted > level)
-                place = bins[min(int(q * CALIBRATION_BINS), CALIBRATION_BINS - 1)]
+                number = min(int(q * CALIBRATION_BINS), CALIBRATION_BINS - 1)
+                place = bins[number]
+                spread[number] += q * (1 - q)
                 place[0], place[1], place[2] = place[0] + q, place[1] + y, place[2] + 1
                 brier, n = brier + (q - y) ** 2, n + 1
         full = [(p / m, y / m, m) for p, y, m in bins if m]
         ece = sum(abs(p - y) * m for p, y, m in full) / n
-        rows.append({"depth": level + 1, "n": n, "ece": ece, "brier": brier / n, "bins": [list(b) for b in full]})
+        # A bin's sum of misses is nearly normal then, with the variance of its levels.
+        honest = sum(math.sqrt(2 / math.pi * variance) for variance in spread) / n
+        facts = {"depth": level + 1, "n": n, "ece": ece, "honest": honest, "brier": brier / n}
+        rows.append({**facts, "bins": [list(b) for b in full]})
     return rows
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmspec.types import Evidence, Plan, StepTrace, Trials
+from mmspec.types import Calibration, Evidence, Plan, StepTrace
 
 SCALARS = (
     "entropy",
@@ -152,7 +152,7 @@ class FixedPolicy:
             raise ValueError(f"depth and budget must not be negative, got {depth} and {budget}")
         self.max_depth, self.max_budget = depth, budget
 
-    def open(self, max_batch: int, device: torch.device) -> None:
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         """No state."""
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
@@ -299,7 +299,7 @@ class RecordingPolicy(FixedPolicy):
         self._planned: dict[int, dict[str, Tensor]] = {}
         self._rounds: list[dict[str, Tensor]] = []
 
-    def open(self, max_batch: int, device: torch.device) -> None:
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         self.history = History(max_batch, device)
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
@@ -350,19 +350,14 @@ class Costs(Protocol):
 class Controller(Protocol):
     """A trained survival model, ready to decode with: what needs the device in few operations, the rest on the host."""
 
-    @property
-    def prior(self) -> Sequence[float]:
-        """Mean chance that at least k tokens are accepted, k = 1..Dmax."""
-
-    @property
-    def trials(self) -> Trials | None:
-        """How it did on held-out rounds; None where there were none."""
+    def at(self, sampled: bool) -> Calibration:
+        """What its logits mean where tokens are drawn (`sampled`), or the best ones are taken."""
 
     def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
         """What it reads of the target, [R, any]; None where it reads scalars alone."""
 
     def logits(self, seen: np.ndarray, scalars: np.ndarray) -> np.ndarray:
-        """Of the chance of each level once the one before is accepted, [R, Dmax].
+        """Of the chance of each level once the one before is accepted, [R, Dmax], before `at` is applied.
 
         Args:
             seen: [R, any], what `look` gave.

@@ -166,6 +166,7 @@ class GreedySampler:
     """Argmax of the logits; the lowest index wins a tie."""
 
     penalties: Penalties = _NO_PENALTIES
+    sampled = False
 
     @property
     def needs_history(self) -> bool:
@@ -193,6 +194,7 @@ class KeyedSampler:
     top_p: float = 1.0
     seed: int = 0
     penalties: Penalties = _NO_PENALTIES
+    sampled = True
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):

@@ -287,6 +287,22 @@ class Trials:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a controller's logits mean where tokens are drawn, or where the best ones are taken.
+
+    Args:
+        prior: mean chance that at least k tokens are accepted, k = 1..Dmax.
+        scale, offset: [Dmax] each: `scale * logit + offset` is the logit of a chance that is meant.
+        trials: how it did on held-out rounds; None where there were none.
+    """
+
+    prior: Sequence[float]
+    scale: np.ndarray
+    offset: np.ndarray
+    trials: Trials | None
+
+
+@dataclass(frozen=True)
 class StepTrace:
     """One round of the loop, host numbers; rows that were not active have `active[b] == False`.
 
@@ -301,6 +317,8 @@ class StepTrace:
     """Tokens kept of this round after truncation at a stop token or a limit."""
     n_nodes: int
     """Width of the verified tree, root included."""
+    nodes: tuple[int, ...] = ()
+    """Draft nodes of each row; rows of one batch may have fewer than the widest."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     commit_s: float = 0.0
@@ -480,6 +498,10 @@ class Sampler(Protocol):
 
     @property
     def needs_history(self) -> bool: ...
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn; False where the best one is taken."""
+
     def scores(self, logits: Tensor, keys: Tensor, positions: Tensor, paths: Paths | None = None) -> Tensor: ...
 
 
@@ -499,7 +521,9 @@ class Policy(Protocol):
     mass_layer: int | None
     """Decoder layer whose visual attention is to be among the evidence (0-based, -1 the last); None: of none."""
 
-    def open(self, max_batch: int, device: torch.device) -> None: ...
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
+        """Decoding begins: with so many rows, and tokens that are drawn or the best ones (`Sampler.sampled`)."""
+
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
         """What the plan needs, [R, any]: evidence is of the rows [R] int64 (all of them, or one just admitted)."""
 

@@ -132,8 +132,7 @@ def _shown(session: Session, keys: list[int]) -> tuple[list[str], list[str]]:
     of: dict[int, tuple[str, str]] = {}
     for key in set(keys):
         sample = session.corpus.samples[key]
-        names = sorted(hashlib.sha256(picture.content()).hexdigest()[:16] for picture in sample.pictures)
-        of[key] = (sample.topic or "no topic", "+".join(names) or f"text {key}")
+        of[key] = (sample.topic or "no topic", sample.image_name() or f"text {key}")
     topics, images = zip(*(of[key] for key in keys))
     return list(topics), list(images)
 

@@ -10,9 +10,10 @@ all policies on --data, and those of --long-policies on --long-data. All policie
 plain run. `--shard I/N` does every N-th drafter's steps alone, so that cores can share the work: one call for each,
 with --answers, then one without.
 
-About 4.5 hours of one idle core with three drafters and the untrained one, 2.3 by two shards; a third of that without
---long-data (estimated from a small run). Times of a busy machine are marked unreliable, and so are the costs that
-policies then decide by.
+What costs time, and where it is spared: tuning decodes --tune-limit records, up to --tune-tokens tokens each, in
+batches of all topics; what is far behind on a quarter of them is not timed on the others; policies that make the same
+plans are decoded once (`python -m eval.policies --help`). Most of all time is --long-data, and half of the rest is
+batch 1. Times of a busy machine are marked unreliable, and so are the costs that policies then decide by.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
 step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots).
@@ -171,10 +172,11 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
     trained = {k: str(Path(args.out) / "controllers" / f"{entrant.name}_{k}") for k in _readers(entrant)}
     base = [*entrant.words, "--offer", args.offer, "--costs", str(Path(args.out) / "costs" / entrant.name)]
     base += ["--batch-size", str(batch), "--temperature", f"{temperature:g}", "--seed", str(args.seed)]
-    base += ["--max-new-tokens", str(args.max_new_tokens), "--dtype", args.dtype]
+    base += ["--dtype", args.dtype]
     read = [word for k, folder in trained.items() for word in (OPTIONS[k], folder)]
     tuned = folder / "tuned.json"
-    words = module("eval.policies", *base, "--tune", "--limit", str(args.tune_limit), "--out", str(tuned))
+    how = ["--limit", str(args.tune_limit), "--max-new-tokens", str(min(args.tune_tokens, args.max_new_tokens))]
+    words = module("eval.policies", *base, "--tune", *how, "--out", str(tuned))
     steps = [Step(f"tune {name}", words, tuned, (f"costs {entrant.name}",))]
     after = (f"tune {name}", *(f"controller {entrant.name} {k}" for k in trained))
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
@@ -183,7 +185,8 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
     for part in _parts(args, entrant):
         data, policies = what[part]
         makes = folder / f"{part}.json"
-        said = [*base, *read, "--tuned", str(tuned), "--data", data, *limit, "--policies", *policies]
+        said = [*base, *read, "--max-new-tokens", str(args.max_new_tokens), "--tuned", str(tuned)]
+        said += ["--data", data, *limit, "--policies", *policies]
         steps.append(Step(f"score {name} {part}", module("eval.policies", *said, "--out", str(makes)), makes, after))
     return steps
 
@@ -336,7 +339,8 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--long-data", default="synth:test", metavar="DATA", help="for --long-policies; '' for none")
     add("--long-policies", nargs="+", default=list(LONG), metavar="P", help=f"(default: {' '.join(LONG)})")
     add("--data-limit", type=int, metavar="N", help="records of both (default: all)")
-    add("--tune-limit", type=int, default=30, metavar="N", help="records of synth:val to tune on (default: 30)")
+    add("--tune-limit", type=int, default=32, metavar="N", help="records of synth:val to tune on (default: 32)")
+    add("--tune-tokens", type=int, default=128, metavar="N", help="per request of the tuning (default: 128)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
     add("--dtype", choices=DTYPES, default="float32", help="to decode with (default: float32)")
     add("--answers", metavar="DIR", help="answers of a run on the same questions (default: made once)")
@@ -347,7 +351,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all controllers")
     add("--make-untrained", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(said)
-    at_least(args, batches=1, tune_limit=1, max_new_tokens=1, data_limit=1)
+    at_least(args, batches=1, tune_limit=1, tune_tokens=1, max_new_tokens=1, data_limit=1)
     if any("=" not in pair for pair in args.heads):
         raise InputError(f"--heads takes NAME=DIR, not {next(p for p in args.heads if '=' not in p)}")
     if unknown := [name for name in args.methods if name not in method_names()]:

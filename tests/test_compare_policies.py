@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=
             {"policy": "P8", "over": "P1", "topic": t, "ratio": 1.1, "lo": 1.0, "hi": ratio_hi} for t in TOPICS
         ],
         "control": {"P8": control},
-        "calibration": {"P8": [{"depth": 1, "n": 500, "ece": ece, "brier": 0.1, "bins": []}]},
+        "calibration": {"P8": [{"depth": 1, "n": 500, "ece": ece, "honest": 0.02, "brier": 0.1, "bins": []}]},
         "contention": {"unreliable": False},
         "hardware": {"cpu": "x"},
     }
@@ -48,7 +49,7 @@ def test_verdicts_name_what_does_not_hold_and_nothing_else():
     assert verdicts([cell(p8=2.05)]) == ["eagle batch 1 T 0 synth:testmini: P8 has 8% of a headroom of 30.0%"]
     assert verdicts([cell(p8=2.0, oracle=2.04)]) == [], "a small headroom need not be captured"
     assert any("3.0% of the time" in line for line in verdicts([cell(control=0.03)]))
-    assert any("0.070 (ECE) at depth 1" in line for line in verdicts([cell(ece=0.07)]))
+    assert any("0.070 (ECE, of which 0.020 is chance) at depth 1" in line for line in verdicts([cell(ece=0.07)]))
 
 
 def test_rows_headroom_and_page_come_from_the_cells():
@@ -80,6 +81,12 @@ def test_data_break_even_apart():
 def test_calibration_is_zero_for_honest_chances_and_the_difference_for_others():
     honest = [([0.25], 1)] * 25 + [([0.25], 0)] * 75
     assert metrics.calibration(honest)[0]["ece"] == pytest.approx(0.0)
+    dice = random.Random(0)
+    right = [([q], int(dice.random() < q)) for q in (dice.random() for _ in range(4000))]
+    few = [metrics.calibration(right[start : start + 100])[0] for start in range(0, 4000, 100)]
+    shown, said = (sum(row[key] for row in few) / len(few) for key in ("ece", "honest"))
+    assert said == pytest.approx(shown, rel=0.1), "exact chances of a hundred levels are not without error"
+    assert said > 0.05
     boastful = [([0.95, 0.5], 0)] * 10
     first, second = metrics.calibration(boastful)
     assert first["ece"] == pytest.approx(0.95)
@@ -113,6 +120,10 @@ def test_every_cell_is_tuned_before_it_is_scored_and_controllers_share_a_rollout
         assert {"P0", "P4", "marginal", "P7", "P8"} <= set(step.words)
         assert not {"P5", "P6", "P9", "--scalars-controller"} & set(step.words), "nobody asks that of it"
     assert [name for name in names if name.startswith("controller untrained")] == ["controller untrained full"]
+    tuning = next(step for step in steps if step.name.startswith("tune"))
+    said = dict(zip(tuning.words, tuning.words[1:]))
+    assert (said["--limit"], said["--max-new-tokens"], tuning.words.count("--max-new-tokens")) == ("32", "128", 1)
+    assert all(dict(zip(step.words, step.words[1:]))["--max-new-tokens"] == "256" for step in scores)
     shared = next(step for step in steps if step.name == "controller mine scalars")
     assert any(word.startswith("policy.rollouts_from=") and "mine_full" in word for word in shared.words)
 

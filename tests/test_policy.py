@@ -28,7 +28,7 @@ from mmspec.policy import (
 )
 from mmspec.sampling import GreedySampler, KeyedSampler
 from mmspec.tree import pruned
-from mmspec.types import Evidence, Request, StepTrace
+from mmspec.types import Calibration, Evidence, Request, StepTrace
 from tests.tiny import llava, prompt
 
 
@@ -36,7 +36,10 @@ class Told:
     """A controller that is told each row's survival, in place of what it would see."""
 
     def __init__(self, survival, trials=None):
-        self.prior, self.trials = survival, trials
+        self.survival, self.trials = survival, trials
+
+    def at(self, sampled):
+        return Calibration(self.survival, np.ones(1), np.zeros(1), self.trials)
 
     def look(self, last_hidden, roots):
         return None

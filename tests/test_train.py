@@ -398,12 +398,16 @@ def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labe
             controller._take_rounds(other, s.folder, 0)
 
 
-def test_rounds_of_one_conversation_stay_on_one_side_of_the_split():
-    keys = torch.arange(40).repeat_interleave(3)
-    training, held_out = controller._split(keys, 0)
-    assert len(training) + len(held_out) == 120
-    assert not set(keys[training].tolist()) & set(keys[held_out].tolist())
-    assert len(held_out) == 18
+def test_rounds_of_one_image_stay_in_one_part_of_the_split():
+    images = [f"image {number // 3}" for number in range(120)]
+    parts = controller._split(images, 0)
+    assert sorted(torch.cat(parts).tolist()) == list(range(120))
+    assert [len(part) for part in parts] == [84, 18, 18]
+    shown = [{images[row] for row in part.tolist()} for part in parts]
+    assert not shown[0] & shown[1]
+    assert not shown[0] & shown[2]
+    assert not shown[1] & shown[2]
+    assert [len(part) for part in controller._split(["one"] * 5, 0)] == [5, 0, 0]
 
 
 # ---- schedule, engine settings, display ----

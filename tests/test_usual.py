@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mmspec.policies import Parts, make_policy
 from mmspec.policies._usual import UsualDepth, advantage, expected_seconds
 from mmspec.types import StepTrace, Trials
 from tests.test_policy import Flat, Told, rounds, sensed
-from train.calibrate import Best, calibrate
+from train.calibrate import Best, calibrate, reliability, remember
 
 COST = [1.0, 1.2, 1.4, 1.6, 1.8]
 
@@ -47,7 +49,8 @@ def test_copies_that_end_early_cost_what_they_have():
 
 
 def test_the_usual_depth_is_the_best_fixed_one_and_follows_what_comes_of_drafts():
-    usual = UsualDepth([0.9, 0.8, 0.7, 0.6], COST, 1)
+    usual = UsualDepth([0.9, 0.8, 0.7, 0.6])
+    usual.price(COST)
     assert usual.depth == 4
     for _ in range(2000):
         usual.learn(1, 4)
@@ -59,7 +62,10 @@ def test_the_usual_depth_is_the_best_fixed_one_and_follows_what_comes_of_drafts(
     for _ in range(4000):
         usual.learn(4, 4)
     assert usual.depth == 4
-    censored = UsualDepth([0.9, 0.8, 0.7, 0.6], COST, 1)
+    usual.price([1.0, 5.0, 10.0, 15.0, 20.0])
+    assert usual.depth == 0, "what was learned stays where seconds are others"
+    censored = UsualDepth([0.9, 0.8, 0.7, 0.6])
+    censored.price(COST)
     for _ in range(2000):
         censored.learn(1, 1)  # all there was: no word against deeper drafts
     assert censored.depth == 4
@@ -97,7 +103,7 @@ def test_a_drafter_that_never_pays_loses_next_to_nothing_and_is_noticed_when_it_
             plan = policy.plan([[]], [100])
             got = min(accepted, plan.depth)
             spent, drafted = spent + policy.cost(plan.depth), drafted + (plan.depth > 0)
-            policy.observe(StepTrace(plan, (True,), (got,), (got + 1,), 1 + plan.depth))
+            policy.observe(StepTrace(plan, (True,), (got,), (got + 1,), 1 + plan.depth, (plan.depth,)))
         return spent / n, drafted / n
 
     spent, drafted = decode(4000, 0)
@@ -107,18 +113,70 @@ def test_a_drafter_that_never_pays_loses_next_to_nothing_and_is_noticed_when_it_
     assert decode(100, 4)[1] == 1.0
 
 
+def test_a_copy_that_ends_before_the_others_of_its_batch_has_not_failed():
+    """Two rows, one depth: a copy of one token that was accepted says nothing of the levels that it did not have."""
+    policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), Told([0.9, 0.8, 0.7, 0.6], trials(False)), 1))
+    policy.open(2, torch.device("cpu"))
+    before = list(policy.usual.tried)
+    plan = policy.plan([[], []], [100, 100])
+    policy.observe(StepTrace(plan, (True, True), (1, 4), (2, 5), 5, (1, 4)))
+    assert policy.usual.tried[0] == pytest.approx((before[0] * 0.998 + 1) * 0.998 + 1)
+    assert policy.usual.tried[1] == pytest.approx(before[1] * 0.998 + 1)
+
+
+def test_policies_that_ask_nobody_say_what_their_plans_follow_from():
+    device = torch.device("cpu")
+
+    def unasked(name, prior, known, batch=4):
+        parts = Parts(4, 4, Flat(level=0.2), Told(prior, known), 1)
+        return make_policy(name, parts).unasked(batch, device, False)
+
+    prior = [0.9, 0.8, 0.7, 0.6]
+    one = unasked("viskip", prior, trials(False))
+    assert one == unasked("viskip", prior, trials(False, seed=1)), (
+        "what a controller that is not asked foresees is nothing"
+    )
+    assert one != unasked("viskip", [0.9, 0.8, 0.7, 0.5], trials(False))
+    assert one != unasked("viskip_refined", prior, trials(False))
+    assert unasked("viskip", prior, trials(True)) is None
+    assert unasked("viskip", prior, None) is None
+
+
+class Moody(Told):
+    """Foresees greedy rounds, and none that are sampled, of which fewer tokens are accepted."""
+
+    def at(self, sampled):
+        drawn = Trials(np.full((400, 4), 0.1), np.arange(400) % 2, np.full(400, 4))
+        return replace(super().at(False), prior=[0.5, 0.0, 0.0, 0.0], trials=drawn) if sampled else super().at(False)
+
+
+def test_what_is_known_of_greedy_rounds_does_not_decide_where_tokens_are_drawn():
+    policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), Moody([0.9, 0.8, 0.7, 0.6], trials(True)), 1))
+    policy.open(1, torch.device("cpu"))
+    assert policy.senses
+    greedy = policy.usual
+    policy.open(1, torch.device("cpu"), sampled=True)
+    assert not policy.senses
+    assert (greedy.depth, policy.usual.depth) == (4, 1)
+    policy.bias[0] = 1.0
+    policy.open(2, torch.device("cpu"))
+    assert policy.usual is greedy, "nor does the batch change what was learned of drafts"
+    assert not policy.bias.any()
+
+
 def test_training_starts_from_the_mean_round_and_tempering_ends_there():
     data = rounds(2000)
     head = viskip.Head(viskip.Config(hidden_size=6, width=16, depth=3))
     head.fit_statistics(data)
-    few = [data[name][:5] for name in ("last_hidden", "root_embed", "scalars")]
-    assert torch.allclose(head.survival(*few), head.prior.expand(5, -1), atol=1e-4)
+    few = {name: table[:5] for name, table in data.items()}
+    mean = head.prior.expand(5, -1)
+    assert torch.allclose(head.chances(few).cumprod(1), mean, atol=1e-4)
     torch.nn.init.normal_(head.hazard.weight)
-    before = head.survival(*few)
-    head.temper(1.0)
-    assert torch.allclose(head.survival(*few), before, atol=1e-5)
-    head.temper(0.0)
-    assert torch.allclose(head.survival(*few), head.prior.expand(5, -1), atol=1e-4)
+    raw = head.look(few["last_hidden"], few["root_embed"], few["scalars"]).hazard.sigmoid()
+    assert torch.allclose(head.chances(few), raw, atol=1e-5), "without a calibration logits are what they are"
+    head.scale.zero_()
+    head.offset.copy_(head.mean_round())
+    assert torch.allclose(head.chances(few).cumprod(1), mean, atol=1e-4)
 
 
 def fitted(data, steps):
@@ -139,6 +197,15 @@ def nll(head, data):
         return float(head(data).sums["survival_nll"]) / len(data["accepted"])
 
 
+def loss(chances, data):
+    """By hand: each level that was offered and reached counts once."""
+    k = torch.arange(1, 4)
+    accepted = data["accepted"].unsqueeze(1)
+    seen = ((k <= data["reach"].unsqueeze(1)) & (k <= accepted + 1)).float()
+    each = torch.where(k <= accepted, chances, 1 - chances).detach().log() * seen
+    return -float(each.sum()) / len(accepted)
+
+
 def test_what_was_learned_by_heart_is_tempered_and_remembered():
     """Forty rounds learned by heart foresee others worse than the mean does; tempered, never worse."""
     held_out = rounds(300, seed=1)
@@ -147,15 +214,53 @@ def test_what_was_learned_by_heart_is_tempered_and_remembered():
     mean.fit_statistics(rounds(40))
     overfit, blank = nll(head, held_out), nll(mean, held_out)
     assert overfit > blank
-    scale = calibrate(head, held_out)
-    assert scale < 1
-    assert nll(head, held_out) <= blank + 1e-3
+    scales = calibrate(head, held_out)
+    assert max(scales) < 0.8
+    assert loss(head.chances(held_out), held_out) <= blank + 1e-3
+    remember(head, held_out)
     assert (head.trial_accepted >= 0).sum() == 300
     assert head.trial_accepted[:300].equal(held_out["accepted"].float())
-    survival = head.survival(held_out["last_hidden"], held_out["root_embed"], held_out["scalars"])
-    assert torch.allclose(head.trial_chances[:300].cumprod(1), survival, atol=1e-4)
+    assert torch.allclose(head.trial_chances[:300], head.chances(held_out), atol=1e-6)
     nothing = {name: table[:0] for name, table in held_out.items()}
-    assert calibrate(head, nothing) == 1.0
+    assert calibrate(head, nothing) == [1.0, 1.0]
+    remember(head, nothing)
+    assert (head.trial_accepted >= 0).sum() == 300
+
+
+def mixed(n, seed):
+    """Greedy rounds that the state foretells, and sampled ones of which it says nothing and fewer are accepted."""
+    data = rounds(n, seed)
+    drawn = torch.arange(n) % 2 == 1
+    noise = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed + 100)) < 0.3
+    data["accepted"] = torch.where(drawn, noise.long().cumprod(1).sum(1), data["accepted"])
+    return {**data, "temperature": drawn.float()}
+
+
+def test_greedy_and_sampled_rounds_are_calibrated_apart():
+    """One scale for both would call half of the rounds too sure, and leave the others too timid."""
+    head = fitted(mixed(2000, 0), 150)
+    choosing, judging = mixed(600, 1), mixed(2000, 2)
+    before = {b["temperature"]: b["by_depth"][0] for b in reliability(head, judging)}
+    greedy, drawn = calibrate(head, choosing)
+    assert greedy > drawn
+    after = {b["temperature"]: b["by_depth"][0] for b in reliability(head, judging)}
+    assert after[1.0]["ece"] < 0.05 < before[1.0]["ece"]
+    assert after[1.0]["brier"] < before[1.0]["brier"]
+    assert after[0.0]["ece"] < 0.05 < before[0.0]["ece"]
+    assert after[0.0]["brier"] < before[0.0]["brier"]
+    remember(head, judging)
+    deployed = viskip.Deployed(head.eval(), torch.nn.Embedding(5, 6), 5)
+    assert deployed.at(True).prior[0] == pytest.approx(0.3, abs=0.05)
+    assert deployed.at(False).prior[0] == pytest.approx(0.5, abs=0.05)
+    for sampled in (False, True):
+        c, mine = deployed.at(sampled), (judging["temperature"] > 0) == sampled
+        assert len(c.trials.accepted) == viskip.N_TRIALS // 2
+        states = judging["last_hidden"][mine][:9]
+        seen = deployed.look(states, torch.zeros(9, dtype=torch.long)).detach().numpy()
+        seen -= deployed.by_root[0].numpy()  # these rounds have no root
+        said = deployed.logits(seen, judging["scalars"][mine][:9].numpy()) * c.scale + c.offset
+        few = {name: table[mine][:9] for name, table in judging.items()}
+        assert torch.allclose(torch.tensor(said).sigmoid(), head.chances(few).detach(), atol=1e-4)
 
 
 def test_the_best_step_is_kept_and_an_interruption_forgets_only_what_came_later(tmp_path):
@@ -182,12 +287,16 @@ def test_the_best_step_is_kept_and_an_interruption_forgets_only_what_came_later(
 
 def test_a_controller_of_before_is_loaded_and_asked(tmp_path):
     head = viskip.Head(viskip.Config(hidden_size=6, width=8, depth=3))
-    state = {name: table for name, table in head.state_dict().items() if not name.startswith("trial_")}
+    state = {name: table for name, table in head.state_dict().items() if name not in viskip.Head.LATER}
     checkpoint.write_tensors(tmp_path / "viskip.safetensors", state)
     again = checkpoint._filled(viskip.Head(head.config), tmp_path / "viskip.safetensors", torch.float32)
     assert torch.equal(again.inner.weight, head.inner.weight)
-    assert viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).trials is None
-    again.remember(torch.full((4, 3), 0.5), torch.tensor([0, 1, 2, 3]), torch.full((4,), 3))
-    trials = viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).trials
+    old = viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).at(True)
+    assert old.trials is None
+    assert (old.scale.tolist(), old.offset.tolist()) == ([1.0] * 3, [0.0] * 3), "its logits are what they were"
+    assert old.prior == pytest.approx(head.prior.tolist(), abs=1e-3)
+    ends = torch.tensor([0, 1, 2, 3])
+    again.remember(torch.full((4, 3), 0.5), ends, torch.full((4,), 3), torch.zeros(4))
+    trials = viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).at(True).trials  # better others than none
     assert trials is not None
     assert (trials.chances.shape, trials.accepted.tolist(), trials.reach.tolist()) == ((4, 3), [0, 1, 2, 3], [3] * 4)

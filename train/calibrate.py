@@ -1,13 +1,13 @@
 """What is kept of a controller's training: the step that foresees held-out rounds best, as sure of itself as it may be.
 
-Invariant: no step of the optimizer sees the rounds that choose, so what the controller brings along of them
-(`Head.remember`) is how it does on text it was not trained on.
+Invariant: images are dealt into three parts. One trains; one chooses the step and the scales; the third chooses
+nothing, so what the controller brings along of it (`Head.remember`), and its calibration there, hold for other text.
 
 A rollout of a few thousand rounds is known by heart after some tens of steps; from there on held-out rounds are
 foreseen worse than by the mean of all rounds, and a policy that trusts such chances loses to a fixed draft.
 
-Source: methods, D3 (calibration). Deviation: one scale for all depths in place of a Platt map each; a few hundred
-held-out rounds do not carry more.
+Source: methods, D3 (70/15/15 by image, calibration by temperature). Deviation: the Platt maps
+of the depths are drawn towards one another, as a few hundred held-out rounds do not carry twenty numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmspec import checkpoint, metrics
+from mmspec.heads.viskip import sampled_rounds
 
 VALIDATION = "viskip/val_survival_nll"
-SCALES = 11
+SPREAD, LOOSE = 0.2, 2.0
+"""By how much scale and offset of a depth are thought to differ from what all depths have in common, in logits, and the
+common scale from 1."""
+ENOUGH = 64
+"""Rounds of one way of sampling that its own map takes."""
 
 
 class Best:
@@ -59,53 +64,85 @@ class Best:
         return load_file(str(self.path))
 
 
-@torch.no_grad()
-def calibrate(controller: nn.Module, held_out: Mapping[str, Tensor]) -> float:
-    """Temper the controller's logits by what held-out rounds say of them, and let it remember those.
+@torch.enable_grad()
+def calibrate(controller: nn.Module, choosing: Mapping[str, Tensor]) -> list[float]:
+    """Make the controller's logits mean chances, by what held-out rounds say of them.
 
     Args:
         controller: `viskip.Head`.
-        held_out: rounds as `viskip.Head.forward` takes them; none leaves everything as it is.
+        choosing: rounds as `viskip.Head.forward` takes them; none leaves everything as it is.
 
     Returns:
-        The scale, 0 (nothing but the mean was learned) to 1.
+        The mean scales of greedy and of sampled rounds; 0: nothing but the mean round was learned. A way of sampling
+        with less than `ENOUGH` rounds has the map of all.
     """
     head: Any = controller
-    accepted, reach = held_out["accepted"].unsqueeze(1), held_out["reach"].unsqueeze(1)
+    accepted, reach, sampled = choosing["accepted"], choosing["reach"], sampled_rounds(choosing)
     if not len(accepted):
-        return 1.0
+        return [1.0, 1.0]
     depth = torch.arange(1, head.config.depth + 1, device=accepted.device)
-    observed, outcome = ((depth <= reach) & (depth <= accepted + 1)).float(), (depth <= accepted).float()
-    kept = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-    found: list[tuple[float, float]] = []
-    for step in range(SCALES):
-        scale = step / (SCALES - 1)
-        head.load_state_dict(kept)
-        head.temper(scale)
-        found.append(
-            (float(F.binary_cross_entropy(_chances(head, held_out), outcome, observed, reduction="sum")), scale)
-        )
-    scale = min(found)[1]
-    head.load_state_dict(kept)
-    head.temper(scale)
-    head.remember(_chances(head, held_out), held_out["accepted"], held_out["reach"])
-    return scale
+    observed = ((depth <= reach.unsqueeze(1)) & (depth <= accepted.unsqueeze(1) + 1)).double()
+    outcome, mean = (depth <= accepted.unsqueeze(1)).double(), head.mean_round().double()
+    look = head.look(*(choosing[name] for name in ("last_hidden", "root_embed", "scalars")))
+    beyond = look.hazard.detach().double() - mean
+    for bucket in (0, 1):
+        mine = sampled == bool(bucket)
+        rows = mine if int(mine.sum()) >= ENOUGH else torch.ones_like(mine)
+        start = mean + head.shift[bucket].double()
+        scale, offset = _platt(beyond[rows], outcome[rows], observed[rows], start)
+        head.scale[bucket], head.offset[bucket] = scale, offset - scale * mean
+    found: list[float] = head.scale.mean(1).tolist()
+    return found
 
 
+def _platt(beyond: Tensor, outcome: Tensor, observed: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest scales [Dmax] and offsets [Dmax] of logits, given that depths are much alike.
+
+    Args:
+        beyond: [R, Dmax] logits beyond the mean round's; outcome, observed: [R, Dmax] 0 or 1.
+        start: [Dmax], offsets where nothing was observed.
+    """
+    common = torch.ones(1, dtype=torch.float64, device=beyond.device, requires_grad=True)
+    own = torch.zeros(2, beyond.shape[1], dtype=torch.float64, device=beyond.device, requires_grad=True)
+    solver = torch.optim.LBFGS([common, own], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        said = (common + own[0]) * beyond + start + own[1]
+        nll = F.binary_cross_entropy_with_logits(said, outcome, observed, reduction="sum")
+        value = nll + (own / SPREAD).square().sum() / 2 + ((common - 1) / LOOSE).square().sum() / 2
+        value.backward()
+        return value
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    # Below 0 it would take the controller at the contrary of its word.
+    return (common + own[0]).detach().clamp_min(0.0), (start + own[1]).detach()
+
+
+@torch.no_grad()
+def remember(controller: nn.Module, judging: Mapping[str, Tensor]) -> None:
+    """Let a calibrated controller bring along how it does on rounds that chose nothing of it."""
+    head: Any = controller
+    if len(judging["accepted"]):
+        head.remember(head.chances(judging), judging["accepted"], judging["reach"], sampled_rounds(judging))
+
+
+@torch.no_grad()
 def reliability(controller: nn.Module, held_out: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """How far its chances are from what came of held-out rounds, by temperature: rounds, and by depth the observed
     levels n, the expected calibration error and the Brier score (`metrics.calibration`).
 
     Args:
-        controller: `viskip.Head`, tempered.
-        held_out: rounds as `viskip.Head.forward` takes them, with temperature [R].
+        controller: `viskip.Head`, calibrated.
+        held_out: rounds that chose nothing of it, as `viskip.Head.forward` takes them, with temperature [R].
     """
+    head: Any = controller
     found = []
     for temperature in sorted(set(held_out["temperature"].tolist())):
         rows = held_out["temperature"] == temperature
         mine = {name: table[rows] for name, table in held_out.items()}
         ends = zip(mine["accepted"].tolist(), mine["reach"].tolist())
-        said = zip(_chances(controller, mine).tolist(), ends)
+        said = zip(head.chances(mine).tolist(), ends)
         outcomes = [(row[: min(accepted + 1, reach)], accepted) for row, (accepted, reach) in said]
         by_depth = [{k: v for k, v in depth.items() if k != "bins"} for depth in metrics.calibration(outcomes)]
         found.append({"temperature": temperature, "rounds": len(outcomes), "by_depth": by_depth})
@@ -120,12 +157,3 @@ def flat_reliability(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for depth in bucket["by_depth"]
         for figure in ("ece", "brier")
     }
-
-
-@torch.no_grad()
-def _chances(head: Any, rounds: Mapping[str, Tensor]) -> Tensor:
-    """[R, Dmax] of each level once the one before is accepted."""
-    survival = head.survival(rounds["last_hidden"], rounds["root_embed"], rounds["scalars"])
-    before = torch.cat([torch.ones_like(survival[:, :1]), survival[:, :-1]], 1)
-    chances: Tensor = (survival / before.clamp_min(1e-9)).clamp(1e-6, 1 - 1e-6)
-    return chances

@@ -28,7 +28,7 @@ from mmspec.recipe import DeepSpeedNode
 from mmspec.records import RecordError
 from mmspec.sampling import make_sampler
 from mmspec.types import InputError, Objective, Prompt, Request, Target
-from train.calibrate import VALIDATION, Best, calibrate, flat_reliability, reliability
+from train.calibrate import VALIDATION, Best, calibrate, flat_reliability, reliability, remember
 from train.dependence import blurred_sample, image_mean
 from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
@@ -49,7 +49,8 @@ LABELS = {"policy.controller.n_mass": 0, "policy.controller.counterfactual": NO_
 """Keys of labels, and what they are where a controller needs none."""
 SAMPLED = 1.0
 """Temperature of sampled rollouts."""
-HELD_OUT_SHARE = 0.2
+HELD_OUT_SHARE = 0.15
+"""Of the images, for choosing, and again for judging."""
 EVALUATIONS = 40
 """Looks at the held-out rounds: a small network knows a small rollout by heart long before its steps are over."""
 
@@ -104,7 +105,9 @@ def train_controller(session: Session) -> None:
     """
     recipe, target, policy = session.recipe, session.target, session.recipe.policy
     rounds = _gather(session)
-    training, validation = _split(rounds["key"], recipe.run.seed)
+    keys = rounds["key"].tolist()
+    image = {key: session.corpus.samples[key].image_name() or f"text {key}" for key in set(keys)}
+    training, validation, judging = _split([image[key] for key in keys], recipe.run.seed)
     session.tracker.log(recipe.run.max_steps, {f"viskip/{name}": value for name, value in agreement(rounds).items()})
     config = policy.controller.resolve(target.shape)
     torch.manual_seed(recipe.run.seed)
@@ -149,11 +152,12 @@ def train_controller(session: Session) -> None:
     if session.world.first:
         chosen = checkpoint.build_controller(config)
         chosen.load_state_dict(best.weights())
-        held_out = _batch(rounds, validation, target)["rounds"]
         chosen.to(target.device)
-        scale = calibrate(chosen, held_out)
-        session.tracker.say(f"the controller of step {best.step}, its logits by {scale:g} on held-out rounds")
-        found = reliability(chosen, held_out)
+        greedy, drawn = calibrate(chosen, _batch(rounds, validation, target)["rounds"])
+        session.tracker.say(f"the controller of step {best.step}, its logits by {greedy:g}, sampled {drawn:g}")
+        judges = _batch(rounds, judging, target)["rounds"]
+        remember(chosen, judges)
+        found = reliability(chosen, judges)
         session.tracker.log(plan.log_offset + policy.steps, flat_reliability(found))
         checkpoint.save_controller(session.folder, chosen.cpu().state_dict(), config, target, found)
     session.world.barrier()
@@ -293,13 +297,19 @@ def _gather(session: Session) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _split(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers for training and validation, by conversation; a rollout of one conversation has no validation."""
-    conversations = sorted(set(keys.tolist()))
-    random.Random(f"split/{seed}").shuffle(conversations)
-    n_held_out = int(len(conversations) * HELD_OUT_SHARE)
-    held_out = torch.isin(keys, torch.tensor(conversations[:n_held_out], dtype=keys.dtype))
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+def _split(images: Sequence[str], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers for training, choosing and judging, by image; a rollout of a few images has no rounds for the latter.
+
+    Args:
+        images: of each round.
+    """
+    names = sorted(set(images))
+    random.Random(f"split/{seed}").shuffle(names)
+    n = int(len(names) * HELD_OUT_SHARE)
+    part = dict.fromkeys(names[:n], 1) | dict.fromkeys(names[n : 2 * n], 2)
+    parts = torch.tensor([part.get(name, 0) for name in images])
+    training, choosing, judging = ((parts == k).nonzero().flatten() for k in range(3))
+    return training, choosing, judging
 
 
 def _batch(rounds: Mapping[str, Tensor], rows: Tensor, target: Target) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Invariant: a sample holds no decoded picture. Pictures are opened by whoever enc
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,10 @@ class Sample:
             if index < len(answers):
                 out.append({"role": "assistant", "content": [{"type": "text", "text": answers[index]}]})
         return out
+
+    def image_name(self) -> str:
+        """The same of all samples that show the same pictures, by their bytes; "" of text alone."""
+        return "+".join(sorted(hashlib.sha256(picture.content()).hexdigest()[:16] for picture in self.pictures))
 
     def shown(self, n_turns: int | None = None) -> tuple[Picture, ...]:
         """The pictures of the first turns."""

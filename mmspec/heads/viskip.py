@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmspec.nn import RMSNorm
-from mmspec.types import COUNTERFACTUALS, Objective, TargetShape, Trials
+from mmspec.types import COUNTERFACTUALS, Calibration, Objective, TargetShape, Trials
 
 EPS = 1e-6
 NO_COUNTERFACTUAL = "none"
@@ -27,6 +27,8 @@ _SURE = 1e-3, 1 - 1e-3
 """Between which a mean chance becomes a logit."""
 N_TRIALS = 512
 """Held-out rounds that a controller brings along; fewer leave the rest of the table empty (accepted -1)."""
+_PRIOR_ROUNDS = 50
+"""Rounds that the mean over both ways of sampling counts for in the mean of one."""
 _CHUNK = 8192
 """Tokens whose embeddings are projected at a time."""
 
@@ -100,8 +102,9 @@ class Said:
 class Head(nn.Module):
     """Survival model of a paired drafter."""
 
-    LATER = ("trial_chances", "trial_accepted", "trial_reach")
-    """Controllers of before had no held-out rounds to bring along; they are asked always."""
+    LATER = ("trial_chances", "trial_accepted", "trial_reach", "trial_sampled", "shift", "scale", "offset")
+    """Controllers of before had no held-out rounds to bring along, which are asked always, or one calibration for both
+    ways of sampling."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -126,6 +129,16 @@ class Head(nn.Module):
         self.register_buffer("trial_chances", torch.zeros(N_TRIALS, c.depth))
         self.register_buffer("trial_accepted", torch.full((N_TRIALS,), -1.0))
         self.register_buffer("trial_reach", torch.zeros(N_TRIALS))
+        self.register_buffer("trial_sampled", torch.zeros(N_TRIALS))
+        # By way of sampling, greedy first. `shift`: the mean round there, in logits beyond the mean round of all.
+        self.register_buffer("shift", torch.zeros(2, c.depth))
+        # `scale * logit + offset` is the logit of a calibrated chance.
+        self.register_buffer("scale", torch.ones(2, c.depth))
+        self.register_buffer("offset", torch.zeros(2, c.depth))
+        self.trial_sampled: Tensor
+        self.shift: Tensor
+        self.scale: Tensor
+        self.offset: Tensor
         self.trial_chances: Tensor
         self.trial_accepted: Tensor
         self.trial_reach: Tensor
@@ -147,23 +160,32 @@ class Head(nn.Module):
         # Conditional survival over rounds that offered depth k at all, so that shallow rounds do not bias it.
         share = (kept & offered).sum(0) / (reached & offered).sum(0).clamp_min(1)
         self.prior.copy_(share.cumprod(0))
+        for bucket in (0, 1):
+            mine = (sampled_rounds(rounds) == bool(bucket)).unsqueeze(1)
+            passed, tried = ((what & offered & mine).sum(0) for what in (kept, reached))
+            own = (passed + _PRIOR_ROUNDS * share) / (tried + _PRIOR_ROUNDS)
+            self.shift[bucket] = own.clamp(*_SURE).logit() - share.clamp(*_SURE).logit()
         with torch.no_grad():
             self.hazard.weight.zero_()
             self.hazard.bias.copy_(share.clamp(*_SURE).logit())
 
-    def temper(self, scale: float) -> None:
-        """Draw the survival logits towards those of the mean round: 1 leaves them, 0 is the mean alone."""
+    def mean_round(self) -> Tensor:
+        """[Dmax] logits of each level once the one before is accepted, of the mean round of training."""
         before = torch.cat([torch.ones_like(self.prior[:1]), self.prior[:-1]])
-        mean = (self.prior / before.clamp_min(_SURE[0])).clamp(*_SURE).logit()
-        with torch.no_grad():
-            self.hazard.weight.mul_(scale)
-            self.hazard.bias.copy_(mean + scale * (self.hazard.bias - mean))
+        return (self.prior / before.clamp_min(1e-12)).clamp(*_SURE).logit()
 
-    def remember(self, chances: Tensor, accepted: Tensor, reach: Tensor) -> None:
-        """Keep what came of held-out rounds: conditional chances [T, Dmax], accepted tokens and offered levels [T], the
-        first `N_TRIALS` of them."""
+    def chances(self, rounds: Mapping[str, Tensor]) -> Tensor:
+        """Calibrated chances [R, Dmax] of each level once the one before is accepted; rounds as for `forward`."""
+        bucket = sampled_rounds(rounds).long()
+        hazard = self.look(rounds["last_hidden"], rounds["root_embed"], rounds["scalars"]).hazard
+        return (self.scale[bucket] * hazard + self.offset[bucket]).sigmoid()
+
+    def remember(self, chances: Tensor, accepted: Tensor, reach: Tensor, sampled: Tensor) -> None:
+        """Keep what came of held-out rounds: conditional chances [T, Dmax], accepted tokens, offered levels and whether
+        tokens were drawn [T], the first `N_TRIALS` of them."""
         n = min(len(accepted), N_TRIALS)
         self.trial_chances[:n] = chances[:n]
+        self.trial_sampled[:n] = sampled[:n].to(self.trial_sampled)
         self.trial_accepted.fill_(-1.0)[:n] = accepted[:n].to(self.trial_accepted)
         self.trial_reach[:n] = reach[:n].to(self.trial_reach)
 
@@ -185,7 +207,7 @@ class Head(nn.Module):
         return Said(self.hazard(torch.cat([h, *seen, s], -1)), mass, dependence, changed)
 
     def survival(self, last_hidden: Tensor, root_embed: Tensor, scalars: Tensor) -> Tensor:
-        """P(at least k draft tokens are accepted), k = 1..Dmax: [R, Dmax], non-increasing.
+        """P(at least k draft tokens are accepted), k = 1..Dmax, not calibrated: [R, Dmax], non-increasing.
 
         Args:
             last_hidden: [R, D] f_{n-1}; root_embed: [R, D] e(x_n); scalars: [R, K].
@@ -245,7 +267,8 @@ class Deployed:
 
     Its network is a few vectors of a few hundred numbers: on the device each of its thirty operations would cost a
     launch. So the device makes one projection of the state, which rides on the step's one transfer, and the rest is
-    NumPy's on the host. What the root contributes is looked up in a table of all tokens.
+    NumPy's on the host. What the root contributes is looked up in a table of all tokens. Both logistic functions in it
+    are `(1 + tanh(x / 2)) / 2`, whose halves are in the matrices.
 
     Args:
         head: trained, in eval mode, on the target's device.
@@ -255,31 +278,37 @@ class Deployed:
 
     @torch.no_grad()
     def __init__(self, head: Head, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
-        self.prior: list[float] = head.prior.tolist()
-        tried = head.trial_accepted >= 0
-        self.trials: Trials | None = None
-        if bool(tried.any()):
-            counts = [_array(table[tried]).astype(int) for table in (head.trial_accepted, head.trial_reach)]
-            self.trials = Trials(_array(head.trial_chances[tried]), *counts)
+        prior = (head.mean_round() + head.shift).sigmoid().cumprod(1).tolist()
+        self._at = [
+            Calibration(prior[k], _array(head.scale[k]), _array(head.offset[k]), _trials(head, k)) for k in (0, 1)
+        ]
         self.reads_context = head.config.reads == "all"
         if self.reads_context:
             self.state_size = (head.config.hidden_size,)
             # The norm's gain goes into the matrix.
-            self.state_weight = (head.from_state.weight * head.norm_state.weight).float()
-            self.state_bias = head.from_state.bias.float()
+            self.state_weight = 0.5 * (head.from_state.weight * head.norm_state.weight).float()
+            self.state_bias = 0.5 * head.from_state.bias.float()
             tokens = torch.arange(vocab_size, device=head.prior.device)
             rows = [head.from_root(head.norm_root(embed(some).float())) for some in tokens.split(_CHUNK)]
-            self.by_root = torch.cat(rows).float()
-        self.mean, self.std = _array(head.scalar_mean), _array(head.scalar_std)
-        self.from_scalars = _layer(head.from_scalars)
-        self.inner, self.hazard = _layer(head.inner), _layer(head.hazard)
+            self.by_root = 0.5 * torch.cat(rows).float()
+        self.mean, self.per_std = _array(head.scalar_mean), 1 / _array(head.scalar_std)
+        self.from_scalars, self.inner = _layer(head.from_scalars, 0.5), _layer(head.inner, 0.5)
         # What survival does not read (`head.changed`) stays behind; what it reads is one product.
-        read = [layer for layer in (head.mass, head.dependence) if layer is not None]
-        self.n_mass = head.config.n_mass
+        self.n_mass = n = head.config.n_mass
+        read = [] if head.mass is None else [_layer(head.mass, 0.5)]
+        read += [] if head.dependence is None else [_layer(head.dependence)]
         self.visual = _joined(read) if read else None
+        matrix, bias = _layer(head.hazard)
+        attention = matrix[head.config.width : head.config.width + n]
+        attention *= 0.5
+        self.hazard = matrix, bias + attention.sum(0)
+
+    def at(self, sampled: bool) -> Calibration:
+        """What its logits mean where tokens are drawn, or the best ones are taken."""
+        return self._at[sampled]
 
     def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
-        """The trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
+        """Half the trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
 
         Args:
             last_hidden: [R, D]; roots: [R] int64.
@@ -290,21 +319,38 @@ class Deployed:
         return F.linear(normed, self.state_weight, self.state_bias) + self.by_root[roots]
 
     def logits(self, seen: np.ndarray, scalars: np.ndarray) -> np.ndarray:
-        """Conditional survival logits, [R, Dmax].
+        """Conditional survival logits, [R, Dmax], not calibrated.
 
         Args:
             seen: [R, width] of `look`, or [R, 0].
             scalars: [R, K]; both fp32: a matrix in another precision would be converted every time.
         """
-        s = np.minimum(np.maximum((scalars - self.mean) / self.std, -5.0), 5.0)  # half of what clip costs
+        s = np.minimum(np.maximum((scalars - self.mean) * self.per_std, -5.0), 5.0)  # half of what clip costs
         h = _apply(self.from_scalars, s)
-        h = _silu(h + seen if self.reads_context else h)
-        h = h + _silu(_apply(self.inner, h))
+        h = _silu_of_twice(h + seen if self.reads_context else h)
+        h += _silu_of_twice(_apply(self.inner, h))
         if self.visual is None:
             return _apply(self.hazard, np.concatenate([h, s], -1))
         seen = _apply(self.visual, h)
-        mass, dependence = sigmoid(seen[:, : self.n_mass]), np.logaddexp(0.0, seen[:, self.n_mass :])
+        mass, dependence = np.tanh(seen[:, : self.n_mass]), np.logaddexp(0.0, seen[:, self.n_mass :])
         return _apply(self.hazard, np.concatenate([h, mass, dependence, s], -1))
+
+
+def sampled_rounds(rounds: Mapping[str, Tensor]) -> Tensor:
+    """[R] bool: whether the tokens of each round were drawn; rounds that do not say are greedy."""
+    accepted = rounds["accepted"]
+    return rounds["temperature"] > 0 if "temperature" in rounds else torch.zeros_like(accepted, dtype=torch.bool)
+
+
+def _trials(head: Head, sampled: int) -> Trials | None:
+    """Held-out rounds of one way of sampling, or of both where it has none; None where there are none at all."""
+    tried = head.trial_accepted >= 0
+    mine = tried & (head.trial_sampled == sampled)
+    mine = mine if bool(mine.any()) else tried
+    if not bool(mine.any()):
+        return None
+    counts = [_array(table[mine]).astype(int) for table in (head.trial_accepted, head.trial_reach)]
+    return Trials(_array(head.trial_chances[mine]), *counts)
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -312,20 +358,21 @@ def _array(x: Tensor) -> np.ndarray:
     return out
 
 
-def _layer(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray | float]:
-    """Its matrix, transposed, and its bias."""
-    bias = _array(layer.bias) if layer.bias is not None else 0.0
-    return np.ascontiguousarray(_array(layer.weight).T), bias
+def _layer(layer: nn.Linear, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """A multiple of its matrix, transposed, and of its bias."""
+    bias = _array(layer.bias) if layer.bias is not None else np.zeros(layer.out_features, np.float32)
+    return np.ascontiguousarray(times * _array(layer.weight).T), times * bias
 
 
-def _joined(layers: Sequence[nn.Linear]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Several layers of one input as one."""
-    matrices, biases = zip(*(_layer(layer) for layer in layers))
+    matrices, biases = zip(*layers)
     return np.ascontiguousarray(np.concatenate(matrices, 1)), np.concatenate(biases)
 
 
-def _apply(layer: tuple[np.ndarray, np.ndarray | float], x: np.ndarray) -> np.ndarray:
-    out: np.ndarray = x @ layer[0] + layer[1]
+def _apply(layer: tuple[np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
+    out: np.ndarray = x @ layer[0]
+    out += layer[1]
     return out
 
 
@@ -335,8 +382,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def _silu(x: np.ndarray) -> np.ndarray:
-    half = 0.5 * x
+def _silu_of_twice(half: np.ndarray) -> np.ndarray:
     out: np.ndarray = np.tanh(half)
     out *= half
     out += half

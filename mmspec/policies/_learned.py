@@ -52,38 +52,73 @@ class LearnedPolicy:
 
     def __init__(self, parts: Parts, refine: bool = False, bias_rate: float = 0.02) -> None:
         self.controller, self.costs = parts.trained("viskip"), parts.measured("viskip")
-        self.max_depth = min(parts.depth, len(self.controller.prior))
+        self.max_depth = min(parts.depth, len(self.controller.at(False).prior))
         self.max_budget, self.refines, self.bias_rate = parts.budget, refine, bias_rate
         self.offered = [parts.nodes(d) for d in range(self.max_depth + 1)]
         self.outcomes: list[tuple[list[float], int]] | None = None
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
-        self.asks, self.senses, self.rows = True, True, 0
+        self.levels = np.arange(1, self.max_depth + 1)
+        self._met: dict[bool, tuple[UsualDepth, np.ndarray]] = {}
+        """What was learned of drafts, by way of sampling; the batch has no say in it."""
+        self._pays: dict[tuple[int, bool], bool] = {}
+        self.asks, self.senses = True, True
+        self.opened: tuple[int, bool] | None = None
         self.skips, self.nap = 0, self._SLEEP
 
-    def open(self, max_batch: int, device: torch.device) -> None:
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         self.records = Records(max_batch)
         self.said = np.zeros((max_batch, self.max_depth), np.float32)
         """Logits of the plan that is under way."""
         self.left = [0] * max_batch
         self.asleep, self.planned, self.senses = 0, 0, self.asks
-        if max_batch == self.rows:
+        if (max_batch, sampled) == self.opened:
             return
-        self.rows = max_batch
+        self.opened = max_batch, sampled
+        calibration = self.controller.at(sampled)
+        self.prior, self.trials = calibration.prior[: self.max_depth], calibration.trials
+        self.scale = np.asarray(calibration.scale, np.float32)[: self.max_depth]
+        self.offset = np.asarray(calibration.offset, np.float32)[: self.max_depth]
+        if sampled not in self._met:
+            self._met[sampled] = UsualDepth(self.prior), np.zeros(self.max_depth, np.float32)
+        self.usual, self.bias = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
-        self.usual_nodes = float(self.max_budget)
-        prior, trials = self.controller.prior, self.controller.trials
-        costs = [self.cost(d) for d in range(self.max_depth + 1)]
-        seconds = expected_seconds(trials, costs)
+        self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE)
+        seconds = self._reckon()
+        self.price = Price(max(max_batch * (1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)))
+        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
+        if self.opened not in self._pays:
+            self._pays[self.opened] = self._worth_asking(max_batch)
+        self.asks = self.senses = self._pays[self.opened]
+
+    def _reckon(self) -> list[float]:
+        """Seconds to expect of a round by planned depth, which depths are compared by from now on."""
+        self.reckoned = round(self.usual_nodes)
+        seconds = expected_seconds(self.trials, [self.cost(d) for d in range(self.max_depth + 1)])
         self.extra_s = np.array(seconds[1:]) - seconds[0]
         """Of a draft of each depth, beyond a round without one."""
-        self.price = Price(max(max_batch * (1 + sum(prior[:d])) / s for d, s in enumerate(seconds)))
-        self.usual, self.probing = UsualDepth(prior[: self.max_depth], seconds, max_batch), Probing(_PROBE_SHARE)
-        if trials is not None:
-            gain, error = advantage(trials, costs, max_batch)
-            self.asks = self.senses = gain - error > _OWN_SHARE
-        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
+        self.usual.price(seconds)
+        return seconds
+
+    def _worth_asking(self, rows: int) -> bool:
+        """Whether the controller was ahead of the best single depth; one that brings no trials is trusted."""
+        if self.trials is None:
+            return True
+        gain, error = advantage(self.trials, [self.cost(d) for d in range(self.max_depth + 1)], rows)
+        return gain - error > _OWN_SHARE
+
+    def unasked(self, max_batch: int, device: torch.device, sampled: bool) -> tuple[object, ...] | None:
+        """What plans follow from where the controller is asked at no batch size up to `max_batch`; None where it is.
+
+        Policies that say the same, with the same costs, make the same plans.
+        """
+        for rows in range(1, max_batch + 1):
+            self.open(rows, device, sampled)
+            if self.asks or self.trials is None:
+                return None
+        assert self.trials is not None
+        return self.refines, self.max_depth, self.max_budget, tuple(self.prior), self.trials.reach.tobytes()
 
     def cost(self, depth: int) -> float:
         """Predicted seconds of a round."""
@@ -97,18 +132,20 @@ class LearnedPolicy:
         """What the host needs of each row, [R, _COUNTS + _LOOKS + any]."""
         e = evidence
         counts = torch.stack([e.n_kept, e.reach, e.n_committed, e.n_prompt, e.n_visual], 1)
-        p = e.logits.float().softmax(-1)
-        entropy = torch.special.entr(p).sum(-1, keepdim=True)
+        log_p = e.logits.float().log_softmax(-1)
+        p = log_p.exp()
+        # As `policy.scalars` has it; a token that cannot be has probability 0, not 0 times infinity.
+        entropy = -torch.linalg.vecdot(p, log_p.clamp_min_(-50.0)).unsqueeze(1)
         looks = [counts, entropy, p.topk(2, dim=-1).values, p.gather(1, e.roots.unsqueeze(1))]
         seen = self.controller.look(e.last_hidden, e.roots)
         return torch.cat(looks if seen is None else [*looks, seen], 1)
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        fresh = any(now > before for now, before in zip(remaining, self.left))
-        self.left = list(remaining)
         deepest = min(self.max_depth, max(remaining) - 1)
         if not self.asks:
             return self._as_usual(deepest, remaining)
+        fresh = any(now > before for now, before in zip(remaining, self.left))
+        self.left = list(remaining)
         if self.asleep or deepest < 1:
             self.asleep = 0 if fresh else max(self.asleep - 1, 0)
             self.senses = not self.asleep
@@ -129,9 +166,11 @@ class LearnedPolicy:
         budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
         if not any(budget):
             return self._skip(remaining)
-        by_row = {row: chances[i].tolist() for i, row in enumerate(active)}
-        nothing = [0.0] * self.max_depth
-        said = [by_row.get(row, nothing) for row in range(len(remaining))] if self.refines else None
+        said = None
+        if self.refines:
+            of_row = np.zeros((len(remaining), self.max_depth))
+            of_row[active] = chances
+            said = of_row.tolist()
         return self._draft(depth, deepest, budget, said)
 
     def _draft(
@@ -165,20 +204,19 @@ class LearnedPolicy:
         if self.bias_rate:
             self._correct(counts, rows)
         table = self.records.scalars(counts, looks, rows)
-        logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth] + self.bias
+        logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth]
+        logits = logits * self.scale + (self.offset + self.bias)
         self.said[list(rows)] = logits
         return logits
 
     def _correct(self, counts: np.ndarray, rows: Sequence[int]) -> None:
-        for row, (n_kept, reach) in zip(rows, counts[:, :2].astype(int).tolist()):
-            if n_kept and reach:
-                accepted = n_kept - 1
-                observed = min(accepted + 1, reach, self.max_depth)
-                right = np.arange(1, observed + 1) <= accepted
-                chances = sigmoid(self.said[row, :observed])
-                self.bias[:observed] += self.bias_rate * (right - chances)
-                if self.outcomes is not None:
-                    self.outcomes.append((chances.tolist(), accepted))
+        """Moves the bias by what came of the levels that were reached; a fresh row and a skip have none."""
+        accepted, chances = counts[:, :1] - 1, sigmoid(self.said[list(rows)])
+        observed = self.levels <= np.minimum(accepted + 1, counts[:, 1:2])
+        self.bias += self.bias_rate * (((self.levels <= accepted) - chances) * observed).sum(0)
+        if self.outcomes is not None:
+            ends = zip(chances, observed.sum(1), accepted[:, 0])
+            self.outcomes += [(row[:n].tolist(), int(got)) for row, n, got in ends if n]
 
     def _budget(
         self, gains: Sequence[float], nodes: int, active: Sequence[int], remaining: Sequence[int]
@@ -199,17 +237,19 @@ class LearnedPolicy:
         if self.refines and self.planned:
             seconds, levels = self.refine.seconds(trace.n_nodes, True), self.refine.levels
             self.refine.settle(trace)
-            self.usual_nodes += 0.02 * (self.refine.nodes - self.usual_nodes)
-            self.extra_s = np.array([self.cost(d) - self.cost(0) for d in range(1, self.max_depth + 1)])
+            self.usual_nodes += 0.02 * (trace.n_nodes - 1 - self.usual_nodes)
+            if round(self.usual_nodes) != self.reckoned:
+                self._reckon()
         else:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]
         self.price.add(tokens, seconds)
         if self.asks:
             return
-        reach, probe = min(levels, trace.n_nodes - 1), bool(self.planned) and not self.usual.depth
+        probe = bool(self.planned) and not self.usual.depth
         self.probing.add(seconds, seconds - self.cost(0) if probe else 0.0)
-        if reach:  # a drafter that had nothing to offer says nothing
-            for accepted, budget in zip(trace.accepted, trace.plan.budget):
-                if budget:
-                    self.usual.learn(accepted, reach)
+        # A copy may end before the others of its batch, and a pruned tree before its levels do.
+        reach = (self.refine.reach if self.refines else ()) or trace.nodes
+        for accepted, budget, deep in zip(trace.accepted, trace.plan.budget, reach):
+            if budget and levels and deep:  # a drafter that had nothing to offer says nothing
+                self.usual.learn(accepted, min(levels, deep))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mmspec.policies._parts import Price
@@ -47,7 +48,9 @@ class Refinement:
         """Exponent of the draft's path probabilities that makes them chances of acceptance."""
         self.hazard = [4.0, 5.0]
         """Fading sums of chances of a level and of the one before: their ratio is the usual chance of the next."""
-        self.levels = self.nodes = 0
+        self.levels = 0
+        self.reach: list[int] = []
+        """Deepest level of each row that is left to verify; empty where a draft had no scores to prune by."""
         self._expected = 0.0
 
     def begin(self, depth: int, active: Sequence[bool], next_level: Sequence[Sequence[float]] | None = None) -> None:
@@ -61,7 +64,7 @@ class Refinement:
         """
         self.levels, self.active, self.next_level = depth, active, next_level
         self._before: list[float] = [1.0 if a else 0.0 for a in active]
-        self._expected, self.nodes = 0.0, 0
+        self._expected, self.reach = 0.0, []
 
     def extend(self, level: int, scores: Tensor) -> bool:
         """Whether the next level's expected gain is worth a draft pass and a node more to verify."""
@@ -92,9 +95,10 @@ class Refinement:
         Scores never rise from one column to the next, so a row's best nodes are its first ones, and they are a tree.
         """
         assert trees.scores is not None
+        scores, depths = torch.stack([trees.scores, trees.depths.to(trees.scores.dtype)]).tolist()
         chances = [
             [math.exp(self.sharpness * s) for s in row[1:]] if active else []
-            for row, active in zip(trees.scores.tolist(), self.active)
+            for row, active in zip(scores, self.active)
         ]
         widest = trees.tokens.shape[1] - 1
         best, best_value, gain = 0, -self.price.per_s * self.verify_s[0], 0.0
@@ -104,8 +108,8 @@ class Refinement:
             if value > best_value:
                 best, best_value = n, value
         counts = [sum(chance >= self._UNLIKELY for chance in row[:best]) for row in chances]
-        self.nodes = max(counts)
         self._expected = sum(sum(row[:n]) for row, n in zip(chances, counts))
+        self.reach = [int(max(row[: n + 1])) for row, n in zip(depths, counts)]
         return first_nodes(trees, counts)
 
     def settle(self, trace: StepTrace) -> None:

@@ -21,8 +21,6 @@ class UsualDepth:
 
     Args:
         prior: mean chance that at least k tokens are accepted, k = 1..Dmax, to start from.
-        cost_s: seconds of a round by depth, 0..Dmax.
-        rows: of the batch.
     """
 
     _PRIOR = 200.0
@@ -31,12 +29,17 @@ class UsualDepth:
     _EVERY = 16
     """Drafts after which depths are compared anew."""
 
-    def __init__(self, prior: Sequence[float], cost_s: Sequence[float], rows: int) -> None:
+    def __init__(self, prior: Sequence[float]) -> None:
         before = [1.0, *prior[:-1]]
         self.tried = [self._PRIOR * chance for chance in before]
         """Fading counts of levels whose outcome was seen, and of those that were accepted."""
         self.passed = [self._PRIOR * chance for chance in prior]
-        self.cost_s, self.rows, self.news = list(cost_s), rows, 0
+        self.cost_s: Sequence[float] = ()
+        self.news = self.depth = self.drafting = 0
+
+    def price(self, cost_s: Sequence[float]) -> None:
+        """Go by these seconds of a round by depth, 0..Dmax, from now on."""
+        self.cost_s = cost_s
         self.compare()
 
     def learn(self, accepted: int, reach: int) -> None:
@@ -51,11 +54,11 @@ class UsualDepth:
 
     def compare(self) -> None:
         """Choose the depth anew, 0 being none, and the best one that drafts at all."""
-        self.news, chance, tokens, rates = 0, 1.0, 1.0, [self.rows / self.cost_s[0]]
+        self.news, chance, tokens, rates = 0, 1.0, 1.0, [1.0 / self.cost_s[0]]
         for passed, tried, seconds in zip(self.passed, self.tried, self.cost_s[1:]):
             chance *= passed / max(tried, 1e-9)
             tokens += chance
-            rates.append(self.rows * tokens / seconds)
+            rates.append(tokens / seconds)
         self.drafting = max(range(1, len(rates)), key=rates.__getitem__)
         self.depth = self.drafting if rates[self.drafting] > rates[0] else 0
 

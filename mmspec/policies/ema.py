@@ -44,7 +44,7 @@ class EmaPolicy(FixedPolicy):
         super().__init__(parts.depth, parts.budget)
         self.config = config
 
-    def open(self, max_batch: int, device: torch.device) -> None:
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         self.share, self.skipped, self.left = [1.0] * max_batch, [0] * max_batch, [0] * max_batch
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:

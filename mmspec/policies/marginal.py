@@ -47,7 +47,7 @@ class MarginalPolicy(FixedPolicy):
         self.costs, self.probing = parts.measured("marginal"), Probing(config.probe_share)
         self.rows = 0
 
-    def open(self, max_batch: int, device: torch.device) -> None:
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         if max_batch == self.rows:
             return  # what was learned of the drafter stays from one call to the next
         self.rows = max_batch
