@@ -88,7 +88,10 @@ def decoder(folder: Path) -> Decoder:
     target = load_target("tiny_llava", "float64")
     drafter, policy = drafter_and_policy(loaded, target, "viskip")
     assert isinstance(policy, LearnedPolicy)
-    return Decoder(target, drafter, policy, None)
+    made = Decoder(target, drafter, policy, None)
+    for task in tasks(made, 1):
+        made.answer(task)  # opens both policies: biases and prices are there from then on
+    return made
 
 
 def tasks(decoder: Decoder, n: int) -> list[Any]:
@@ -135,10 +138,12 @@ def test_the_shadow_learns_nothing_into_the_controller_that_is_shown(decoder: De
     assert (decoder.steered.learned.bias == before).all()
 
 
-def test_a_controller_that_always_drafts_all_sees_the_same_rounds_from_its_shadow(decoder: Decoder):
+def test_a_controller_that_always_drafts_all_sees_the_same_rounds_from_its_shadow(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+):
     """Then both decode alike, and are told alike: the same chances, plans and price at the end."""
-    decoder.steered.learned.cost = lambda depth: 0.0  # type: ignore[method-assign]
-    decoder.shadow.learned.cost = lambda depth: 0.0  # type: ignore[method-assign]
+    for learned in (decoder.steered.learned, decoder.shadow.learned):
+        monkeypatch.setattr(learned, "cost", lambda depth: 0.0)
     mine = decoder.steered.learned
     decoder.shadow.learned.bias, decoder.shadow.learned.price = mine.bias.copy(), copy.copy(mine.price)
     for task in tasks(decoder, 3):
