@@ -167,7 +167,7 @@ def padded(tokens, parents, plan, device):
 class Erratic(FixedPolicy):
     """Skips rounds and rows, ends drafts early and prunes trees at random: nothing of it must ever change a token."""
 
-    def open(self, max_batch, device):
+    def open(self, max_batch, device, sampled=False):
         self.rng = random.Random(0)
 
     def plan(self, sensed, remaining):

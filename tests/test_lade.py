@@ -28,7 +28,7 @@ def policy(config):
 class Sparing(FixedPolicy):
     """Leaves out n-grams, or a row altogether, at random."""
 
-    def open(self, max_batch, device):
+    def open(self, max_batch, device, sampled=False):
         self.rng = random.Random(0)
 
     def plan(self, sensed, remaining):
