@@ -49,12 +49,14 @@ def test_a_star_stops_at_a_slash():
 
 def test_training_logs_what_its_panels_show_and_nothing_else(tmp_path: Path):
     """A real run of head and controller, with all that is logged at times only: topics, a known peak, a vocabulary."""
-    records = [record(n) | {"topic": "ab"[n % 2]} for n in range(8)]
+    records = [record(n) | {"topic": "ab"[n % 2]} for n in range(24)]
     save_target(tmp_path / "target")
     data = save_data(tmp_path, records)
     recipe = save_recipe(tmp_path / "r.yaml", tmp_path / "target", data, tmp_path / "out", max_steps=2)
     more = ["head.kind=eagle3", "head.draft_vocab_size=20", "policy.kind=learned", "deepspeed.zero_stage=1"]
-    done = distill(0, recipe, *more, "run.peak_tflops=0.25", "run.trackers=[]", "run.eval_prompts=4")
+    done = distill(
+        0, recipe, *more, "run.peak_tflops=0.25", "run.trackers=[]", "run.eval_prompts=4", "policy.rollouts=16"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (tmp_path / "out" / "t" / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step", "wall_s"}
