@@ -47,6 +47,7 @@ def test_a_star_stops_at_a_slash():
     assert not panel.shows("time/head_s/more")
 
 
+@pytest.mark.slow
 def test_training_logs_what_its_panels_show_and_nothing_else(tmp_path: Path):
     """A real run of head and controller, with all that is logged at times only: topics, a known peak, a vocabulary."""
     records = [record(n) | {"topic": "ab"[n % 2]} for n in range(24)]

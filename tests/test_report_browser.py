@@ -12,7 +12,10 @@ from eval.report_dependence import load
 from tests.browser import CHROMIUM, measure, picture
 from tests.reports import run_of, sixteen, spoiled
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH to look at pages with")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH to look at pages with"),
+]
 
 WIDTHS = (1280, 390)
 MEASURE = (Path(__file__).parent / "measure_page.js").read_text()
