@@ -191,7 +191,7 @@ def _controller(args: argparse.Namespace, head: str) -> Step:
 def answer(args: argparse.Namespace, heads: Mapping[str, str]) -> Found:
     """What the scores come to."""
     folder = Path(args.out) / args.experiment
-    run = Run.of(folder, read_json(folder / "summary.json"))
+    run = Run.of(folder)
     if args.experiment == "text_only":
         dependence = read_json(Path(args.out) / "dependence" / "dependence.json")
         return findings_text_only.found(run, heads, dependence, args.seed)

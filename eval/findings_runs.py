@@ -16,7 +16,7 @@ import numpy as np
 from eval import tables
 from eval.bench import Result
 from eval.claims import Units
-from eval.rows import from_row, read
+from eval.evaluated import load
 from eval.summary import OVERALL, clean, interval, number
 from eval.tasks import PLAIN
 from eval.verdicts import Claim, Compared, Rows
@@ -62,12 +62,13 @@ class Run:
     cells: Mapping[int, Mapping[str, Sequence[Result]]]
 
     @staticmethod
-    def of(folder: Path, summary: Mapping[str, Any]) -> Run:
-        """Reads `requests.jsonl` beside a summary."""
+    def of(folder: Path) -> Run:
+        """Reads a finished run. Raises InputError as `eval.evaluated.load`."""
+        found = load(folder)
         cells: dict[int, dict[str, list[Result]]] = {}
-        for row in read(folder / "requests.jsonl"):
-            cells.setdefault(row["batch"], {}).setdefault(row["method"], []).append(from_row(row))
-        return Run(summary, cells)
+        for ((batch, _), method), results in found.by.items():
+            cells.setdefault(batch, {}).setdefault(method, []).extend(results.values())
+        return Run(found.summary, cells)
 
     @property
     def batches(self) -> list[int]:
