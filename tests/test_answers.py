@@ -317,13 +317,16 @@ def data_of(*overrides: str) -> Any:
 
 def test_which_samples_are_sampled_depends_on_seed_and_place_alone():
     n = 4000
-    half, more = data_of("data.sampled_share=0.5"), data_of("data.sampled_share=0.7", "run.seed=9")
-    chosen = {k for k in range(n) if is_sampled(half, k)}
-    assert abs(len(chosen) - n / 2) < 160  # five standard deviations
-    assert chosen < {k for k in range(n) if is_sampled(more, k)}
-    other = {k for k in range(n) if is_sampled(data_of("data.sampled_share=0.5", "data.answer_seed=1"), k)}
-    assert abs(len(chosen & other) - n / 4) < 140
-    assert not any(is_sampled(data_of(), k) for k in range(n))
+
+    def chosen(*overrides: str) -> set[int]:
+        data = data_of(*overrides)
+        return {k for k in range(n) if is_sampled(data, k)}
+
+    half = chosen("data.sampled_share=0.5")
+    assert abs(len(half) - n / 2) < 160  # five standard deviations
+    assert half < chosen("data.sampled_share=0.7", "run.seed=9")
+    assert abs(len(half & chosen("data.sampled_share=0.5", "data.answer_seed=1")) - n / 4) < 140
+    assert not chosen()
 
 
 LONG, SHORT = "Please answer with at least 1000 words.", "Answer in one sentence."

@@ -12,6 +12,12 @@ from mmspec.targets._packed import PackedLinear, pack
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a torch without oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def pays(monkeypatch):
+    """Packing as on a machine where it pays; the products are there on all."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
 def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(48, 80), nn.SiLU(), nn.Linear(80, 48, bias=False))
@@ -96,3 +102,10 @@ def test_other_dtypes_and_more_than_the_limit_stay_plain(monkeypatch):
         monkeypatch.setattr(_packed, "MOST", most)
         pack(one)
         assert type(one[0]) is nn.Linear
+
+
+def test_where_packing_does_not_pay_layers_stay_plain(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    one = layers()
+    pack(one)
+    assert type(one[0]) is nn.Linear

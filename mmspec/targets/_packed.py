@@ -2,7 +2,8 @@
 
 torch's fp32 product of a few rows with a matrix goes through MKL, which repacks the matrix in every call, and pays for
 that with every node of a tree. oneDNN takes weights that were packed once: a pass over 8 or 16 nodes then costs little
-more than one over a single token, and a prompt half.
+more than one over a single token, and a prompt half. That is so with AVX-512; with AVX2 a call of oneDNN costs more than
+the repacking of matrices of any size but the largest, and layers stay plain.
 """
 
 from __future__ import annotations
@@ -43,14 +44,21 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if not name.startswith("packed")}
 
 
+def pays() -> bool:
+    """Whether this machine multiplies faster by packed weights: told by its instructions, not timed, so that all runs
+    on it round alike."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def pack(layers: nn.Module) -> None:
     """Make the plain linear layers among some modules packed ones, in place; their weights stay where they are.
 
-    Nothing happens for other dtypes than fp32, off the CPU, for more than `MOST` bytes, or in a torch without oneDNN.
+    Nothing happens for other dtypes than fp32, off the CPU, for more than `MOST` bytes, in a torch without oneDNN, or
+    on a machine where it does not pay (`pays`).
     """
     plain = [m for m in layers.modules() if type(m) is nn.Linear]
     fit = all(m.weight.dtype == torch.float32 and m.weight.device.type == "cpu" for m in plain)
-    if not fit or sum(m.weight.nbytes for m in plain) > MOST or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not fit or sum(m.weight.nbytes for m in plain) > MOST or not pays():
         return
     for linear in plain:
         linear.__class__ = PackedLinear
