@@ -53,7 +53,9 @@ class Head:
 
 
 def choose_methods(args: argparse.Namespace) -> list[str]:
-    """The training-free methods to score, and the hybrid, in the order they were asked for.
+    """The training-free methods to score, and hybrids, in the order they were asked for.
+
+    `hybrid` is one with each head; HEAD_hybrid, as the tables call it, that with one head (`check_hybrids`).
 
     Raises:
         InputError: an unknown name, or options that need a checkpoint or exclude these methods.
@@ -61,13 +63,13 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
     if not args.ckpt and not args.method:
         raise InputError("give --ckpt DIR, or --method all for the methods that need no training")
     known = [*method_names(), HYBRID]
-    unknown = [name for name in args.method if name not in (*known, PLAIN, ALL)]
+    unknown = [name for name in args.method if name not in (*known, PLAIN, ALL) and kind_of(name) != HYBRID]
     if unknown:
         raise InputError(f"--method {unknown[0]} is unknown; use {', '.join(known)}, {PLAIN}, or {ALL}")
     if args.method and args.verifier == "rejection":
         raise InputError("--verifier rejection needs candidates drawn by a head; those of --method are chosen")
     if not args.ckpt:
-        if HYBRID in args.method:
+        if HYBRID in map(kind_of, args.method):
             raise InputError("--method hybrid needs --ckpt: its head drafts where there is nothing to copy")
         alone = [option for option in ("policies", "share_noise") if getattr(args, option)]
         if alone:
@@ -75,10 +77,33 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
     if args.method_settings and not args.method:
         raise InputError("--method-settings needs --method")
     if ALL not in args.method:
-        return list(dict.fromkeys(args.method))
+        spoken_for = HYBRID in args.method  # by that of all heads
+        return [
+            name
+            for name in dict.fromkeys(args.method)
+            if name == HYBRID or not (spoken_for and kind_of(name) == HYBRID)
+        ]
     return [
         name for name in (PLAIN, *known) if (name != PLAIN or PLAIN in args.method) and (args.ckpt or name != HYBRID)
     ]
+
+
+def kind_of(name: str) -> str:
+    """What a name of `--method` has settings under: its own, but `hybrid` for the hybrid of one head too."""
+    return HYBRID if name.endswith(f"_{HYBRID}") else name
+
+
+def _behind(name: str, heads: Sequence[Head]) -> list[Head]:
+    """The heads that a hybrid copies in front of."""
+    return [head for head in heads if name in (HYBRID, f"{head.name}_{HYBRID}")]
+
+
+def check_hybrids(named: Sequence[str], heads: Sequence[Head]) -> None:
+    """Raises InputError where the hybrid of a head is asked for that is not among the heads."""
+    for name in named:
+        if kind_of(name) == HYBRID and not _behind(name, heads):
+            there = ", ".join(f"{head.name}_{HYBRID}" for head in heads)
+            raise InputError(f"--method {name}: no --ckpt has a head of that name; use {there}, or {HYBRID} for all")
 
 
 def choose_heads(
@@ -156,7 +181,9 @@ def check_frozen(args: argparse.Namespace, named: Sequence[str], given: Settings
     """Raises InputError where `--frozen` is asked of a method that keeps what it has seen."""
     if args.frozen and "recycling" in named and (given.get("recycling") or {}).get("persist"):
         raise InputError("--frozen: recycling.persist=true shares what was seen between requests; set it to false")
-    priced = [HYBRID] if HYBRID in named else ["--method-budget marginal"] if args.method_budget == "marginal" else []
+    priced = ["--method-budget marginal"] if args.method_budget == "marginal" else []
+    if HYBRID in map(kind_of, named):
+        priced = [HYBRID]
     if args.frozen and named and priced:
         raise InputError(f"--frozen: {priced[0]} goes by what earlier copies were worth; leave it out")
 
@@ -180,7 +207,7 @@ def make_methods(
         batch_size: rows decoded together; part of what the cost table is measured for.
         sampler: the run's, for a head that drafts with its noise, or draws.
         widths: of the trees of a head that draws, else empty.
-        named: training-free methods, and the hybrid (one with each head).
+        named: training-free methods, and hybrids.
         given: their settings.
         budget: their policy, of `mmspec.api.METHOD_POLICIES`.
         costs: folder in which what their rounds cost is kept; None measures it anew.
@@ -207,14 +234,15 @@ def make_methods(
         if name == PLAIN:
             add(AGAIN, NullDrafter(), SkipPolicy(), settings[PLAIN], methods[0].facts)
             continue
-        mine = (given or {}).get(name)
-        for head in heads if name == HYBRID else [None]:
-            label = f"{head.name}_{name}" if head and len(heads) > 1 else name
+        kind = kind_of(name)
+        mine = (given or {}).get(kind)
+        for head in _behind(name, heads) if kind == HYBRID else [None]:
+            label = f"{head.name}_{kind}" if head and len(heads) > 1 else kind
             table = costs / f"{label}-{batch_size}" if costs else None
             ckpt, drafter = (head.checkpoint, drafters[head.name]) if head else (None, None)
-            pair = method_and_policy(name, target, mine, ckpt, drafter, budget, batch_size, table)
-            said = (facts[head.name] if head else NO_HEAD) | {"drafter": name}
-            add(label, *pair, {"drafter": name, "policy": budget, **_placeless(resolved(name, mine))}, said)
+            pair = method_and_policy(kind, target, mine, ckpt, drafter, budget, batch_size, table)
+            said = (facts[head.name] if head else NO_HEAD) | {"drafter": kind}
+            add(label, *pair, {"drafter": kind, "policy": budget, **_placeless(resolved(kind, mine))}, said)
     lone = sum(not set(TRAINED).isdisjoint(head.policies) for head in heads) == 1
     for head in heads:
         for policy in head.policies:

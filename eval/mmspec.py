@@ -27,7 +27,7 @@ from rich.console import Console
 from eval import report, tables, wandb_log
 from eval.bench import Result
 from eval.cells import Decoded, Work, cells, decode
-from eval.lineup import Head, check_frozen, choose_heads, choose_methods, file_hash
+from eval.lineup import Head, check_frozen, check_hybrids, choose_heads, choose_methods, file_hash, kind_of
 from eval.options import ALL, PROGRAM, build_parser, check_arguments
 from eval.ranks import Ranks, join, leave, own_device
 from eval.references import References, load_references
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     named = choose_methods(args)
     given = read_settings(args.method_settings) if args.method_settings else {}
     heads = choose_heads(args.ckpt, args.tree, args.policies, args.target, args.dtype)
+    check_hybrids(named, heads)
     check_frozen(args, named, given)
     out = ranks.in_turn(lambda: output_folder(Path(args.out) if args.out else usual_folder(args, heads, named)))
     listed = out / "quarantine.jsonl"
@@ -103,7 +104,12 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
     said = settings(args, target, system, len(records), pixels)
     run_id, facts = identify(
-        said, target, heads, {name: resolved(name, given.get(name)) for name in named if name != PLAIN}, records, ranks
+        said,
+        target,
+        heads,
+        {name: resolved(kind_of(name), given.get(kind_of(name))) for name in named if name != PLAIN},
+        records,
+        ranks,
     )
     ranks.in_turn(lambda: begin(out, facts, args.resume) if ranks.first else None)
     own = out / (f"requests.{ranks.rank}.jsonl" if ranks.size > 1 else REQUESTS)

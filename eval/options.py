@@ -88,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(method_names())}, hybrid, all (hybrid only with --ckpt), or plain: once more, for what the "
-        "clock alone makes of equal work",
+        help=f"{', '.join(method_names())}, hybrid (with --ckpt: one with each head; HEAD_hybrid: with that one), "
+        "all, or plain: once more, for what the clock alone makes of equal work",
     )
     add(
         "--method-budget",

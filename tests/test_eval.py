@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from eval import mmspec as cli
+from eval.lineup import choose_heads, make_methods
 from mmspec import checkpoint
 from mmspec.checkpoint import DraftTree
 from mmspec.heads import medusa as medusa_head
@@ -295,6 +296,14 @@ def test_several_heads_share_one_baseline_each_under_a_name_and_with_a_tree_of_i
     assert "--tree is given once, or once for each --ckpt; got 3 for 2" in capsys.readouterr().err
     assert evaluate("--data", str(data), "--ckpt", str(run_folder)) == 2
     assert "two run folders are both called random_4x3x6" in capsys.readouterr().err
+    assert evaluate(*words[:4], "--data", str(data), "--method", "one_hybrid") == 2
+    assert (
+        "--method one_hybrid: no --ckpt has a head of that name; use random_hybrid, twin_hybrid, medusa_hybrid, or"
+        in capsys.readouterr().err
+    )
+    heads = choose_heads([str(twin), str(medusa)])
+    methods, _ = make_methods(target, heads, 1, named=["medusa_hybrid"], budget="fixed")
+    assert [method.name for method in methods] == ["plain", "medusa_hybrid", "eagle", "medusa"]
 
 
 BAD_METHODS = [
@@ -302,6 +311,7 @@ BAD_METHODS = [
     (("--method", "pdl"), "--method pdl is unknown; use "),
     (("--method", "pld", "null"), "--method null is unknown"),
     (("--method", "hybrid"), "--method hybrid needs --ckpt"),
+    (("--method", "eagle_hybrid"), "--method hybrid needs --ckpt"),
     (("--method", "pld", "--policies", "fixed"), "--policies needs --ckpt"),
     (("--method", "pld", "--temperature", "1", "--share-noise"), "--share-noise needs --ckpt"),
     (
