@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from mmspec.tree import chain
 from mmspec.types import Choices, Drafter, Plan, Prompt, Request, State, Target, Tree
 from mmspec.verify import MatchVerifier
 
-_SCHEMA = 2
+_SCHEMA = 3
 _NODES = (1, 2, 3, 5, 9, 17, 33)
 """Nodes of a round that drafts nothing, 1, 2, 4, .. nodes."""
 _CONTEXT = 128
@@ -29,7 +28,7 @@ _IN_A_ROW = 4
 
 @dataclass(frozen=True)
 class CostTable:
-    """Median seconds, on a grid.
+    """Seconds, on a grid.
 
     Args:
         hardware: what it was measured on, in words without host names.
@@ -149,10 +148,11 @@ def _round(target: Target, state: State, trees: Tree) -> None:
 
 
 def _times(target: Target, call: Callable[[int], object], keys: Sequence[int], repeats: int) -> dict[int, float]:
-    """Median seconds of `call(key)`; never falling with the key.
+    """Seconds of `call(key)` on an undisturbed machine; never falling with the key.
 
-    Calls of a kind follow one another, as they do while decoding: a small pass behind a large one finds cold caches and
-    takes up to a third longer. The kinds take turns, so that drift hits all alike.
+    That is their first decile: other work on the machine only ever adds, and to the median of a few calls it adds more
+    than a level or a node costs. Calls of a kind follow one another, as they do while decoding: a small pass behind a
+    large one finds cold caches and takes up to a third longer. The kinds take turns, so that drift hits all alike.
     """
     taken: dict[int, list[float]] = {key: [] for key in keys}
     for repeat in range(repeats + 1):
@@ -164,9 +164,9 @@ def _times(target: Target, call: Callable[[int], object], keys: Sequence[int], r
                 _settle(target)
                 if repeat and number:  # the first round of all is a warm-up
                     taken[key].append(time.perf_counter() - start)
-    medians = [statistics.median(taken[key]) for key in keys]
+    quiet = [sorted(taken[key])[len(taken[key]) // 10] for key in keys]
     # More nodes or levels are never cheaper; a table that says so has measured noise, and a policy would chase it.
-    return dict(zip(keys, accumulate(medians, max)))
+    return dict(zip(keys, accumulate(quiet, max)))
 
 
 def _settle(target: Target) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from mmspec import costs as tables
 from mmspec import metrics
 from mmspec.costs import CostTable, hardware, load_or_measure
 from mmspec.drafters.null import NullDrafter
@@ -334,6 +337,17 @@ def test_recorded_rounds_are_what_the_loop_did():
         # The state is f_{n-1}: its unembedding chose the root.
         chosen = target.unembed(table["last_hidden"][mine]).argmax(-1)
         assert torch.equal(chosen, table["root"][mine])
+
+
+def test_other_work_on_the_machine_is_no_cost(monkeypatch):
+    now, calls = [0.0], itertools.count()
+
+    def call(key):
+        now[0] += key + (10.0 if next(calls) % 3 else 0.0)  # two calls of three are disturbed
+
+    monkeypatch.setattr(tables, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    target = SimpleNamespace(device=torch.device("cpu"))
+    assert tables._times(target, call, [1, 2, 5], 7) == pytest.approx({1: 1.0, 2: 2.0, 5: 5.0})
 
 
 def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path):
