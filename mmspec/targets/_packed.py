@@ -2,8 +2,8 @@
 
 torch's fp32 product of a few rows with a matrix goes through MKL, which repacks the matrix in every call, and pays for
 that with every node of a tree. oneDNN takes weights that were packed once: a pass over 8 or 16 nodes then costs little
-more than one over a single token, and a prompt half. That is so with AVX-512; with AVX2 a call of oneDNN costs more than
-the repacking of matrices of any size but the largest, and layers stay plain.
+more than one over a single token, and a prompt half. That is so with AVX-512; with AVX2 a call of oneDNN costs more
+than the repacking of matrices of any size but the largest, and layers stay plain.
 """
 
 from __future__ import annotations
