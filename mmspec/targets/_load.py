@@ -15,8 +15,9 @@ from transformers.utils import logging as hf_logging
 
 from mmspec.assets import resolve
 from mmspec.targets._adapters import ATTENTION
+from mmspec.targets._facts import fingerprint, text_shape, vocabulary_of
 from mmspec.targets._quantize import quantization
-from mmspec.targets.base import HFTarget, fingerprint, text_shape, vocabulary_of
+from mmspec.targets.base import HFTarget
 from mmspec.types import InputError, TargetShape
 
 

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
-from torch import Tensor, nn
-from transformers import AutoProcessor, GenerationConfig
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mmspec.cache import RaggedKV
-from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, NodeMass, RaggedLayer
-from mmspec.targets._marks import locate, mark
+from mmspec.targets._adapters import RECORDER, SEGMENTS, MassRecorder, RaggedLayer
+from mmspec.targets._facts import context_limit, fingerprint, special_ids, stop_ids, text_shape, vocabulary_of
+from mmspec.targets._hooks import measure, note, tap
 from mmspec.targets._packed import pack
+from mmspec.targets._prompts import Prompting
 from mmspec.targets._rows import Place, fill, lay_out, spread
 from mmspec.targets._static import StaticPasses, padded_slots
-from mmspec.types import Accepted, Features, Forward, InputError, Prompt, TargetShape, Tree
+from mmspec.types import Accepted, Features, Forward, InputError, Prompt, Tree
 
 
 @dataclass
@@ -54,7 +52,7 @@ class HFState:
         return self.kv.lengths_device
 
 
-class HFTarget:
+class HFTarget(Prompting):
     """Mechanics common to all families; a family's file says how images enter and what positions look like.
 
     Args:
@@ -74,8 +72,8 @@ class HFTarget:
         self.shape = text_shape(text)
         self.image_token_id = int(model.config.image_token_id)
         self.max_length = context_limit(text)
-        self.stop_ids = _stop_ids(model.generation_config, processor.tokenizer)
-        self.special_ids = _special_ids(processor.tokenizer) | {self.image_token_id}
+        self.stop_ids = stop_ids(model.generation_config, processor.tokenizer)
+        self.special_ids = special_ids(processor.tokenizer) | {self.image_token_id}
         self.device = self.lm_head.weight.device
         self.dtype = self.lm_head.weight.dtype
         vocabulary = vocabulary_of(processor.tokenizer)
@@ -88,11 +86,6 @@ class HFTarget:
         self._shelf: deque[HFState] = deque(maxlen=1)
 
     # ---- what a family overrides ----
-
-    @classmethod
-    def load_processor(cls, path: str) -> Any:
-        """The processor of a folder or Hub id: tokenizer, image processor and chat template behind one call."""
-        return AutoProcessor.from_pretrained(path)
 
     def image_features(self, pixels: Mapping[str, Tensor]) -> Tensor:
         """Projected features of all images of one prompt, [n_visual, D], in order of their placeholders.
@@ -117,98 +110,6 @@ class HFTarget:
     def position_ids(self, positions: Tensor) -> Tensor:
         """Position ids for text at [B, M] positions, in the shape that the family's text model takes."""
         return positions
-
-    # ---- prompts ----
-
-    def encode(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Prompt:
-        """Render the chat template with the generation prompt, expand image placeholders.
-
-        Args:
-            messages: Hugging Face chat messages, content as a list of {type: image} and {type: text, text}.
-            images: PIL images in order of their placeholders.
-        """
-        return self._encode(self._render(messages, True), images)
-
-    def encode_dialogue(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> tuple[Prompt, Tensor]:
-        """A finished conversation and, per token, the number of the reply it belongs to.
-
-        Replies are marked from the first token that the target would write to the stop token; see `_marks.py`.
-        The processor, which is where images cost, runs once. Nothing is padded, whatever the tokenizer's side for that.
-
-        Returns:
-            Prompt of length L, and [L] int64: 0 outside replies, else 1-based.
-
-        Raises:
-            ValueError: a reply cannot be located exactly, or the template leaves an image out.
-        """
-        text, replies = locate(messages, self._render, self._stops(), self.name)
-        wanted, shown = _n_images(messages), text.count(self.processor.image_token)
-        if wanted != shown:
-            raise ValueError(f"the chat template of {self.name} shows {shown} images of a conversation with {wanted}")
-        prompt = self._encode(text, images)
-        ids, numbers = mark(text, replies, self._tokenize, self.name)
-        # Expanding an image repeats its placeholder: all other tokens are the same ones in the same order.
-        others = ids != self.image_token_id
-        if not torch.equal(ids[others], prompt.input_ids[~prompt.visual]):
-            raise ValueError(f"the processor of {self.name} changes other tokens than those of images")
-        answer = torch.zeros(len(prompt), dtype=torch.long)
-        answer[~prompt.visual] = numbers[others]
-        return prompt, answer
-
-    def limit_pixels(self, least: int, most: int) -> None:
-        """Bounds what images are scaled to, in pixels.
-
-        Raises:
-            ValueError: the family's images have a size of their own.
-        """
-        raise ValueError(f"{self.name} scales every image to one size; leave its pixels as they are")
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
-        for message in messages:
-            parts = [] if isinstance(message["content"], str) else message["content"]
-            for kind in {part["type"] for part in parts} - {"image", "text"}:
-                raise InputError(
-                    f"a message with '{kind}' content cannot be encoded; targets take images and text only"
-                )
-        try:
-            text = self.processor.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False)
-        except TemplateError as error:
-            raise ValueError(f"the chat template of {self.name} refuses the conversation: {error}") from error
-        return str(text)
-
-    def _stops(self) -> list[str]:
-        """The stop tokens as text, the tokenizer's end of sequence first."""
-        tokens = self.processor.tokenizer
-        ids = sorted(self.stop_ids, key=lambda token: (token != tokens.eos_token_id, token))
-        return [token for token in tokens.convert_ids_to_tokens(ids) if token]
-
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text with its placeholders as they are, and each one's characters where the tokenizer knows them."""
-        tokens = self.processor.tokenizer
-        out = tokens(text, add_special_tokens=not self._begun(text), return_offsets_mapping=tokens.is_fast)
-        return out["input_ids"], out.get("offset_mapping", [])
-
-    def _begun(self, text: str) -> bool:
-        """Whether the template has already written the token that begins a sequence."""
-        begin = self.processor.tokenizer.bos_token
-        return bool(begin) and text.startswith(begin)
-
-    def _encode(self, text: str, images: Sequence[Any]) -> Prompt:
-        n_images = text.count(self.processor.image_token)
-        if n_images > len(images):
-            raise InputError(f"the prompt has {n_images} image placeholders but {len(images)} images came with it")
-        out = self.processor(
-            text=[text],
-            images=list(images[:n_images]) or None,
-            return_tensors="pt",
-            add_special_tokens=not self._begun(text),
-        )
-        ids = out["input_ids"][0]
-        pixels = {k: v for k, v in out.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
-        return Prompt(ids, ids == self.image_token_id, pixels)
 
     # ---- decoding ----
 
@@ -262,7 +163,8 @@ class HFTarget:
             mine = state.visual[row : row + 1]
             mine.zero_()
             mine[:, : len(prompt)] = visual
-        with self._tapped(taps) as hidden, self._measured(state.mass_layer, mine) as measured:
+        measuring = measure(self.text_model, state.mass_layer, mine)
+        with tap(self.text_model, taps, self.name) as hidden, measuring as measured:
             last = self._text(embeds, positions, None, state.cache, **deep)
         state.kv.set_length(row, len(prompt))
         mass = measured.mass if measured else None
@@ -290,9 +192,9 @@ class HFTarget:
         mask: Tensor | None,
     ) -> Forward:
         """The tree pass over a cache: tokens and positions [B, N], mask [B, 1, N, S] or None."""
-        tapped = self._tapped(taps) if taps else contextlib.nullcontext(dict[int, Tensor]())
-        measuring = contextlib.nullcontext() if visual is None else self._measured(mass_layer, visual)
-        with tapped as hidden, measuring as measured:
+        tapping = tap(self.text_model, taps, self.name) if taps else contextlib.nullcontext(dict[int, Tensor]())
+        measuring = contextlib.nullcontext() if visual is None else measure(self.text_model, mass_layer, visual)
+        with tapping as hidden, measuring as measured:
             last = self._text(self.embed(tokens), self.position_ids(positions), mask, cache)
         return Forward(self.unembed(last), last, hidden, visual_mass=measured.mass if measured else None)
 
@@ -416,7 +318,7 @@ class HFTarget:
         noted = {RECORDER: recorder} if recorder else {SEGMENTS: [place.at for place in places]} if pack else {}
         positions = self._positions(prompts, places, rows.segment)
         mask = self._without_images(rows.answer, rows.visual) if hidden else None
-        with self._tapped(taps) as tapped, self._noted(noted):
+        with tap(self.text_model, taps, self.name) as tapped, note(self.text_model, noted):
             last = self._text(embeds, positions, mask, None, **deep)
         mass = torch.stack([recorder.mass[layer] for layer in mass_layers], -1) if recorder else None
         return Features(
@@ -449,55 +351,6 @@ class HFTarget:
             positions[(..., *place.at)] = self.prompt_positions(prompt)[0][..., 0, :]
         return positions
 
-    @contextlib.contextmanager
-    def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Outputs of the tapped layers during one pass: index k is what leaves the k-th layer (0: the embeddings)."""
-        hidden: dict[int, Tensor] = {}
-        handles = []
-        for tap in taps:
-
-            def save(_: nn.Module, args: tuple[Any, ...], tap: int = tap) -> None:
-                hidden[tap] = args[0]
-
-            handles.append(self._layer_or_norm(tap).register_forward_pre_hook(save))
-        try:
-            yield hidden
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _layer_or_norm(self, tap: int) -> nn.Module:
-        """The module whose input is hidden_states[tap] before the final norm."""
-        layers = self.text_model.layers
-        if not 0 <= tap <= len(layers):
-            raise ValueError(f"tap {tap} is outside 0..{len(layers)}, the hidden states of {self.name}")
-        return self.text_model.norm if tap == len(layers) else layers[tap]
-
-    @contextlib.contextmanager
-    def _measured(self, layer: int | None, visual: Tensor | None) -> Iterator[NodeMass | None]:
-        """Visual attention of a layer's queries during one pass over a cache."""
-        if layer is None or visual is None:
-            yield None
-            return
-        attention, recorder = self.text_model.layers[layer].self_attn, NodeMass(visual)
-        attention.__dict__[RECORDER] = recorder
-        try:
-            yield recorder
-        finally:
-            del attention.__dict__[RECORDER]
-
-    @contextlib.contextmanager
-    def _noted(self, notes: Mapping[str, Any]) -> Iterator[None]:
-        """What our attention is to know during one pass besides its arguments."""
-        modules = [layer.self_attn for layer in self.text_model.layers]
-        for module in modules:
-            module.__dict__.update(notes)
-        try:
-            yield
-        finally:
-            for module, name in itertools.product(modules, notes):
-                del module.__dict__[name]
-
     def _fingerprint(self, vocabulary: bytes) -> str:
         """Identifies the weights a head was trained on: shape, vocabulary, and samples of three tensors in bf16.
 
@@ -508,63 +361,3 @@ class HFTarget:
             sample = weight.detach().flatten()[:65536].to("cpu", torch.bfloat16).view(torch.int16)
             samples.append(sample.numpy().tobytes())
         return fingerprint(*samples)
-
-
-def fingerprint(*parts: bytes) -> str:
-    """A short hash of some bytes."""
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def vocabulary_of(tokenizer: Any) -> bytes:
-    """All tokens of a tokenizer with their ids, in one canonical form."""
-    return repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])).encode()
-
-
-def _n_images(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Images among the content of messages."""
-    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return sum(part["type"] == "image" for content in contents for part in content)
-
-
-def _stop_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:
-    ids = generation.eos_token_id if generation is not None else None
-    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that `decode` leaves out."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset(tokenizer.all_special_ids) | {int(i) for i, token in added if token.special}
-
-
-def context_limit(text: Any) -> int:
-    """Tokens a text model can hold while all its layers see all of them.
-
-    Our attention knows no sliding window, which makes no difference until one is full.
-
-    Raises:
-        InputError: layers that are not attention, or attend to something else than the past.
-    """
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
-        raise InputError(f"a text model with layers of '{strange[0]}' cannot be a target; trees need full attention")
-    window = getattr(text, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
-    limit = int(text.max_position_embeddings)
-    return min(limit, int(window)) if window else limit
-
-
-def text_shape(text: Any) -> TargetShape:
-    """The shape of a text model from its transformers config."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    return TargetShape(
-        hidden_size=int(text.hidden_size),
-        intermediate_size=int(text.intermediate_size),
-        n_layers=int(text.num_hidden_layers),
-        n_heads=int(text.num_attention_heads),
-        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
-        vocab_size=int(text.vocab_size),
-        rms_eps=float(text.rms_norm_eps),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-    )

@@ -14,8 +14,8 @@ from mmspec.loop import generate
 from mmspec.policy import SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.targets import load_target
+from mmspec.targets._facts import context_limit
 from mmspec.targets._load import family_of
-from mmspec.targets.base import context_limit
 from mmspec.types import InputError
 from tests.families import FAMILIES, LAYOUTS, MROPE, build, prompt, question, requests, save
 
