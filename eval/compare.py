@@ -43,7 +43,7 @@ from eval.evaluated import Evaluated, differences, load, matched, version_notes
 from eval.summary import OVERALL, clean, number
 from eval.tasks import PLAIN
 from mmspec import checkpoint, metrics
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.types import InputError
 
 PROGRAM = "eval.compare"
@@ -255,8 +255,9 @@ def write(out: Path, found: Mapping[str, Any]) -> None:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     console = Console()
     parser = Parser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -267,21 +268,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--mat-only", action="store_true", help="no times, so the machines may differ")
     add("--out", type=Path, metavar="DIR", help="write compare.md, compare.csv and compare.json there")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    try:
-        args = parser.parse_args(argv)
-        if not 2 <= len(args.runs) <= len(LETTERS):
-            raise InputError(f"give 2 to {len(LETTERS)} runs, got {len(args.runs)}")
-        if len(args.method) not in (0, 1, len(args.runs)):
-            raise InputError(f"--method takes one name, or one for each of the {len(args.runs)} runs")
-        found = clean(compare([load(Path(run)) for run in args.runs], args.method, args.mat_only, args.seed))
-        show(found, console)
-        if args.out:
-            write(args.out, found)
-            console.print(f"tables: {args.out / 'compare.md'}", soft_wrap=True, highlight=False)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    if not 2 <= len(args.runs) <= len(LETTERS):
+        raise InputError(f"give 2 to {len(LETTERS)} runs, got {len(args.runs)}")
+    if len(args.method) not in (0, 1, len(args.runs)):
+        raise InputError(f"--method takes one name, or one for each of the {len(args.runs)} runs")
+    found = clean(compare([load(Path(run)) for run in args.runs], args.method, args.mat_only, args.seed))
+    show(found, console)
+    if args.out:
+        write(args.out, found)
+        console.print(f"tables: {args.out / 'compare.md'}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

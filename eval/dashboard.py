@@ -15,7 +15,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mmspec.dashboards import Dashboard, Panel, command
+from mmspec.arguments import command
+from mmspec.dashboards import Dashboard, Panel, run
 
 
 def _panel(title: str, *names: str, y: str = "") -> Panel:
@@ -50,9 +51,10 @@ BOARD = Dashboard(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
-    return command("eval.dashboard", __doc__ or "", BOARD, "runs/dashboards/evaluation.json", argv)
+@command("eval.dashboard")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    run("eval.dashboard", __doc__ or "", BOARD, "runs/dashboards/evaluation.json", argv)
 
 
 if __name__ == "__main__":

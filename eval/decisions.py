@@ -37,7 +37,7 @@ from eval.summary import clean, hardware, versions
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import drafter_and_policy, find_device
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import write_json
 from mmspec.dependence import mean_feature, of_conversations
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -214,23 +214,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     args = build_parser().parse_args(argv)
     console = Console()
-    try:
-        at_least(args, limit=1, max_new_tokens=2, max_batch=1)
-        if not args.out.endswith(".html"):
-            raise InputError(f"--out {args.out} must end in .html: the figures go beside it as .json")
-        args.device = find_device(args.device)
-        result = run(args, console)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    at_least(args, limit=1, max_new_tokens=2, max_batch=1)
+    if not args.out.endswith(".html"):
+        raise InputError(f"--out {args.out} must end in .html: the figures go beside it as .json")
+    args.device = find_device(args.device)
+    result = run(args, console)
     for line in decision_page.words(result):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"page: {args.out}", soft_wrap=True, highlight=False)
-    return 0
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from eval.summary import clean, hardware, versions
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, write_json
 from mmspec.dependence import blurred, mean_feature, of_conversations
@@ -377,7 +377,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -397,20 +397,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     args = build_parser().parse_args(argv)
     console = Console()
-    try:
-        at_least(args, limit=1, max_new_tokens=1)
-        args.device = find_device(args.device)
-        result = run(args, console)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    at_least(args, limit=1, max_new_tokens=1)
+    args.device = find_device(args.device)
+    result = run(args, console)
     show(result, console)
     console.print(f"report: {Path(args.out) / 'dependence.html'}", soft_wrap=True, highlight=False)
-    return 0
 
 
 if __name__ == "__main__":

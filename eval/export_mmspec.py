@@ -23,7 +23,7 @@ from typing import Any
 
 from eval.rows import read
 from eval.tasks import PLAIN
-from mmspec.arguments import OneLineParser
+from mmspec.arguments import Parser, command
 from mmspec.types import InputError
 
 PROGRAM = "eval.export_mmspec"
@@ -115,10 +115,11 @@ def run(args: argparse.Namespace) -> list[Path]:
     return written
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description=f"{summary}\n\n{rest}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,13 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: DIR/mmspec)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="which cell of a sweep (default: the first)")
     parser.add_argument("--temperature", type=float, metavar="T", help="which cell of a sweep (default: the first)")
-    try:
-        for path in run(parser.parse_args(argv)):
-            print(path)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    for path in run(parser.parse_args(argv)):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from eval.steps import ROOT, Ledger, Step, hardware_line, launched, module, one_
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.api import FREE, TRAINED
-from mmspec.arguments import Parser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.methods import method_names
 from mmspec.recipe import load
 from mmspec.types import InputError
@@ -219,27 +219,20 @@ def write(args: argparse.Namespace, found: Found) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+@command(PROGRAM, interrupted="the same command goes on")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
     said = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parse(said)
-        heads = heads_of(args)
-        steps = plan(args, heads)
-        for recipe in dict.fromkeys(step.reads[0] for step in steps if step.name.startswith("train ")):
-            load(recipe, [*_data(args), *one_budget(args), *args.set, "run.name=trial"])
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(Path(args.out))
-        for step in steps:
-            perform(step, ledger)
-        print(write(args, answer(args, heads)))
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    args = _parse(said)
+    heads = heads_of(args)
+    steps = plan(args, heads)
+    for recipe in dict.fromkeys(step.reads[0] for step in steps if step.name.startswith("train ")):
+        load(recipe, [*_data(args), *one_budget(args), *args.set, "run.name=trial"])
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(Path(args.out))
+    for step in steps:
+        perform(step, ledger)
+    print(write(args, answer(args, heads)))
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:

@@ -48,6 +48,7 @@ from eval.tasks import MMSPEC_SYSTEM, PLAIN, data_folder, limit_pixels, load_rec
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import STATIC_TREE
+from mmspec.arguments import command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint
 from mmspec.methods import read_settings, resolved
@@ -355,6 +356,7 @@ def write_results(out: Path, summary: dict[str, Any], samples: list[dict[str, An
     report.write(out / "report.html", summary, samples)
 
 
+@command(PROGRAM, interrupted="the same command with --resume goes on")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     args = build_parser().parse_args(argv)
@@ -362,13 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_arguments(args)
         run(args, Console(quiet=not ranks.first), ranks)
-    except InputError as error:
+    except InputError:
         if ranks.first:
-            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise
         return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command with --resume goes on", file=sys.stderr)
-        return 130
     finally:
         leave(ranks)
     return 0

@@ -8,7 +8,7 @@ import math
 from eval import wandb_log
 from eval.tasks import HISTORIES
 from mmspec.api import FREE, METHOD_POLICIES, SHAPED, STATIC, TRAINED, find_device
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.methods import method_names
 from mmspec.types import InputError
@@ -68,7 +68,7 @@ what is written to --out
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description="Scores a draft head and training-free methods: MAT, speedup over plain decoding, latency, and "
         "whether the text is the same.",

@@ -40,7 +40,7 @@ from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device, make_drafter
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import DraftTree
 from mmspec.costs import CostTable, load_or_measure
@@ -391,7 +391,7 @@ def about(args: argparse.Namespace, scored: Scored) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -435,19 +435,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.device = find_device(args.device)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     args = build_parser().parse_args(argv)
-    try:
-        check_arguments(args)
-        setup = prepare(args)
-        found = tune(args, setup) if args.tune else score(args, setup, json.loads(Path(args.tuned).read_text("utf-8")))
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(Path(args.out), clean(found))
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    check_arguments(args)
+    setup = prepare(args)
+    found = tune(args, setup) if args.tune else score(args, setup, json.loads(Path(args.tuned).read_text("utf-8")))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(Path(args.out), clean(found))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from eval import report_views as views
 from eval.report_dependence import FOLDER, N_LEVELS, Dependence, joined, load
 from eval.summary import SCHEMA, interval, number
 from eval.tasks import PLAIN
-from mmspec.arguments import OneLineParser
+from mmspec.arguments import Parser, command
 from mmspec.checkpoint import write_json
 from mmspec.types import InputError
 
@@ -156,7 +156,7 @@ def _dependence(found: Dependence) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="EVAL", help="the results of eval.mmspec, e.g. runs/NAME/eval")
@@ -188,16 +188,12 @@ def again(folder: Path, measured: Path | None) -> Path:
     return path
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM, wrong=(InputError, OSError))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     args = build_parser().parse_args(argv)
-    try:
-        path = again(args.folder, args.dependence)
-    except (InputError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    path = again(args.folder, args.dependence)
     print(f"report: {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixel
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import METHOD_POLICIES, TRAINED, drafter_and_policy, find_device, make_drafter, method_and_policy
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, DraftTree
 from mmspec.drafters.null import NullDrafter
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -228,23 +228,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     args = build_parser().parse_args(argv)
     console = Console()
-    try:
-        at_least(args, limit=1, max_new_tokens=1, batch_size=1)
-        if bool(args.ckpt) == bool(args.method):
-            raise InputError("give --ckpt DIR or --method NAME")
-        if args.static and (args.method or args.policy != "fixed"):
-            raise InputError("--static goes with --ckpt and no --policy: its tree is the same every round")
-        args.device = find_device(args.device)
-        found = run(args, console)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1)
+    if bool(args.ckpt) == bool(args.method):
+        raise InputError("give --ckpt DIR or --method NAME")
+    if args.static and (args.method or args.policy != "fixed"):
+        raise InputError("--static goes with --ckpt and no --policy: its tree is the same every round")
+    args.device = find_device(args.device)
+    found = run(args, console)
     console.print(f"best: {found['best']}", highlight=False)
-    return 0
 
 
 if __name__ == "__main__":

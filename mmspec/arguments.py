@@ -1,26 +1,70 @@
-"""What the commands share about their command lines: an error in one line, and the least that an option may be."""
+"""What the commands share: an error in one line, exit codes, and the least that an option may be."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
 
 from mmspec.types import InputError
 
+P = ParamSpec("P")
+PATIENCE_S = 20.0
+"""How long a rank above 0 waits for rank 0 to report the error they share."""
+
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: in one line, which the command's `main` prints."""
+    """Reports a wrong command line as any other wrong input: in one line, which `command` prints."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage block in front, and ends the process."""
+def command(
+    program: str, interrupted: str = "", wrong: tuple[type[Exception], ...] = (InputError,)
+) -> Callable[[Callable[P, int | None]], Callable[P, int]]:
+    """Makes what a command does its `main`, which returns the exit code: 2 for wrong input, told in one line, 130 when
+    interrupted, else what the function returns (None is 0).
 
-    def error(self, message: str) -> NoReturn:
-        # The command's name without how it is called.
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message} (--help shows examples)\n")
+    Args:
+        program: what stands in front of each line.
+        interrupted: what an interruption means for the user; without it, one is not caught.
+        wrong: errors that are wrong input.
+    """
+
+    def decorate(work: Callable[P, int | None]) -> Callable[P, int]:
+        @functools.wraps(work)
+        def main(*args: P.args, **kwargs: P.kwargs) -> int:
+            try:
+                return work(*args, **kwargs) or 0
+            except wrong as error:
+                if int(os.environ.get("RANK", "0")) > 0:
+                    # All ranks find the same fault. The launcher ends the others as soon as one ends, so those above 0
+                    # give rank 0 the time to speak; if it did not find the fault, they do.
+                    default_signals()
+                    time.sleep(PATIENCE_S)
+                print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                return 2
+            except KeyboardInterrupt:
+                if not interrupted:
+                    raise
+                print(f"{program}: interrupted; {interrupted}", file=sys.stderr)
+                return 130
+
+        return main
+
+    return decorate
+
+
+def default_signals() -> None:
+    """Back to dying at once, for a process that only waits for its end."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def at_least(args: argparse.Namespace, **least: int) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mmspec.api import POLICIES, Answer, Speculator
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import method_names, read_settings
@@ -47,7 +47,7 @@ colours
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(
+    parser = Parser(
         prog="python -m mmspec.chat",
         description="Streams an answer in the terminal and shows which tokens the draft head proposed.",
         epilog=EXAMPLES,
@@ -218,6 +218,7 @@ def load(args: argparse.Namespace) -> Speculator:
     return Speculator.from_method(args.method, args.target, settings, args.ckpt, args.dtype, args.device)
 
 
+@command("mmspec.chat", wrong=(InputError, RecordError))
 def main(argv: Sequence[str] | None = None) -> int:
     """The program.
 
@@ -226,19 +227,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     console = Console()
-    try:
-        at_least(args, max_new_tokens=1)
-        model = load(args)
-        chat = Chat(model, args, console)
-        # Kernels and threads settle on a throw-away question: the figures of the first answer count like the others.
-        model.generate("Hello", max_new_tokens=8)
-        if args.prompt is None:
-            chat.converse()
-            return 0
-        return 0 if chat.ask(args.prompt) else 1
-    except (InputError, RecordError) as error:
-        print(f"mmspec.chat: error: {error}", file=sys.stderr)
-        return 2
+    at_least(args, max_new_tokens=1)
+    model = load(args)
+    chat = Chat(model, args, console)
+    # Kernels and threads settle on a throw-away question: the figures of the first answer count like the others.
+    model.generate("Hello", max_new_tokens=8)
+    if args.prompt is None:
+        chat.converse()
+        return 0
+    return 0 if chat.ask(args.prompt) else 1
 
 
 if __name__ == "__main__":

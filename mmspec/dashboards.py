@@ -10,13 +10,12 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmspec.arguments import OneLineParser
+from mmspec.arguments import Parser
 from mmspec.login import wandb_mode, wandb_project
 from mmspec.types import InputError
 
@@ -60,7 +59,7 @@ class Dashboard:
         return tuple(panel for _, panels in self.sections for panel in panels)
 
 
-def command(program: str, about: str, board: Dashboard, file: str, argv: Sequence[str] | None = None) -> int:
+def run(program: str, about: str, board: Dashboard, file: str, argv: Sequence[str] | None = None) -> None:
     """The command of one dashboard: applies it where somebody is logged in, and writes it as a file where not.
 
     Args:
@@ -70,10 +69,10 @@ def command(program: str, about: str, board: Dashboard, file: str, argv: Sequenc
         file: where it is written without `--out` when nobody is logged in.
         argv: the command line; None is the process's own.
 
-    Returns:
-        The exit code.
+    Raises:
+        InputError: the command line is wrong, or what it asks for is not to be had.
     """
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"python -m {program}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -84,20 +83,15 @@ def command(program: str, about: str, board: Dashboard, file: str, argv: Sequenc
         "--replace", metavar="URL", help="a view that was applied before, to be brought up to date (default: a new one)"
     )
     args = parser.parse_args(argv)
-    try:
-        online = wandb_mode() == "online"
-        if args.replace and not online:
-            raise InputError("--replace needs a login (`wandb login`), and WANDB_MODE unset or online")
-        if args.out or not online:
-            path = Path(args.out or file)
-            write(path, board, args.entity or "", args.project)
-            print(f"written: {path}" + ("" if online else " (not logged in to W&B, so applied to no project)"))
-        if online:
-            print(f"applied: {apply(board, args.entity, args.project, args.replace)}")
-    except InputError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    online = wandb_mode() == "online"
+    if args.replace and not online:
+        raise InputError("--replace needs a login (`wandb login`), and WANDB_MODE unset or online")
+    if args.out or not online:
+        path = Path(args.out or file)
+        write(path, board, args.entity or "", args.project)
+        print(f"written: {path}" + ("" if online else " (not logged in to W&B, so applied to no project)"))
+    if online:
+        print(f"applied: {apply(board, args.entity, args.project, args.replace)}")
 
 
 def write(path: Path, board: Dashboard, entity: str, project: str) -> None:

@@ -33,12 +33,11 @@ from PIL import Image
 from eval.options import DTYPES
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.costs import measure
 from mmspec.drafters.null import NullDrafter
 from mmspec.heads import medusa
 from mmspec.recipe import head_kinds, import_head
-from mmspec.types import InputError
 from train.usage import memory_gb
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -184,20 +183,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        args = arguments(argv)
-        torch.set_num_threads(args.threads)
-        bench = Decode(args)
-        figures = getattr(bench, args.part)()
-    except InputError as error:
-        print(f"bench_gpu: error: {error}", file=sys.stderr)
-        return 2
+@command("bench_gpu")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    bench = Decode(args)
+    figures = getattr(bench, args.part)()
     bench.bar.close()
     figures["memory_gb"] = memory_gb(bench.target.device)
     figures["settings"] = environment(args) | {
@@ -205,7 +197,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": args.repeats,
     }  # fmt: skip
     publish(figures, args.json)
-    return 0
 
 
 if __name__ == "__main__":

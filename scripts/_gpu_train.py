@@ -24,7 +24,7 @@ from _bench import environment, publish
 from _random_target import NAMES, random_target
 
 from mmspec.api import find_device
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.recipe import Recipe, load
 from mmspec.records import Quarantine
 from mmspec.types import InputError
@@ -114,22 +114,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, measures and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        args = arguments(argv)
-        with tempfile.TemporaryDirectory() as folder:
-            figures = train(args, Path(folder))
-    except InputError as error:
-        print(f"bench_gpu: error: {error}", file=sys.stderr)
-        return 2
+@command("bench_gpu")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, measures and prints."""
+    args = arguments(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = train(args, Path(folder))
     figures["settings"] = environment(args) | {"recipe": args.recipe.name, "tiny": args.tiny, "steps": args.steps}
     publish(figures, args.json)
-    return 0
 
 
 if __name__ == "__main__":

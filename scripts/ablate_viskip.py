@@ -29,10 +29,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 # As in train/distill.py: no more threads than cores.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-from mmspec.arguments import Parser, at_least  # noqa: E402
+from mmspec.arguments import Parser, at_least, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
-from train.distill import leave, refuse, train  # noqa: E402
+from train.distill import leave, train  # noqa: E402
 
 if TYPE_CHECKING:
     from train.session import Session
@@ -51,19 +51,17 @@ LOGISTIC = (
 )
 
 
+@command("ablate_viskip")
 def main() -> int:
     """The command; returns the exit code."""
-    try:
-        arguments = _parse()
-        path = arguments.run / "recipe.yaml"
-        if not path.is_file():
-            raise InputError(f"{arguments.run} is no run folder (no recipe.yaml); train one with train/distill.py")
-        recipe = load(path)
-        recipe.run.out, recipe.run.name = str(arguments.run.parent), arguments.run.name
-        recipe.data.features = ""
-        return train(recipe, instead=lambda session: ablate(session, arguments), answer=False)
-    except InputError as error:
-        return refuse("ablate_viskip", str(error), int(os.environ.get("RANK", "0")))
+    arguments = _parse()
+    path = arguments.run / "recipe.yaml"
+    if not path.is_file():
+        raise InputError(f"{arguments.run} is no run folder (no recipe.yaml); train one with train/distill.py")
+    recipe = load(path)
+    recipe.run.out, recipe.run.name = str(arguments.run.parent), arguments.run.name
+    recipe.data.features = ""
+    return train(recipe, instead=lambda session: ablate(session, arguments), answer=False)
 
 
 def ablate(session: Session, arguments: argparse.Namespace) -> None:

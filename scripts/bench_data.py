@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmspec import checkpoint as checkpoints
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.heads.eagle import Config
 from mmspec.recipe import Recipe, load
 from mmspec.records import Quarantine
@@ -220,27 +220,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
+@command("bench_data")
+def main(argv: list[str] | None = None) -> None:
+    """Measures and prints."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == [SIDE]:
         run_side(json.loads(words[1]))
-        return 0
-    try:
-        args = arguments(words)
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure(args, Path(folder))
-    except InputError as error:
-        print(f"bench_data: error: {error}", file=sys.stderr)
-        return 2
+        return
+    args = arguments(words)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(args, Path(folder))
     names = ("records", "fewer", "pictures", "batch", "batches", "repeats")
     figures["settings"] = environment(args) | {name: getattr(args, name) for name in names}
     publish(figures, args.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ from _bench import add_common, check, conversation, environment, interleaved, pu
 from torch import Tensor
 from tqdm import tqdm
 
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import all_complete, generate
 from mmspec.methods import make_method, method_names
 from mmspec.policy import SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.targets import load_target
-from mmspec.types import Choices, Forward, InputError, Prompt, Request, Round, StepTrace
+from mmspec.types import Choices, Forward, Prompt, Request, Round, StepTrace
 from mmspec.verify import MatchVerifier
 
 AT = 4096
@@ -159,23 +159,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        args = arguments(argv)
-        torch.set_num_threads(args.threads)
-        bench = Bench(args)
-    except InputError as error:
-        print(f"bench_drafters: error: {error}", file=sys.stderr)
-        return 2
+@command("bench_drafters")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
     figures = bench.figures()
     figures["settings"] = environment(args) | {"rounds": args.rounds, "repeats": args.repeats}
     publish(figures, args.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from _random_target import NAMES
 from eval.steps import ROOT, Ledger, Step, perform
 from mmspec import checkpoint
 from mmspec.api import find_device
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.types import InputError
 
 PARTS = ("decode", "train", "mid")
@@ -142,31 +142,25 @@ def write(args: argparse.Namespace) -> str:
     return paragraph(found, " ".join(said))
 
 
+@command("bench_gpu", interrupted="the same command goes on")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 all is done, 75 the same command goes on, 2 wrong input."""
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
+    args.out.mkdir(parents=True, exist_ok=True)
+    steps, code = plan(args), 0
+    ledger = Ledger(args.out)
+    signal.signal(signal.SIGALRM, _over)
+    signal.setitimer(signal.ITIMER_REAL, args.minutes * 60)
     try:
-        args = _parse(list(sys.argv[1:] if argv is None else argv))
-        args.out.mkdir(parents=True, exist_ok=True)
-        steps, code = plan(args), 0
-        ledger = Ledger(args.out)
-        signal.signal(signal.SIGALRM, _over)
-        signal.setitimer(signal.ITIMER_REAL, args.minutes * 60)
-        try:
-            for step in steps:
-                perform(step, ledger)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except OutOfTime:
-            code = GOES_ON
-        print(write(args))
-        if code:
-            print(f"bench_gpu: {args.minutes:g} minutes are over; the same command goes on", file=sys.stderr)
-        return code
-    except InputError as error:
-        print(f"bench_gpu: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench_gpu: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        for step in steps:
+            perform(step, ledger)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except OutOfTime:
+        code = GOES_ON
+    print(write(args))
+    if code:
+        print(f"bench_gpu: {args.minutes:g} minutes are over; the same command goes on", file=sys.stderr)
+    return code
 
 
 def _over(*_: Any) -> None:

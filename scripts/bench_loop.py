@@ -34,7 +34,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmspec import checkpoint as checkpoints
 from mmspec.api import make_drafter
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.assets import resolve
 from mmspec.drafters.null import NullDrafter
 from mmspec.drafters.pld import Config as LookupConfig
@@ -47,7 +47,7 @@ from mmspec.sampling import GreedySampler
 from mmspec.synth import SPLITS, sample
 from mmspec.targets import HFTarget, load_target
 from mmspec.tree import chain, root_only
-from mmspec.types import Drafter, InputError, Output, Plan, Policy, Request, StepTrace
+from mmspec.types import Drafter, Output, Plan, Policy, Request, StepTrace
 
 LOOKUP = LookupConfig(max_ngram=2, min_ngram=1, num_pred=10, prefer="first")  # transformers' defaults
 ACCEPTANCE = (0.5, 0.7, 0.9, 1.0)
@@ -338,19 +338,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        args = arguments(argv)
-        torch.set_num_threads(args.threads)
-        bench = Bench(args)
-    except InputError as error:
-        print(f"bench_loop: error: {error}", file=sys.stderr)
-        return 2
+@command("bench_loop")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
     figures: dict[str, Any] = bench.against_generate()
     figures["loop_efficiency_b1"] = bench.efficiency(1)
     figures["loop_efficiency_b8"] = bench.efficiency(8)
@@ -365,7 +358,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": args.repeats,
     }
     publish(figures, args.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmspec import checkpoint as checkpoints
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.heads import eagle3
 from mmspec.losses import LossConfig
 from mmspec.types import Features, InputError
@@ -257,24 +257,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        args = arguments(argv)
-        if args.side:
-            run_side(args.side, json.loads(args.settings))
-            return 0
-        bench = Bench(args)
-        figures = bench.against_reference()
-        if args.peer:
-            figures |= bench.against_speculators()
-    except InputError as error:
-        print(f"bench_train: error: {error}", file=sys.stderr)
-        return 2
+@command("bench_train")
+def main(argv: list[str] | None = None) -> None:
+    """Measures and prints."""
+    args = arguments(argv)
+    if args.side:
+        run_side(args.side, json.loads(args.settings))
+        return
+    bench = Bench(args)
+    figures = bench.against_reference()
+    if args.peer:
+        figures |= bench.against_speculators()
     bench.bar.close()
     figures["settings"] = bench.shape | {
         "repeats": args.repeats,
@@ -283,7 +276,6 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     publish(figures, args.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.drafters._automaton import Automaton, freeze, save
 from mmspec.records import Quarantine, RecordError
 from mmspec.targets import Vocabulary, load_vocabulary
@@ -282,18 +282,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        build(arguments(argv), Console())
-    except (InputError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@command(PROGRAM, wrong=(InputError, OSError))
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    build(arguments(argv), Console())
 
 
 if __name__ == "__main__":

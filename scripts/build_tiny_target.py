@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmspec.arguments import OneLineParser
+from mmspec.arguments import Parser, command
 from mmspec.assets import TINY_LLAVA
 from mmspec.assets.tiny_files import (
     N_IMAGE_TOKENS,
@@ -332,7 +332,7 @@ def provenance(args: argparse.Namespace, at: Progress, scores: dict[str, object]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--steps", type=int, default=sum(c.steps for c in CYCLES), help="steps of phase 2 (default %(default)s)"
     )
@@ -359,11 +359,12 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@command("build_tiny_target")
 def main() -> int:
     """Builds or scores.
 
     Returns:
-        0, or 1 if a score is below what is required.
+        0, 1 if a score is below what is required, or 2 for wrong input.
     """
     args = arguments()
     torch.set_num_threads(args.threads)

@@ -46,7 +46,7 @@ from eval.summary import OVERALL, clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.api import STATIC_TREE
-from mmspec.arguments import Parser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.methods import method_names
 from mmspec.recipe import head_kinds, load
 from mmspec.types import InputError
@@ -273,28 +273,21 @@ def write(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+@command("compare_heads", interrupted="the same command goes on")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
     said = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parse(said)
-        heads = entrants(args)
-        for head in heads:
-            load(head.recipe, [*_shared(args), f"head.blind={str(head.blind).lower()}"])
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(Path(args.out))
-        for step in plan(args, heads):
-            if not args.only or step.name.split()[0] in args.only:
-                perform(ready(step), ledger)
-        if not args.only:
-            print(write(args, collect(args, heads, ledger)))
-    except InputError as error:
-        print(f"compare_heads: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare_heads: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    args = _parse(said)
+    heads = entrants(args)
+    for head in heads:
+        load(head.recipe, [*_shared(args), f"head.blind={str(head.blind).lower()}"])
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(Path(args.out))
+    for step in plan(args, heads):
+        if not args.only or step.name.split()[0] in args.only:
+            perform(ready(step), ledger)
+    if not args.only:
+        print(write(args, collect(args, heads, ledger)))
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:

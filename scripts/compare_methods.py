@@ -39,7 +39,7 @@ from eval.steps import ROOT, Ledger, Step, module, perform, read_json
 from eval.tune_tree import STATIC_GRID, parse_tree
 from mmspec import checkpoint
 from mmspec.api import STATIC_TREE
-from mmspec.arguments import Parser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.hub import run_folder
 from mmspec.types import InputError
@@ -191,30 +191,23 @@ def _best(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+@command("compare_methods", interrupted="the same command goes on")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
     said = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parse(said)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        heads = entrants(args)
-        ledger = Ledger(Path(args.out))
-        for step in plan(args, heads):
-            if args.only and step.name.split()[0] not in args.only:
-                continue
-            if step.name in TABLES:
-                prepare(args, step.name, heads)
-            step.makes.parent.mkdir(parents=True, exist_ok=True)
-            perform(step, ledger)
-        if not args.only:
-            print(write(args, collect(args, [head.name for head in heads])))
-    except InputError as error:
-        print(f"compare_methods: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare_methods: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    args = _parse(said)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    heads = entrants(args)
+    ledger = Ledger(Path(args.out))
+    for step in plan(args, heads):
+        if args.only and step.name.split()[0] not in args.only:
+            continue
+        if step.name in TABLES:
+            prepare(args, step.name, heads)
+        step.makes.parent.mkdir(parents=True, exist_ok=True)
+        perform(step, ledger)
+    if not args.only:
+        print(write(args, collect(args, [head.name for head in heads])))
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:

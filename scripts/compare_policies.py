@@ -50,7 +50,7 @@ from eval.steps import ROOT, Ledger, Step, hardware_line, module, options, perfo
 from eval.summary import clean
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
-from mmspec.arguments import Parser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.methods import method_names
 from mmspec.targets import load_target
 from mmspec.types import InputError
@@ -296,30 +296,23 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+@command("compare_policies", interrupted="the same command goes on")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
     said = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parse(said)
-        if args.make_untrained:
-            make_untrained(Path(args.make_untrained), Path(args.out) / UNTRAINED)
-            return 0
-        drafters = entrants(args)
-        number, n_shards = args.shard
-        mine = drafters[number - 1 :: n_shards]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(Path(args.out))
-        for step in plan(args, mine):
-            perform(step, ledger)
-        if n_shards == 1:
-            print(write(args, collect(args, drafters)))
-    except InputError as error:
-        print(f"compare_policies: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare_policies: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    args = _parse(said)
+    if args.make_untrained:
+        make_untrained(Path(args.make_untrained), Path(args.out) / UNTRAINED)
+        return
+    drafters = entrants(args)
+    number, n_shards = args.shard
+    mine = drafters[number - 1 :: n_shards]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(Path(args.out))
+    for step in plan(args, mine):
+        perform(step, ledger)
+    if n_shards == 1:
+        print(write(args, collect(args, drafters)))
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmspec.api import find_device
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.convert import LAYOUTS, convert
 from mmspec.hub import fetch, origin, place_of
 from mmspec.targets import load_target
@@ -45,24 +45,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Reads, checks and writes.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
-    try:
-        args = arguments(argv)
-        target = load_target(args.target, args.dtype, find_device(args.device))
-        hub = place_of(args.head)
-        place = fetch(hub) if hub else Path(args.head)
-        named = origin(hub, place) if hub else None
-        made = convert(place, args.layout, target, args.out, args.taps, args.image_input, named)
-    except InputError as error:
-        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+@command("convert")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads, checks and writes."""
+    args = arguments(argv)
+    target = load_target(args.target, args.dtype, find_device(args.device))
+    hub = place_of(args.head)
+    place = fetch(hub) if hub else Path(args.head)
+    named = origin(hub, place) if hub else None
+    made = convert(place, args.layout, target, args.out, args.taps, args.image_input, named)
     print(f"{made.kind} head for {Path(target.name).name}: {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,48 +19,42 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.records import Quarantine  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train.corpus import read  # noqa: E402
 from train.decontaminate import Listing, save  # noqa: E402
-from train.distill import refuse, writing  # noqa: E402
+from train.distill import writing  # noqa: E402
 from train.likeness import PrintCache  # noqa: E402
 from train.overlap import Benchmark, default_threads, search  # noqa: E402
 
 SHOWN = 5
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns 0, 2 for wrong input or 130 when interrupted."""
+@command("decontaminate", interrupted="the same command goes on", wrong=(InputError, OSError))
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    arguments = _parse(argv)
+    recipe = load(arguments.recipe, arguments.overrides)
+    out = arguments.out or Path(recipe.data.decontaminated or "")
+    if not out.name:
+        raise InputError("the recipe names no data.decontaminated; say where the list goes with --out FILE")
+    began = time.monotonic()
+    benchmark = Benchmark(arguments.benchmark, _lines(arguments.ids))
+    quarantine = Quarantine(None)
+    corpus = read(recipe.data.sources, quarantine)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        cache = PrintCache(out.with_name(out.name + ".hashes"))
     try:
-        arguments = _parse(argv)
-        recipe = load(arguments.recipe, arguments.overrides)
-        out = arguments.out or Path(recipe.data.decontaminated or "")
-        if not out.name:
-            raise InputError("the recipe names no data.decontaminated; say where the list goes with --out FILE")
-        began = time.monotonic()
-        benchmark = Benchmark(arguments.benchmark, _lines(arguments.ids))
-        quarantine = Quarantine(None)
-        corpus = read(recipe.data.sources, quarantine)
+        listing = search(corpus, benchmark, cache, arguments.threads or default_threads())
+    finally:
         with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            cache = PrintCache(out.with_name(out.name + ".hashes"))
-        try:
-            listing = search(corpus, benchmark, cache, arguments.threads or default_threads())
-        finally:
-            with writing(out):
-                cache.close()
-        with writing(out):
-            save(out, listing)
-    except (InputError, OSError) as error:
-        return refuse("decontaminate", str(error), 0)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+            cache.close()
+    with writing(out):
+        save(out, listing)
     _report(listing, benchmark, quarantine, out, time.monotonic() - began)
-    return 0
 
 
 def _report(listing: Listing, benchmark: Benchmark, quarantine: Quarantine, out: Path, seconds: float) -> None:

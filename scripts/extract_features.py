@@ -38,33 +38,31 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
-from train.distill import leave, refuse, train  # noqa: E402
+from train.distill import leave, train  # noqa: E402
 
 STORED_AS = ("float32", "bfloat16", "float16", "float8")
 
 
+@command("extract_features")
 def main() -> int:
     """The command; returns the exit code."""
-    try:
-        arguments = _parse()
-        recipe = load(arguments.recipe, arguments.overrides)
-        # What is written here cannot come from there.
-        recipe.data.features = ""
-        from train.extract import Settings, extract, summary
-        from train.session import Session
+    arguments = _parse()
+    recipe = load(arguments.recipe, arguments.overrides)
+    # What is written here cannot come from there.
+    recipe.data.features = ""
+    from train.extract import Settings, extract, summary
+    from train.session import Session
 
-        settings = Settings(arguments.out, arguments.dtype, arguments.batch, arguments.shard_tokens)
+    settings = Settings(arguments.out, arguments.dtype, arguments.batch, arguments.shard_tokens)
 
-        def write(session: Session) -> None:
-            manifest = extract(session, settings)
-            session.tracker.say(summary(manifest, arguments.out))
+    def write(session: Session) -> None:
+        manifest = extract(session, settings)
+        session.tracker.say(summary(manifest, arguments.out))
 
-        return train(recipe, instead=write)
-    except InputError as error:
-        return refuse("extract_features", str(error), int(os.environ.get("RANK", "0")))
+    return train(recipe, instead=write)
 
 
 def _parse() -> argparse.Namespace:

@@ -32,7 +32,7 @@ from eval.mmspec import output_folder
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
-from mmspec.arguments import Parser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.drafters import recycling
 from mmspec.heads._objective import SteppedHead
@@ -208,23 +208,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, fits, writes and prints.
-
-    Returns:
-        0, or 2 for wrong input.
-    """
+@command("fit_tree")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, fits, writes and prints."""
+    args = arguments(argv)
+    target, counts = measure(args)
+    rates = counts.rates()
     try:
-        args = arguments(argv)
-        target, counts = measure(args)
-        rates = counts.rates()
-        try:
-            tree = fit(rates, args.budget)
-        except ValueError as error:
-            raise InputError(f"{error} in {args.data}") from None
-    except InputError as error:
-        print(f"fit_tree: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        tree = fit(rates, args.budget)
+    except ValueError as error:
+        raise InputError(f"{error} in {args.data}") from None
     fitted_to = {
         "method": args.method or "head",
         "target": Path(target.name).name,
@@ -236,7 +229,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoints.write_json(args.out, {"paths": tree.paths, **figures})
     print(table(tree, args.usual, rates))
     print(f"{tree.budget} nodes on {tree.depth} levels: {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

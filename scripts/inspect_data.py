@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.records import Quarantine  # noqa: E402
 from mmspec.targets import load_target  # noqa: E402
@@ -27,26 +27,23 @@ from train import decontaminate, showing  # noqa: E402
 from train.answers import read as read_answers  # noqa: E402
 from train.asking import instructed  # noqa: E402
 from train.corpus import read  # noqa: E402
-from train.distill import refuse, writing  # noqa: E402
+from train.distill import writing  # noqa: E402
 from train.regenerate import answers_folder  # noqa: E402
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    try:
-        arguments = _parse(argv)
-        recipe = load(arguments.recipe, arguments.overrides)
-        out = arguments.out or recipe.folder / "data.html"
-        found = inspect(recipe)
-        with writing(out):
-            showing.write(out, found, arguments.samples)
-    except (InputError, OSError) as error:
-        return refuse("inspect_data", str(error), 0)
+@command("inspect_data", wrong=(InputError, OSError))
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    arguments = _parse(argv)
+    recipe = load(arguments.recipe, arguments.overrides)
+    out = arguments.out or recipe.folder / "data.html"
+    found = inspect(recipe)
+    with writing(out):
+        showing.write(out, found, arguments.samples)
     print("data: " + ", ".join(f"{n} {name}" for name, n, _ in showing.figures(found)))
     for note in found.notes:
         print(f"note: {note}")
     print(f"page: {out}")
-    return 0
 
 
 def inspect(recipe: Recipe) -> showing.Inspected:

@@ -21,7 +21,7 @@ from eval.options import DTYPES
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
-from mmspec.arguments import OneLineParser, at_least
+from mmspec.arguments import Parser, at_least, command
 from mmspec.costs import CostTable, load_or_measure, table_path
 from mmspec.methods import make_method, method_names
 from mmspec.types import InputError
@@ -31,7 +31,7 @@ PROGRAM = "measure_costs"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(
+    parser = Parser(
         prog=f"scripts/{PROGRAM}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -80,20 +80,16 @@ def run(args: argparse.Namespace) -> tuple[Path, CostTable]:
     return path, load_or_measure(folder, target, drafter, args.max_batch, depth, budget, key)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+@command(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
     args = build_parser().parse_args(argv)
-    try:
-        path, table = run(args)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    path, table = run(args)
     for batch, row in table.verify_s.items():
         verify = ", ".join(f"{nodes} {seconds * 1e3:.2f}" for nodes, seconds in row.items())
         draft = ", ".join(f"{depth} {seconds * 1e3:.2f}" for depth, seconds in table.draft_s[batch].items())
         print(f"batch {batch}: ms of a round by nodes: {verify}; of a draft by levels: {draft}")
     print(path)
-    return 0
 
 
 if __name__ == "__main__":

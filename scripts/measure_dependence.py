@@ -26,30 +26,28 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import COUNTERFACTUALS, InputError  # noqa: E402
-from train.distill import leave, refuse, train  # noqa: E402
+from train.distill import leave, train  # noqa: E402
 
 
+@command("measure_dependence")
 def main() -> int:
     """The command; returns the exit code."""
-    try:
-        arguments = _parse()
-        recipe = load(arguments.recipe, arguments.overrides)
-        recipe.data.features = ""
-        from train.labels import Store, distribution, write_store
-        from train.session import Session
+    arguments = _parse()
+    recipe = load(arguments.recipe, arguments.overrides)
+    recipe.data.features = ""
+    from train.labels import Store, distribution, write_store
+    from train.session import Session
 
-        def write(session: Session) -> None:
-            manifest = write_store(session, arguments.out, arguments.counterfactual, arguments.batch)
-            if session.world.first:
-                rows = distribution(session, Store(arguments.out, manifest))
-                session.tracker.say(f"{arguments.out}: KL in nats between with and without the image\n{_table(rows)}")
+    def write(session: Session) -> None:
+        manifest = write_store(session, arguments.out, arguments.counterfactual, arguments.batch)
+        if session.world.first:
+            rows = distribution(session, Store(arguments.out, manifest))
+            session.tracker.say(f"{arguments.out}: KL in nats between with and without the image\n{_table(rows)}")
 
-        return train(recipe, instead=write)
-    except InputError as error:
-        return refuse("measure_dependence", str(error), int(os.environ.get("RANK", "0")))
+    return train(recipe, instead=write)
 
 
 def _table(rows: list[dict[str, object]]) -> str:

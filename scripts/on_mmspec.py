@@ -35,7 +35,7 @@ sys.path.append(str(ROOT / "scripts"))
 from eval.options import DTYPES  # noqa: E402
 from eval.steps import PORT, Ledger, Step, perform  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 
@@ -262,17 +262,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@command("on_mmspec", interrupted="the same command goes on")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0, 1 when a head is not within the tolerance, 2 for wrong input, 130 when interrupted."""
-    try:
-        args = arguments(argv)
-        return heads(args) if args.what == "heads" else recipe(args)
-    except InputError as error:
-        print(f"on_mmspec: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("on_mmspec: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    args = arguments(argv)
+    return heads(args) if args.what == "heads" else recipe(args)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train import fits, memory  # noqa: E402
-from train.distill import refuse  # noqa: E402
 from train.estimate import (  # noqa: E402
     GIB,
     Assumed,
@@ -44,21 +43,19 @@ from train.estimate import (  # noqa: E402
 )
 
 
+@command("plan")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, 1 when nothing fits, or 2 for wrong input."""
-    try:
-        arguments = _parse(argv)
-        recipe = load(arguments.recipe, arguments.overrides)
-        assumed = Assumed(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(Assumed)})
-        sized = sizes(recipe)
-        found = None
-        if arguments.gpu_gb is not None:
-            limit = fits.usable(arguments.gpu_gb, arguments.reserve_gb)
-            found = fits.search(recipe, sized, arguments.gpus, limit, assumed, arguments.global_batch)
-        recipe = fits.scaled(recipe, arguments.gpus, arguments.global_batch)
-        plan = figures(recipe, sized, arguments.gpus, assumed)
-    except InputError as error:
-        return refuse("plan", str(error), 0)
+    arguments = _parse(argv)
+    recipe = load(arguments.recipe, arguments.overrides)
+    assumed = Assumed(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(Assumed)})
+    sized = sizes(recipe)
+    found = None
+    if arguments.gpu_gb is not None:
+        limit = fits.usable(arguments.gpu_gb, arguments.reserve_gb)
+        found = fits.search(recipe, sized, arguments.gpus, limit, assumed, arguments.global_batch)
+    recipe = fits.scaled(recipe, arguments.gpus, arguments.global_batch)
+    plan = figures(recipe, sized, arguments.gpus, assumed)
     # On a terminal rich wraps by its width; a file or a pipe gets whole lines.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(summary(recipe, sized, arguments.gpus, assumed), markup=False, soft_wrap=True)
@@ -73,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arguments.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            return refuse("plan", f"--json {arguments.json} cannot be written ({error.strerror})", 0)
+            raise InputError(f"--json {arguments.json} cannot be written ({error.strerror})") from error
     return 1 if found is not None and not best else 0
 
 

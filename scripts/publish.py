@@ -33,7 +33,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from eval.publish import Options, build
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command
 from mmspec.hub import explain, is_repo, listed, one_line
 from mmspec.types import InputError
 
@@ -73,34 +73,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the folder and sends it.
-
-    Returns:
-        0; 2 for wrong input or a Hub that refuses; 130 when interrupted.
-    """
-    try:
-        args = arguments(argv)
-        options = Options(
-            args.repo, args.base_model, args.license, args.scores, not args.no_report, args.anyway, args.allow
-        )
-        if args.dry_run is not None:
-            folder = Path(args.dry_run) if args.dry_run else _fresh(args.run / "published")
-            names = build(args.run, folder, options)
-            print(f"{folder}: {_size(folder, names)}; nothing was sent")
-            return 0
-        with tempfile.TemporaryDirectory(prefix="mmspec-publish-") as scratch:
-            folder = Path(scratch) / "head"
-            names = build(args.run, folder, options)
-            url = send(folder, names, args.repo, args.private, args.revision, args.overwrite)
-            print(f"{url}: {_size(folder, names)}")
-    except InputError as error:
-        print(f"publish: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("publish: interrupted; a commit is there as a whole or not at all, so run it again", file=sys.stderr)
-        return 130
-    return 0
+@command("publish", interrupted="a commit is there as a whole or not at all, so run it again")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the folder and sends it."""
+    args = arguments(argv)
+    options = Options(
+        args.repo, args.base_model, args.license, args.scores, not args.no_report, args.anyway, args.allow
+    )
+    if args.dry_run is not None:
+        folder = Path(args.dry_run) if args.dry_run else _fresh(args.run / "published")
+        names = build(args.run, folder, options)
+        print(f"{folder}: {_size(folder, names)}; nothing was sent")
+        return
+    with tempfile.TemporaryDirectory(prefix="mmspec-publish-") as scratch:
+        folder = Path(scratch) / "head"
+        names = build(args.run, folder, options)
+        url = send(folder, names, args.repo, args.private, args.revision, args.overwrite)
+        print(f"{url}: {_size(folder, names)}")
 
 
 def send(folder: Path, names: Sequence[str], repo: str, private: bool, revision: str | None, overwrite: bool) -> str:

@@ -29,34 +29,31 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
-from train.distill import leave, refuse, train  # noqa: E402
+from train.distill import leave, train  # noqa: E402
 from train.world import free_port  # noqa: E402
 
 
+@command("regenerate")
 def main() -> int:
     """The command; returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        arguments = _parse()
-        recipe = load(arguments.recipe, arguments.overrides)
-        if not arguments.compare:
-            if arguments.procs > 1 and "RANK" not in os.environ:
-                _relaunch(arguments)
-            return train(recipe, instead=lambda session: None)
-        from train.session import Session
-        from train.sooner import check, compare
+    arguments = _parse()
+    recipe = load(arguments.recipe, arguments.overrides)
+    if not arguments.compare:
+        if arguments.procs > 1 and "RANK" not in os.environ:
+            _relaunch(arguments)
+        return train(recipe, instead=lambda session: None)
+    from train.session import Session
+    from train.sooner import check, compare
 
-        check(recipe.data, int(os.environ.get("WORLD_SIZE", "1")))
+    check(recipe.data, int(os.environ.get("WORLD_SIZE", "1")))
 
-        def timed(session: Session) -> None:
-            compare(session, arguments.compare)
+    def timed(session: Session) -> None:
+        compare(session, arguments.compare)
 
-        return train(recipe, instead=timed, answer=False)
-    except InputError as error:
-        return refuse("regenerate", str(error), rank)
+    return train(recipe, instead=timed, answer=False)
 
 
 def _relaunch(arguments: argparse.Namespace) -> None:

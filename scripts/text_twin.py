@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
-from mmspec.types import InputError  # noqa: E402
-from train.distill import leave, refuse, train, writing  # noqa: E402
+from train.distill import leave, train, writing  # noqa: E402
 from train.sample import IMAGE_MARK, Sample  # noqa: E402
 
 if TYPE_CHECKING:
@@ -46,28 +45,26 @@ def twin(sample: Sample, dialogue: Dialogue) -> dict[str, Any] | None:
     return {"id": sample.id, "topic": sample.topic, "conversations": said} if len(said) > n_system else None
 
 
+@command("text_twin")
 def main() -> int:
     """The command; returns the exit code."""
-    try:
-        arguments = _parse()
-        out = Path(arguments.out)
-        recipe = load(arguments.recipe, arguments.overrides)
+    arguments = _parse()
+    out = Path(arguments.out)
+    recipe = load(arguments.recipe, arguments.overrides)
 
-        def write(session: Session) -> None:
-            found = (
-                twin(session.corpus.samples[index], dialogue) for index, dialogue in session.prepared.dialogues.items()
-            )
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found if record is not None]
-            temporary = out.with_name(out.name + ".tmp")
-            with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text("".join(lines), encoding="utf-8")
-                os.replace(temporary, out)
-            session.tracker.say(f"{len(lines)} conversations without pictures: {out}")
+    def write(session: Session) -> None:
+        found = (
+            twin(session.corpus.samples[index], dialogue) for index, dialogue in session.prepared.dialogues.items()
+        )
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found if record is not None]
+        temporary = out.with_name(out.name + ".tmp")
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, out)
+        session.tracker.say(f"{len(lines)} conversations without pictures: {out}")
 
-        return train(recipe, instead=write)
-    except InputError as error:
-        return refuse("text_twin", str(error), 0)
+    return train(recipe, instead=write)
 
 
 def _parse() -> argparse.Namespace:

@@ -24,11 +24,9 @@ import yaml
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmspec.arguments import Parser  # noqa: E402
+from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
-from mmspec.types import InputError  # noqa: E402
 from train import memory  # noqa: E402
-from train.distill import refuse  # noqa: E402
 from train.estimate import GIB, Assumed, answer_seconds, sizes, work  # noqa: E402
 from train.shapes import target_facts  # noqa: E402
 
@@ -395,16 +393,14 @@ def _figure(entry: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
     return f"{figure} on {entry['data']}{note}, {sources[entry['source']]['name']}"
 
 
+@command("write_recipes")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, 1 when --check finds a difference, or 2 for wrong input."""
     parser = Parser(
         prog="scripts/write_recipes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, list the files that differ")
-    try:
-        arguments = parser.parse_args(argv)
-    except InputError as error:
-        return refuse("write_recipes", str(error), 0)
+    arguments = parser.parse_args(argv)
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     different = []
     for target in TARGETS:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from mmspec import arguments
 from mmspec.heads import eagle, viskip
 from mmspec.login import wandb_mode
 from mmspec.recipe import Optim, Source, load
@@ -488,11 +489,27 @@ def test_resuming_with_another_recipe_is_refused(path: Path):
 
 def test_a_rank_above_zero_leaves_the_word_to_rank_zero(monkeypatch: pytest.MonkeyPatch, capsys: Any):
     waited: list[float] = []
-    monkeypatch.setattr(distill, "time", SimpleNamespace(sleep=waited.append))
-    monkeypatch.setattr("train.stopping.default_signals", lambda: None)
-    assert distill.refuse("distill", "two\nlines", rank=1) == 2
-    assert waited == [distill.PATIENCE_S]
+    monkeypatch.setattr(arguments, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(arguments, "default_signals", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+
+    @arguments.command("distill")
+    def main() -> None:
+        raise InputError("two\nlines")
+
+    assert main() == 2
+    assert waited == [arguments.PATIENCE_S]
     assert capsys.readouterr().err == "distill: error: two lines\n"
+
+
+def test_an_interruption_is_told_where_a_command_says_what_it_means(capsys: Any):
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert arguments.command("findings", interrupted="the same command goes on")(work)() == 130
+    assert capsys.readouterr().err == "findings: interrupted; the same command goes on\n"
+    with pytest.raises(KeyboardInterrupt):
+        arguments.command("findings")(work)()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mmspec.dashboards import Dashboard, Panel, command
+from mmspec.arguments import command
+from mmspec.dashboards import Dashboard, Panel, run
 from train.tracking import METRICS, RATES
 
 BOARD = Dashboard(
@@ -65,9 +66,10 @@ BOARD = Dashboard(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
-    return command("train.dashboard", __doc__ or "", BOARD, "runs/dashboards/training.json", argv)
+@command("train.dashboard")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    run("train.dashboard", __doc__ or "", BOARD, "runs/dashboards/training.json", argv)
 
 
 if __name__ == "__main__":

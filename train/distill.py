@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -27,16 +26,12 @@ if __name__ == "__main__":
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
-from mmspec.arguments import Parser
+from mmspec.arguments import Parser, command, default_signals
 from mmspec.recipe import Recipe, Source, load
 from mmspec.types import InputError
 
 if TYPE_CHECKING:
     from train.session import Session
-
-USAGE_ERROR = 2
-PATIENCE_S = 20.0
-"""How long a rank above 0 waits for rank 0 to report the error they share."""
 
 EPILOG = """\
 overrides: any recipe key, later ones win
@@ -58,17 +53,14 @@ exit codes: 0 done, 2 wrong input, 130 / 143 stopped by Ctrl-C / SIGTERM (resuma
 """
 
 
+@command("distill")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
-        recipe = load(arguments.recipe, arguments.overrides)
-        if arguments.dry_run:
-            return _dry_run(recipe, rank)
-        return train(recipe)
-    except InputError as error:
-        return refuse("distill", str(error), rank)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    recipe = load(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        return _dry_run(recipe)
+    return train(recipe)
 
 
 def train(recipe: Recipe, instead: Callable[[Session], None] | None = None, answer: bool = True) -> int:
@@ -86,7 +78,7 @@ def train(recipe: Recipe, instead: Callable[[Session], None] | None = None, answ
     from train.corpus import check_sources
     from train.drafting import check_drafting
     from train.features import read_manifest
-    from train.stopping import Stopped, Stopper, default_signals
+    from train.stopping import Stopped, Stopper
     from train.tracking import check_trackers
 
     check_sources([*recipe.data.sources, Source(recipe.run.eval_data)])
@@ -120,21 +112,6 @@ def _check_base(folder: str) -> None:
         raise InputError(f"head.init_from: {error}") from error
 
 
-def refuse(program: str, message: str, rank: int) -> int:
-    """Reports wrong input: one line, from rank 0 alone.
-
-    All ranks find the same fault. The launcher kills the others as soon as one ends, so those above 0 give rank 0 the
-    time to speak; if it did not find the fault, they do.
-    """
-    if rank > 0:
-        from train.stopping import default_signals
-
-        default_signals()
-        time.sleep(PATIENCE_S)
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return USAGE_ERROR
-
-
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """For a command's last part, which writes a file: what goes wrong is wrong input.
@@ -148,8 +125,8 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path} cannot be written ({error.strerror or error})") from error
 
 
-def _dry_run(recipe: Recipe, rank: int) -> int:
-    if rank == 0:
+def _dry_run(recipe: Recipe) -> int:
+    if os.environ.get("RANK", "0") == "0":
         from train.estimate import report
 
         print(report(recipe, int(os.environ.get("WORLD_SIZE", "1"))))

@@ -126,9 +126,3 @@ def launchers() -> list[Any]:
     except psutil.Error:
         pass
     return found
-
-
-def default_signals() -> None:
-    """Back to dying at once, for a process that only waits for its end."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)
