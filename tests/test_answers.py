@@ -135,6 +135,7 @@ def test_the_digest_is_of_answers_and_lengths(tmp_path: Path):
     assert read(other, 5).digest != known.digest
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_answers_take_a_few_bytes_each(tmp_path: Path):
     n, entry = 100_000, {"answers": ["many words " * 40], "finished": [True], "length": 9}
     with (tmp_path / FINAL).open("w") as file:

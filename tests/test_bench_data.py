@@ -21,6 +21,7 @@ def run(tmp_path: Path, **options: int) -> dict[str, float]:
     return figures
 
 
+@pytest.mark.slow
 def test_every_figure_is_written_and_the_loader_is_ahead(tmp_path: Path):
     figures = run(tmp_path, records=3000, fewer=1000, pictures=20, batches=5, batch=4, repeats=1)
     for name in ("read_records_per_s", "reread_records_per_s", "loader_records_per_s", "training_records_per_s"):

@@ -144,6 +144,7 @@ def test_a_run_folder_keeps_its_blindness(tmp_path: Path):
     assert not checkpoint.load(tmp_path).blind  # written before there were twins
 
 
+@pytest.mark.slow
 def test_a_blind_run_takes_the_means_of_its_images_and_starts_from_its_like_alone(tmp_path: Path):
     data = training.save_data(tmp_path, [training.record(k) for k in range(8)])
     target = training.save_target(tmp_path / "target")

@@ -469,6 +469,7 @@ def trained(base: Path, procs: int, name: str, *more: str) -> dict[int, float]:
     return curve
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_training_reads(base: Path):
     done = extracted(base, 0, "one")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -67,6 +67,7 @@ def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split(base: Pa
 
 
 @both
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(base: Path, kind: str):
     more = ("run.max_steps=200", "optim.micro_batch=4")
     whole, folder = run(base, kind, "unbroken", 0, *more), base / "out" / f"{kind}_stopped"
@@ -85,6 +86,7 @@ def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(base: Path, kind: st
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_text_comes_first_and_pictures_last(base: Path):
     """The image adaptor is what it was at the start until a step has a picture; the last step has nothing else."""
     more = ("optim.micro_batch=4", "data.text_first=0.8", f"run.max_steps={STEPS}", "run.save_every=1", "run.keep=9")

@@ -372,10 +372,16 @@ def _until_saved(said: list[str], folder: Path) -> int:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["head.init_from=nowhere"], "head.init_from: checkpoint nowhere does not exist"),
+        pytest.param(
+            ["head.init_from=nowhere"], "head.init_from: checkpoint nowhere does not exist", marks=pytest.mark.slow
+        ),
         (["head.init_from=BASE", "head.kind=eagle3"], "holds a eagle head, not head.kind=eagle3"),
-        (["head.init_from=BASE", "head.rope_theta=5"], "set head.rope_theta=10000"),
-        (["head.init_from=BASE", "head.lora.rank=2", "head.lora.modules=[lm_head]"], "'lm_head'"),
+        pytest.param(["head.init_from=BASE", "head.rope_theta=5"], "set head.rope_theta=10000", marks=pytest.mark.slow),
+        pytest.param(
+            ["head.init_from=BASE", "head.lora.rank=2", "head.lora.modules=[lm_head]"],
+            "'lm_head'",
+            marks=pytest.mark.slow,
+        ),
         (["head.init_layer=7", "head.input_norm=true"], "outside 0..2"),
     ],
 )

@@ -62,6 +62,7 @@ def test_accumulated_micro_batches_give_the_curve_of_whole_ones(base: Path, refe
     same_curve(reference, run(base, "accumulated", 0, "optim.micro_batch=1", "optim.accumulate=4"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(base: Path):
     more = ("run.max_steps=200", "optim.micro_batch=4")
     whole, folder = run(base, "whole", 0, *more), base / "out" / "stopped"

@@ -84,6 +84,7 @@ def test_a_run_leaves_everything_that_is_promised(reference: Path):
     assert max(losses(reference)) == STEPS
 
 
+@pytest.mark.slow
 def test_one_process_and_two_give_one_curve(base: Path, reference: Path):
     done = distill(2, *words(base, "two", "optim.micro_batch=2", "deepspeed.zero_stage=2"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -182,6 +183,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in children if any(word.startswith("--local_rank") for word in p.cmdline())]
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_alone_saves_ends_all_and_resumes(base: Path, launch: Launch):
     more = (f"run.max_steps={LONG}", "optim.micro_batch=2", "deepspeed.zero_stage=1")
     process = launch(2, "stopped", *more)
@@ -262,6 +264,7 @@ def test_a_stop_while_the_controller_trains_goes_on_there(base: Path, launch: La
     assert "is finished" in again.stdout
 
 
+@pytest.mark.slow
 def test_wrong_input_through_the_launcher_is_one_line_and_code_2(base: Path):
     broken = save_data(base / "broken", [{"id": "a", "image": "0.png", "conversations": []}])
     done = distill(2, *words(base, "broken", f"data.train={broken}"))

@@ -27,7 +27,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.parametrize("sampler", [pytest.param("greedy", marks=pytest.mark.slow), "sampled"])
 def test_penalised_text_is_plain_decodings_under_every_drafter(sampler):
     target, draw = llava(), SAMPLERS[sampler]
     wanted = requests(target, 6, 28)
@@ -186,7 +186,14 @@ class Misinformed(RejectionVerifier):
         return super().accept(trees, scores, choices)
 
 
-@pytest.mark.parametrize(("kind", "widths"), [("eagle", (1,)), ("eagle", (2, 2)), ("eagle3_small", (2, 2))])
+@pytest.mark.parametrize(
+    ("kind", "widths"),
+    [
+        pytest.param("eagle", (1,), marks=pytest.mark.slow),
+        ("eagle", (2, 2)),
+        pytest.param("eagle3_small", (2, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_rejection_in_the_loop_follows_the_target(kind, widths):
     """Second and third tokens of 1,500 requests against the target's own probabilities after their first ones."""
     target, n = llava(), 1500
