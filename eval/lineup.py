@@ -77,12 +77,8 @@ def choose_methods(args: argparse.Namespace) -> list[str]:
     if args.method_settings and not args.method:
         raise InputError("--method-settings needs --method")
     if ALL not in args.method:
-        spoken_for = HYBRID in args.method  # by that of all heads
-        return [
-            name
-            for name in dict.fromkeys(args.method)
-            if name == HYBRID or not (spoken_for and kind_of(name) == HYBRID)
-        ]
+        spare = HYBRID in args.method  # those of single heads, then
+        return [name for name in dict.fromkeys(args.method) if not (spare and name != kind_of(name))]
     return [
         name for name in (PLAIN, *known) if (name != PLAIN or PLAIN in args.method) and (args.ckpt or name != HYBRID)
     ]
