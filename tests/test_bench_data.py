@@ -38,6 +38,7 @@ def test_memory_is_flat_from_ten_to_a_hundred_thousand_records(tmp_path: Path):
     assert figures["loader_vs_training"] > 5
 
 
+@pytest.mark.slow
 def test_wrong_numbers_are_refused_in_one_line():
     words = [sys.executable, str(SCRIPT), "--fewer", "9", "--records", "9"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

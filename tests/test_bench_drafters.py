@@ -41,6 +41,7 @@ def test_the_benchmark_writes_what_it_promises(tmp_path):
         (("--method", "pdl"), "method 'pdl' is unknown; there are: "),
     ],
 )
+@pytest.mark.slow
 def test_wrong_input_is_refused_in_one_line(words, said):
     done = call(*words)
     assert done.returncode == 2

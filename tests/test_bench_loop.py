@@ -28,6 +28,7 @@ def test_the_benchmark_writes_what_it_promises(tmp_path):
     assert figures["by_batch"]["4"]["head"]["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_wrong_numbers_are_refused_in_one_line():
     done = subprocess.run([sys.executable, str(SCRIPT), "--repeats", "0"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

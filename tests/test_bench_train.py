@@ -29,6 +29,7 @@ def test_the_benchmark_writes_what_it_promises(tmp_path):
     assert detail["ours"]["peak_gb"] / detail["reference"]["peak_gb"] == figures["peak_memory_vs_reference"]
 
 
+@pytest.mark.slow
 def test_wrong_numbers_are_refused_in_one_line():
     done = subprocess.run([sys.executable, str(SCRIPT), "--heads", "3"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

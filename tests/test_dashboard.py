@@ -24,6 +24,10 @@ from train import dashboard as training
 
 KEY = "a1b2c3d4" * 5
 OLD = "View:1"
+MODULES = [
+    ("eval.dashboard", "evaluation"),
+    pytest.param("train.dashboard", "training", marks=pytest.mark.slow),
+]
 
 
 def names(panel: Panel) -> list[Panel]:
@@ -140,7 +144,7 @@ def sections(spec: dict[str, Any]) -> list[Any]:
     return [(s["name"], [(p["viewType"], p["config"]) for p in s["panels"]]) for s in found]
 
 
-@pytest.mark.parametrize(("module", "name"), [("train.dashboard", "training"), ("eval.dashboard", "evaluation")])
+@pytest.mark.parametrize(("module", "name"), MODULES)
 def test_without_a_login_it_is_a_file_that_is_always_the_same(tmp_path: Path, module: str, name: str):
     file = tmp_path / "runs" / "dashboards" / f"{name}.json"
     texts = []
@@ -176,6 +180,7 @@ def test_with_a_login_it_is_applied_and_brought_up_to_date(tmp_path: Path, servi
     assert KEY not in out.read_text() + done.stdout + done.stderr + again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_one_line(tmp_path: Path, service: Service):
     done = run(tmp_path, None, "eval.dashboard", "--replace", "http://x/e/p?nw=a")
     assert done.returncode == 2

@@ -211,7 +211,9 @@ def hybrid_of_pld(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--batch-size", "3")])
+@pytest.mark.parametrize(
+    "sampling", [(), pytest.param(("--temperature", "1", "--batch-size", "3"), marks=pytest.mark.slow)]
+)
 def test_all_methods_are_scored_beside_a_head(
     evaluate: Callable[..., int], data: Path, tmp_path: Path, hybrid_of_pld: str, sampling: tuple[str, ...]
 ) -> None:

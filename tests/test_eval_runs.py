@@ -109,7 +109,7 @@ def test_every_line_says_what_it_was_measured_with(evaluate: Callable[..., int],
     assert by_method["plain"]["drafter"] == "none"
 
 
-@pytest.mark.parametrize("batch", ["1", "2"])
+@pytest.mark.parametrize("batch", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_an_interrupted_run_goes_on_to_the_same_answers_and_frozen_to_the_same_rounds(
     evaluate: Callable[..., int], tmp_path: Path, batch: str
 ) -> None:

@@ -53,7 +53,7 @@ def same_curve(a: Path, b: Path) -> None:
         assert first[step] == pytest.approx(second[step], abs=1e-3), step
 
 
-@both
+@pytest.mark.parametrize("kind", ["msd", pytest.param("vispec", marks=pytest.mark.slow)])
 def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split(base: Path, kind: str):
     whole = run(base, kind, "whole", 0, "optim.micro_batch=4")
     loaded = checkpoint.load(whole)

@@ -382,7 +382,7 @@ def _until_saved(said: list[str], folder: Path) -> int:
             "'lm_head'",
             marks=pytest.mark.slow,
         ),
-        (["head.init_layer=7", "head.input_norm=true"], "outside 0..2"),
+        pytest.param(["head.init_layer=7", "head.input_norm=true"], "outside 0..2", marks=pytest.mark.slow),
     ],
 )
 def test_a_beginning_that_cannot_be_is_one_line_and_code_2(base: Path, more: list[str], said: str):

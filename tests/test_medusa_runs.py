@@ -58,6 +58,7 @@ def test_a_run_leaves_a_checkpoint(reference: Path):
     assert losses(reference, "perf/tflops")
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_give_the_curve_of_whole_ones(base: Path, reference: Path):
     same_curve(reference, run(base, "accumulated", 0, "optim.micro_batch=1", "optim.accumulate=4"))
 

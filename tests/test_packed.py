@@ -68,7 +68,7 @@ def test_the_fused_and_the_chunked_kernel_agree(causal, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["fused", "chunked"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("heads", [pytest.param((4, 4), marks=pytest.mark.slow), (4, 2)])
 def test_gradients_are_those_of_finite_differences(kernel, heads, monkeypatch):
     monkeypatch.setattr(_packed, "CHUNK", 2)
     if kernel == "chunked":

@@ -369,6 +369,7 @@ def test_the_script_refuses_in_one_line(words, said, capsys):
     assert told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_itself():
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -290,7 +290,7 @@ def test_the_answer_marks_alone_tell_how_many_positions_there_are(kind):
     assert int(objective.count) == sum(valid_pairs(answer) for _, answer in rows) > 0
 
 
-@every_head
+@pytest.mark.parametrize("kind", [k if k == "eagle3" else pytest.param(k, marks=pytest.mark.slow) for k in HEADS])
 def test_a_head_overfits_one_batch_and_then_drafts_its_answers(kind):
     target = llava()  # in fp64: 400 steps make of a rounding in fp32 another head
     wanted = [Request(f"r{i}", prompt(target, i, 5, 1), 20, i) for i in range(3)]
