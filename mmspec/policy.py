@@ -207,77 +207,109 @@ class AttentionPolicy(FixedPolicy):
 class AdaptivePolicy(FixedPolicy):
     """The node budget that has paid best of late, plain decoding among the candidates.
 
-    For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms: what their rounds emitted, and
-    what these cost by the table, are kept as fading sums, and the arm with the most tokens per second is pulled.
-    Another one gets a round whenever all such rounds together have lost less than a two-hundredth of the time. Measured
-    times stay out of it, so that one table always gives one sequence of plans.
+    For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms of a bandit (`_Arms`), of which there
+    is one for about each number of active rows (1, 2, 3 to 4, 5 to 8, ..): what pays for few rows need not for many.
+    Measured times stay out of it, so that one table always gives one sequence of plans.
 
     Args:
         costs: measured seconds.
         depth, budget: the largest plan.
     """
 
-    _MEMORY = 0.96
-    """Weight that a round keeps with each further round of its arm."""
-    _LOSS = 0.005
-    """Share of the time that looking at other arms may lose."""
-    _PRIOR = 0.4
-    """Chance that a draft token goes on being right, of an arm that was never pulled."""
-
     def __init__(self, costs: Costs, depth: int, budget: int) -> None:
         super().__init__(depth, budget)
         self.costs = costs
         self.arms = sorted({0, *(2**i for i in range(budget.bit_length())), budget})
-        self.rounds = [2.0] * len(self.arms)
-        self.tokens = [2 * sum(self._PRIOR**k for k in range(1 + min(n, depth))) for n in self.arms]
+        self._bandits: dict[int, _Arms] = {}
         self._known: dict[tuple[int, int, int], float] = {}
-        self.seconds = [2 * self._cost(1, 1 + n, depth) for n in self.arms]
-        self.rates = [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds)]
-        self.best = max(range(len(self.arms)), key=self.rates.__getitem__)
-        self.pulled_at = [0] * len(self.arms)
-        self.turn, self.arm, self.spent, self.lost = 0, 0, 0.0, 0.0
-        self._look_at = 0.0
-        """Seconds spent from which on another arm may be due."""
 
-    def _cost(self, batch: int, nodes: int, depth: int) -> float:
-        """Seconds of a round by the table."""
-        cell = batch, nodes, depth if nodes > 1 else 0
+    def _bandit(self, n_active: int) -> _Arms:
+        """Of about so many active rows."""
+        size = (n_active - 1).bit_length()
+        if size not in self._bandits:
+            costs = [self._cost(n_active, 1 + n, self.max_depth) for n in self.arms]
+            self._bandits[size] = _Arms([min(n, self.max_depth) for n in self.arms], costs)
+        return self._bandits[size]
+
+    def _cost(self, n_active: int, nodes: int, depth: int) -> float:
+        """A round by the table, in plain rounds of as many rows."""
+        cell = n_active, nodes, depth if nodes > 1 else 0
         if cell not in self._known:
-            drafting = self.costs.draft(batch, max(depth, 1)) if nodes > 1 else 0.0
-            self._known[cell] = self.costs.verify(batch, nodes) + drafting
+            drafting = self.costs.draft(n_active, max(depth, 1)) if nodes > 1 else 0.0
+            plain = self.costs.verify(n_active, 1)
+            self._known[cell] = (self.costs.verify(n_active, nodes) + drafting) / plain
         return self._known[cell]
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         full = super().plan(sensed, remaining)
-        self.arm = self._choose() if full.depth > 0 else 0
-        if not self.arms[self.arm]:
+        n_active = sum(n > 0 for n in remaining)
+        budget = self.arms[self._bandit(n_active).choose(full.depth > 0)] if n_active else 0
+        if not budget:
             return Plan(0, (0,) * len(remaining))
-        return Plan(full.depth, tuple(min(n, self.arms[self.arm]) for n in full.budget))
+        return Plan(full.depth, tuple(min(n, budget) for n in full.budget))
+
+    def observe(self, trace: StepTrace) -> None:
+        n_active = sum(trace.active)
+        cost = self._cost(n_active, trace.n_nodes, trace.plan.depth)
+        self._bandit(n_active).learn(sum(trace.emitted) / n_active, cost)
+
+
+class _Arms:
+    """A bandit: the arm with the most tokens per cost is pulled, what its rounds emitted and cost kept as fading sums.
+
+    Another one gets a round whenever all such rounds together have lost less than a two-hundredth of what was spent.
+
+    Args:
+        levels: tokens that an arm can have accepted.
+        costs: of one of its rounds as expected, in any unit.
+    """
+
+    _MEMORY = 0.96
+    """Weight that a round keeps with each further round of its arm."""
+    _LOSS = 0.005
+    """Share of the cost that looking at other arms may lose."""
+    _PRIOR = 0.4
+    """Chance that a draft token goes on being right, of an arm that was never pulled."""
+
+    def __init__(self, levels: Sequence[int], costs: Sequence[float]) -> None:
+        self.rounds = [2.0] * len(costs)
+        self.tokens = [2 * sum(self._PRIOR**k for k in range(1 + n)) for n in levels]
+        self.costs = [2 * cost for cost in costs]
+        self.rates = [tokens / cost for tokens, cost in zip(self.tokens, self.costs)]
+        self.best = max(range(len(self.rates)), key=self.rates.__getitem__)
+        self.pulled_at = [0] * len(self.rates)
+        self.turn, self.arm, self.spent, self.lost = 0, 0, 0.0, 0.0
+        self._look_at = 0.0
+        """Cost spent from which on another arm may be due."""
+
+    def choose(self, may_draft: bool) -> int:
+        """The next arm; the first one, plain decoding, where nothing can be drafted."""
+        self.arm = self._choose() if may_draft else 0
+        return self.arm
 
     def _choose(self) -> int:
         best = self.best
         if self.spent < self._look_at:
             return best
         rate = self.rates[best]
-        losses = [(s - t / rate) / n for s, t, n in zip(self.seconds, self.tokens, self.rounds)]
-        others = [arm for arm in range(len(self.arms)) if arm != best]
+        losses = [(c - t / rate) / n for c, t, n in zip(self.costs, self.tokens, self.rounds)]
+        others = [arm for arm in range(len(self.rates)) if arm != best]
         # Dear arms are looked at less often than cheap ones, in proportion.
         due = max(others, key=lambda arm: (self.turn + 1 - self.pulled_at[arm]) / max(losses[arm], 1e-12), default=best)
         self._look_at = (self.lost + losses[due]) / self._LOSS
         return due if self.spent >= self._look_at else best
 
-    def observe(self, trace: StepTrace) -> None:
-        arm, n_active = self.arm, sum(trace.active)
-        tokens = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active)
-        seconds = self._cost(n_active, trace.n_nodes, trace.plan.depth)
+    def learn(self, tokens: float, cost: float) -> None:
+        """What the round of the arm just chosen emitted and cost."""
+        arm = self.arm
         self.turn += 1
         self.pulled_at[arm] = self.turn
-        self.spent += seconds
+        self.spent += cost
         if arm != self.best:
-            self.lost += seconds - tokens / self.rates[self.best]
-        for sums, new in ((self.rounds, 1.0), (self.tokens, tokens), (self.seconds, seconds)):
+            self.lost += cost - tokens / self.rates[self.best]
+        for sums, new in ((self.rounds, 1.0), (self.tokens, tokens), (self.costs, cost)):
             sums[arm] = self._MEMORY * sums[arm] + new
-        self.rates[arm] = self.tokens[arm] / self.seconds[arm]
+        self.rates[arm] = self.tokens[arm] / self.costs[arm]
         self.best = max(range(len(self.rates)), key=self.rates.__getitem__)
 
 

@@ -411,6 +411,23 @@ def test_the_adaptive_budget_depends_on_the_table_alone():
     assert rate_of(AdaptivePolicy(costs, 6, 6), costs, 0.5) == rate_of(AdaptivePolicy(costs, 6, 6), costs, 0.5)
 
 
+def test_groups_that_run_empty_are_no_reason_to_draft():
+    """Of a batch's last rows a round emits less, whatever its budget: budgets are compared at as many rows."""
+    costs, rng = Flat(node=0.06, level=0.0), random.Random(0)
+    policy, spent, plain = AdaptivePolicy(costs, 8, 8), 0.0, 0.0
+    for _ in range(150):
+        left = [rng.choice([4, 10, 24]) for _ in range(4)]
+        plain += sum(costs.verify(sum(n > i for n in left), 1) for i in range(max(left)))
+        while any(left):
+            plan, active = policy.plan([[]] * 4, left), tuple(n > 0 for n in left)
+            right = [int(n > 0 and budget > 0 and rng.random() < 0.02) for n, budget in zip(left, plan.budget)]
+            emitted = tuple(min(k + 1, n) for k, n in zip(right, left))
+            left = [n - k for n, k in zip(left, emitted)]
+            spent += costs.verify(sum(active), 1 + max(plan.budget))
+            policy.observe(StepTrace(plan, active, tuple(right), emitted, 1 + max(plan.budget)))
+    assert plain / spent > 0.98
+
+
 class Watching(FixedPolicy):
     """Ends drafts after `levels` levels and prunes below a log-probability; keeps what it was asked."""
 
