@@ -207,8 +207,8 @@ class AttentionPolicy(FixedPolicy):
 class AdaptivePolicy(FixedPolicy):
     """The node budget that has paid best of late, plain decoding among the candidates.
 
-    For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms of a bandit (`_Arms`), of which there
-    is one for about each number of active rows (1, 2, 3 to 4, 5 to 8, ..): what pays for few rows need not for many.
+    For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms of a bandit (`_Arms`). There is
+    one for about each number of active rows (1, 2, 3 to 4, 5 to 8, ..): what pays for few rows need not for many.
     Measured times stay out of it, so that one table always gives one sequence of plans.
 
     Args:
