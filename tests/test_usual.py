@@ -120,8 +120,21 @@ def test_a_copy_that_ends_before_the_others_of_its_batch_has_not_failed():
     before = list(policy.usual.tried)
     plan = policy.plan([[], []], [100, 100])
     policy.observe(StepTrace(plan, (True, True), (1, 4), (2, 5), 5, (1, 4)))
-    assert policy.usual.tried[0] == pytest.approx((before[0] * 0.998 + 1) * 0.998 + 1)
-    assert policy.usual.tried[1] == pytest.approx(before[1] * 0.998 + 1)
+    fade = UsualDepth._FADE
+    assert policy.usual.tried[0] == pytest.approx((before[0] * fade + 1) * fade + 1)
+    assert policy.usual.tried[1] == pytest.approx(before[1] * fade + 1)
+
+
+def test_text_of_another_kind_is_noticed_within_a_hundred_drafts():
+    usual = UsualDepth([0.95, 0.9, 0.85, 0.8])
+    usual.price([1.0, 1.2, 1.4, 1.6, 1.8])
+    assert usual.depth == 4
+    for _ in range(100):
+        usual.learn(min(1, usual.depth), usual.depth)
+    assert usual.depth == 1
+    for _ in range(600):  # levels that are not drafted say nothing, and are tried again
+        usual.learn(usual.depth, usual.depth)
+    assert usual.depth == 4
 
 
 def test_policies_that_ask_nobody_say_what_their_plans_follow_from():

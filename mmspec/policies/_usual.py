@@ -23,10 +23,13 @@ class UsualDepth:
         prior: mean chance that at least k tokens are accepted, k = 1..Dmax, to start from.
     """
 
-    _PRIOR = 200.0
-    """Drafts that the start counts for."""
-    _FADE = 0.998
-    _EVERY = 16
+    _PRIOR = 25.0
+    """Drafts that the start counts for: text is often of another kind than the rounds that it comes from."""
+    _FADE = 0.98
+    """Good and bad rounds come in runs: what was accepted some hundred drafts ago says little."""
+    _RETURN = 0.005
+    """Of the way back to the start that a level goes with each draft that did not have it: so it is tried again."""
+    _EVERY = 4
     """Drafts after which depths are compared anew."""
 
     def __init__(self, prior: Sequence[float]) -> None:
@@ -34,6 +37,7 @@ class UsualDepth:
         self.tried = [self._PRIOR * chance for chance in before]
         """Fading counts of levels whose outcome was seen, and of those that were accepted."""
         self.passed = [self._PRIOR * chance for chance in prior]
+        self._start = list(zip(self.tried, self.passed))
         self.cost_s: Sequence[float] = ()
         self.news = self.depth = self.drafting = 0
 
@@ -48,6 +52,10 @@ class UsualDepth:
         for level in range(observed):
             self.tried[level] = self._FADE * self.tried[level] + 1.0
             self.passed[level] = self._FADE * self.passed[level] + (level < accepted)
+        for level in range(reach, len(self.tried)):
+            tried, passed = self._start[level]
+            self.tried[level] += self._RETURN * (tried - self.tried[level])
+            self.passed[level] += self._RETURN * (passed - self.passed[level])
         self.news += 1
         if self.news >= self._EVERY:
             self.compare()
