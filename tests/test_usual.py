@@ -252,7 +252,7 @@ def mixed(n, seed):
 def test_greedy_and_sampled_rounds_are_calibrated_apart():
     """One scale for both would call half of the rounds too sure, and leave the others too timid."""
     head = fitted(mixed(2000, 0), 150)
-    choosing, judging = mixed(600, 1), mixed(2000, 2)
+    choosing, judging = mixed(600, 1), mixed(3000, 2)
     before = {b["temperature"]: b["by_depth"][0] for b in reliability(head, judging)}
     greedy, drawn = calibrate(head, choosing)
     assert greedy > drawn

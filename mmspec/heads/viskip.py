@@ -25,7 +25,7 @@ EPS = 1e-6
 NO_COUNTERFACTUAL = "none"
 _SURE = 1e-3, 1 - 1e-3
 """Between which a mean chance becomes a logit."""
-N_TRIALS = 512
+N_TRIALS = 2048
 """Held-out rounds that a controller brings along; fewer leave the rest of the table empty (accepted -1)."""
 _PRIOR_ROUNDS = 50
 """Rounds that the mean over both ways of sampling counts for in the mean of one."""
