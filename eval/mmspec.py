@@ -10,6 +10,7 @@ spent where it can be known then. (`python eval/mmspec.py` would shadow the pack
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import shutil
@@ -31,7 +32,7 @@ from eval.lineup import Head, check_frozen, check_hybrids, choose_heads, choose_
 from eval.options import ALL, PROGRAM, build_parser, check_arguments
 from eval.ranks import Ranks, join, leave, own_device
 from eval.references import References, load_references
-from eval.rows import Cell, Rows, from_row, merge
+from eval.rows import Cell, Rows, alone, from_row, merge
 from eval.samples import collect
 from eval.summary import (
     DEFINITIONS,
@@ -93,6 +94,21 @@ def run(args: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, A
     check_hybrids(named, heads)
     check_frozen(args, named, given)
     out = ranks.in_turn(lambda: output_folder(Path(args.out) if args.out else usual_folder(args, heads, named)))
+    with contextlib.ExitStack() as held:
+        ranks.in_turn(lambda: held.enter_context(alone(out)) if ranks.first else None)
+        return _score(args, console, ranks, out, named, given, heads)
+
+
+def _score(
+    args: argparse.Namespace,
+    console: Console,
+    ranks: Ranks,
+    out: Path,
+    named: Sequence[str],
+    given: Mapping[str, Mapping[str, Any]],
+    heads: Sequence[Head],
+) -> dict[str, Any]:
+    """`run` in its folder."""
     listed = out / "quarantine.jsonl"
     quarantine = Quarantine(listed if ranks.first else None, fresh=True)
     folder = ranks.in_turn(lambda: data_folder(args.data))

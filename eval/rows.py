@@ -6,9 +6,11 @@ about the same answer the later one counts. So what is read back is what an unbr
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,27 @@ class Rows:
         with self.path.open("ab", buffering=0) as file:
             file.write(blob)
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps every other run out of a folder until this one has ended, however it ends.
+
+    Raises:
+        InputError: another run is at work there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run is writing to {folder}: wait for it or end it (processes of a torchrun that was killed "
+                "by force live on), or give another --out"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

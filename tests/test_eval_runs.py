@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from eval import mmspec as cli
-from eval.rows import ROUND, SCHEMA
+from eval.rows import ROUND, SCHEMA, alone
 from mmspec.checkpoint import DraftTree
 from tests import tiny
 from tests.test_eval import records_in, rows_of, write_records
@@ -147,6 +147,18 @@ def test_a_run_goes_on_only_as_what_it_was(
     assert said(tmp_path / "out") == before
     assert evaluate("--limit", "2") == 0, "without --resume it starts anew"
     assert len(said(tmp_path / "out")) == 6
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with alone(tmp_path / "out"):
+        assert evaluate() == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"eval.mmspec: error: another run is writing to {tmp_path / 'out'}: ")
+    assert not (tmp_path / "out" / "requests.jsonl").exists()
+    assert evaluate("--method", "plain") == 0
 
 
 def test_plain_decoding_beside_itself_is_the_same_work(evaluate: Callable[..., int], tmp_path: Path) -> None:
