@@ -7,7 +7,9 @@ with the step's one transfer. Any choice made of the committed context alone lea
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -319,16 +321,22 @@ class RecordingPolicy(FixedPolicy):
     Args:
         depth, budget: the largest that the controller shall be able to choose.
         embed: the target's token embedding.
+        explore: share of the rounds that are of any depth, none included. A controller ends drafts early and skips
+            some: rounds after those begin elsewhere, and remember other drafts, than rounds after full drafts do.
+        seed: of the depths that are explored.
     """
 
     senses = True
 
-    def __init__(self, depth: int, budget: int, embed: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, depth: int, budget: int, embed: Callable[[Tensor], Tensor], explore: float = 0.0, seed: str = ""
+    ) -> None:
         super().__init__(depth, budget)
-        self.embed = embed
+        self.embed, self.explore, self._random = embed, explore, random.Random(seed)
         self._sensed: dict[int, dict[str, Tensor]] = {}
         self._reach: dict[int, Tensor] = {}
         self._planned: dict[int, dict[str, Tensor]] = {}
+        self._explored = False
         self._rounds: list[dict[str, Tensor]] = []
 
     def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
@@ -352,13 +360,19 @@ class RecordingPolicy(FixedPolicy):
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         # By the time the outcome of this plan is observed, the evidence for the next one has been sensed already.
         self._planned = dict(self._sensed)
-        return super().plan(sensed, remaining)
+        full = super().plan(sensed, remaining)
+        self._explored = self._random.random() < self.explore
+        if not self._explored:
+            return full
+        depth = self._random.randrange(full.depth + 1)
+        return replace(full, depth=depth) if depth else Plan(0, (0,) * len(full.budget))
 
     def observe(self, trace: StepTrace) -> None:
         for row, active in enumerate(trace.active):
             if active and trace.plan.budget[row]:
                 seen = {name: value.cpu() for name, value in self._planned[row].items()}
                 seen["accepted"] = torch.tensor(trace.accepted[row])
+                seen["explored"] = torch.tensor(self._explored)
                 # As deep as it was drafted, which may be less than what was planned; nothing at all says nothing.
                 seen["reach"] = self._reach[row].cpu()
                 if seen["reach"] > 0:
@@ -366,7 +380,7 @@ class RecordingPolicy(FixedPolicy):
 
     def rounds(self) -> dict[str, Tensor]:
         """One entry a drafted round: key, n_committed, last_hidden [R, D], root, root_embed [R, D], scalars [R, K],
-        accepted, reach."""
+        accepted, reach, and whether its depth was explored (then reach is not what the drafter had to offer)."""
         if not self._rounds:
             return {}
         return {name: torch.stack([r[name] for r in self._rounds]) for name in self._rounds[0]}

@@ -215,6 +215,7 @@ def rounds(n=600, seed=0):
         "root_embed": torch.zeros(n, 6),
         "scalars": torch.zeros(n, 14),
         "accepted": accepted,
+        "explored": torch.zeros_like(accepted, dtype=torch.bool),
         "reach": torch.full((n,), 3),
         "visual_mass": torch.full((n, 2), 0.25),
         "visual_mass_valid": torch.ones(n, dtype=torch.bool),
@@ -337,6 +338,29 @@ def test_recorded_rounds_are_what_the_loop_did():
         # The state is f_{n-1}: its unembedding chose the root.
         chosen = target.unembed(table["last_hidden"][mine]).argmax(-1)
         assert torch.equal(chosen, table["root"][mine])
+
+
+def test_a_share_of_recorded_rounds_has_any_depth_and_says_so():
+    target = llava(dtype="float32")
+    wanted = [Request(f"r{i}", prompt(target, i, 4), 24, key=i) for i in range(6)]
+    drafter = Head(Config().resolve(target.shape)).drafter(target, 1)
+
+    def recorded(explore, seed="a"):
+        recorder = RecordingPolicy(4, 4, target.embed, explore, seed)
+        outputs = generate(target, wanted, drafter, recorder, GreedySampler(), max_batch=2)
+        return [o.tokens for o in outputs], recorder.rounds(), sum(r[0] == "skip" for o in outputs for r in o.rounds)
+
+    text, table, skips = recorded(0.0)
+    assert not table["explored"].any()
+    for share in (0.5, 1.0):
+        same, found, skipped = recorded(share)
+        assert same == text
+        assert skipped > skips
+        assert set(found["reach"][found["explored"]].tolist()) == {1, 2, 3, 4}
+        assert abs(float(found["explored"].float().mean()) - share) < 0.15
+        assert not (found["reach"][~found["explored"]] < 4).sum() > len(wanted)  # all but where an answer ends
+    assert recorded(0.5)[1]["reach"].equal(recorded(0.5)[1]["reach"])
+    assert not recorded(0.5)[1]["reach"].equal(recorded(0.5, "b")[1]["reach"])
 
 
 def test_other_work_on_the_machine_is_no_cost(monkeypatch):

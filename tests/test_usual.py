@@ -234,10 +234,16 @@ def test_what_was_learned_by_heart_is_tempered_and_remembered():
     assert (head.trial_accepted >= 0).sum() == 300
     assert head.trial_accepted[:300].equal(held_out["accepted"].float())
     assert torch.allclose(head.trial_chances[:300], head.chances(held_out), atol=1e-6)
+    some = torch.arange(300) % 3 == 0
+    remember(head, {**held_out, "explored": some})
+    assert head.trial_accepted[:200].equal(held_out["accepted"][~some].float()), (
+        "of shallow drafts more might have come"
+    )
+    assert (head.trial_accepted >= 0).sum() == 200
     nothing = {name: table[:0] for name, table in held_out.items()}
     assert calibrate(head, nothing) == [1.0, 1.0]
     remember(head, nothing)
-    assert (head.trial_accepted >= 0).sum() == 300
+    assert (head.trial_accepted >= 0).sum() == 200
 
 
 def mixed(n, seed):

@@ -123,8 +123,9 @@ def _platt(beyond: Tensor, outcome: Tensor, observed: Tensor, start: Tensor) -> 
 def remember(controller: nn.Module, judging: Mapping[str, Tensor]) -> None:
     """Let a calibrated controller bring along how it does on rounds that chose nothing of it."""
     head: Any = controller
-    if len(judging["accepted"]):
-        head.remember(head.chances(judging), judging["accepted"], judging["reach"], sampled_rounds(judging))
+    whole = {name: table[~judging["explored"]] for name, table in judging.items()}  # of others more might have come
+    if len(whole["accepted"]):
+        head.remember(head.chances(whole), whole["accepted"], whole["reach"], sampled_rounds(whole))
 
 
 @torch.no_grad()

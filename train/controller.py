@@ -43,6 +43,7 @@ CHUNK_BATCHES = 2
 ROLLOUT = (
     "target.name", "head.init_from", "run.seed", "run.max_steps", "policy.method", "policy.depth", "policy.width",
     "policy.budget", "policy.controller.depth", "policy.rollouts", "policy.rollout_batch", "policy.sampled_share",
+    "policy.explore",
 )  # fmt: skip
 """Keys that a rollout depends on."""
 LABELS = {"policy.controller.n_mass": 0, "policy.controller.counterfactual": NO_COUNTERFACTUAL}
@@ -88,7 +89,7 @@ def rollout(session: Session, head: nn.Module | None) -> None:
         with uneven(session.target):
             for number in mine:
                 session.stopper.check()
-                rounds = _roll(session, drafter, labels, chunks[number], _temperature(session, number))
+                rounds = _roll(session, drafter, labels, chunks[number], number)
                 checkpoint.write_tensors(_path(folder, number), rounds)
                 session.tracker.advance(len(chunks[number]), rounds=len(rounds["accepted"]))
     except Stopped:
@@ -230,19 +231,18 @@ def _temperature(session: Session, number: int) -> float:
     return SAMPLED if int((number + 1) * share) > int(number * share) else 0.0
 
 
-def _roll(
-    session: Session, drafter: Any, labels: Labels, chunk: Sequence[Turn], temperature: float
-) -> dict[str, Tensor]:
-    """Decodes one chunk with the largest tree and labels its rounds."""
-    recipe, target = session.recipe, session.target
+def _roll(session: Session, drafter: Any, labels: Labels, chunk: Sequence[Turn], number: int) -> dict[str, Tensor]:
+    """Decodes chunk `number` with the largest tree and labels its rounds."""
+    recipe, target, temperature = session.recipe, session.target, _temperature(session, number)
     requests: list[Request] = []
-    for number, turn in enumerate(chunk):
+    for place, turn in enumerate(chunk):
         prompt = _prompt(session, turn)
         if prompt is not None:
             room = length_limit(recipe.data, target) - len(prompt)
-            requests.append(Request(str(number), prompt, min(recipe.data.max_new_tokens, room), number))
+            requests.append(Request(str(place), prompt, min(recipe.data.max_new_tokens, room), place))
     depth = max(recipe.policy.depth, recipe.policy.controller.depth)
-    recorder = RecordingPolicy(depth, recipe.policy.budget, target.embed)
+    seed = f"depths/{recipe.run.seed}/{number}"
+    recorder = RecordingPolicy(depth, recipe.policy.budget, target.embed, recipe.policy.explore, seed)
     outputs = generate(
         target,
         requests,

@@ -186,6 +186,10 @@ def _check_numbers(recipe: Recipe) -> None:
     for key, value in above:
         if not value > 0:
             raise InputError(f"{key}={value} must be greater than 0")
+    shares = [("sampled_share", recipe.policy.sampled_share), ("explore", recipe.policy.explore)]
+    for name, share in shares:
+        if not 0 <= share <= 1:
+            raise InputError(f"policy.{name}={share} must be between 0 (none) and 1 (all)")
     if recipe.data.text_first is not None and not 0 <= recipe.data.text_first < 1:
         raise InputError(
             f"data.text_first={recipe.data.text_first} must be at least 0 and less than 1, the share of the steps that "

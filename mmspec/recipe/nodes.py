@@ -217,6 +217,9 @@ class PolicyNode:
     and held-out calibration is told by temperature."""
     rollout_batch: int = 8
     """Rows decoded together in the rollout."""
+    explore: float = 0.25
+    """Share of its rounds that are drafted to any depth, none included, instead of the whole: a controller's own rounds
+    begin after such ones."""
     rollouts_from: str | None = None
     """Take the rounds of this run folder, of the same data and draft, instead of decoding: for a controller that reads
     something else."""
