@@ -125,6 +125,35 @@ def test_a_copy_that_ends_before_the_others_of_its_batch_has_not_failed():
     assert policy.usual.tried[1] == pytest.approx(before[1] * fade + 1)
 
 
+@pytest.mark.parametrize("said", [[0.98, 0.96, 0.94, 0.92], [0.02, 0.01, 0.0, 0.0]])
+def test_where_a_controller_foresees_nothing_drafts_of_late_decide(said):
+    """Too sure of drafts that fail, or of none where all come through; without the correction of its logits."""
+    right = 4 if said[0] < 0.5 else 0
+    parts = Parts(4, 4, Flat(level=0.2), Told([0.9, 0.8, 0.7, 0.6], trials(True)), 1)
+    policy = make_policy("viskip", parts, {"bias_rate": 0.0})
+    policy.open(1, torch.device("cpu"))
+    assert policy.asks
+    row, depths = sensed(said)[0], []
+    for _ in range(3000):
+        plan = policy.plan([row], [100])
+        got = min(right, plan.depth)
+        depths.append(plan.depth)
+        policy.observe(StepTrace(plan, (True,), (got,), (got + 1,), 1 + plan.depth, (plan.depth,)))
+        row = [1 + got, plan.depth, *row[2:]]
+    assert depths[0] == 4 - right
+    assert sum(depth == right for depth in depths[-500:]) > 480
+    assert policy.trust[0] < 0
+    # And back: from now on it is right.
+    row = sensed([0.98] * 4 if right == 0 else [0.02, 0.0, 0.0, 0.0])[0]
+    for _ in range(3000):
+        plan = policy.plan([row], [100])
+        got = min(4 - right, plan.depth)
+        policy.observe(StepTrace(plan, (True,), (got,), (got + 1,), 1 + plan.depth, (plan.depth,)))
+        row = [1 + got, plan.depth, *row[2:]]
+        depths.append(plan.depth)
+    assert sum(depth == 4 - right for depth in depths[-500:]) > 480
+
+
 def test_text_of_another_kind_is_noticed_within_a_hundred_drafts():
     usual = UsualDepth([0.95, 0.9, 0.85, 0.8])
     usual.price([1.0, 1.2, 1.4, 1.6, 1.8])

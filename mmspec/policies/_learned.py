@@ -2,9 +2,10 @@
 
 The controller is asked where that pays: where on held-out rounds, at this machine's costs, it was ahead of the best
 single depth by more than it may cost. Elsewhere every round gets that single depth, which follows what comes of drafts,
-and nothing is computed. A step's share of the controller is meant to stay below 2%: the device makes a handful of
-operations, whose results ride on the step's one transfer; history, network and choice are the host's
-(`heads/viskip.py`, `Deployed`). While nothing pays it sleeps, and costs nothing.
+and nothing is computed. Text may be of another kind than those rounds: so what the controller says is mixed with what
+drafts of late say, each weighed by how well it foresaw the rounds just past. A step's share of the controller is meant
+to stay below 2%: the device makes a handful of operations, whose results ride on the step's one transfer; history,
+network and choice are the host's (`heads/viskip.py`, `Deployed`). While nothing pays it sleeps, and costs nothing.
 
 Source: methods, D3 (calibration online) and D4.
 """
@@ -30,6 +31,8 @@ _LOOKS = 4
 """Entropy, two largest probabilities, the root's."""
 _OWN_SHARE = 0.02
 """Of a step, which the controller may take: less than that is no gain."""
+_TRUST = 4.0
+"""Log-odds of the controller against what drafts of late say, at most and at least: either is heard again soon."""
 _PROBE_SHARE = 0.005
 """Of the time, which drafts may lose that are made to see whether drafting pays by now."""
 
@@ -59,7 +62,7 @@ class LearnedPolicy:
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self.bias = np.zeros(self.max_depth, np.float32)
         self.levels = np.arange(1, self.max_depth + 1)
-        self._met: dict[bool, tuple[UsualDepth, np.ndarray]] = {}
+        self._met: dict[bool, tuple[UsualDepth, np.ndarray, np.ndarray]] = {}
         """What was learned of drafts, by way of sampling; the batch has no say in it."""
         self._pays: dict[tuple[int, bool], bool] = {}
         self.asks, self.senses = True, True
@@ -69,9 +72,10 @@ class LearnedPolicy:
     def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         self.records = Records(max_batch)
         self.said = np.zeros((max_batch, self.max_depth), np.float32)
-        """Logits of the plan that is under way."""
+        """Logits of the plan that is under way, and the chances of every row by drafts of late."""
+        self.usually = np.full(self.max_depth, 0.5, np.float32)
         self.left = [0] * max_batch
-        self.asleep, self.planned, self.senses = 0, 0, self.asks
+        self.asleep, self.planned, self.tries, self.senses = 0, 0, False, self.asks
         if (max_batch, sampled) == self.opened:
             return
         self.opened = max_batch, sampled
@@ -80,8 +84,9 @@ class LearnedPolicy:
         self.scale = np.asarray(calibration.scale, np.float32)[: self.max_depth]
         self.offset = np.asarray(calibration.offset, np.float32)[: self.max_depth]
         if sampled not in self._met:
-            self._met[sampled] = UsualDepth(self.prior), np.zeros(self.max_depth, np.float32)
-        self.usual, self.bias = self._met[sampled]
+            bias, trust = np.zeros(self.max_depth, np.float32), np.full(1, _TRUST / 2)
+            self._met[sampled] = UsualDepth(self.prior), bias, trust
+        self.usual, self.bias, self.trust = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
         self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE)
@@ -141,7 +146,7 @@ class LearnedPolicy:
         return torch.cat(looks if seen is None else [*looks, seen], 1)
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        deepest = min(self.max_depth, max(remaining) - 1)
+        deepest, self.tries = min(self.max_depth, max(remaining) - 1), False
         if not self.asks:
             return self._as_usual(deepest, remaining)
         fresh = any(now > before for now, before in zip(remaining, self.left))
@@ -152,15 +157,19 @@ class LearnedPolicy:
             return self._skip(remaining)
         active = [row for row, left in enumerate(remaining) if left > 0]
         logits = self._logits(np.array([sensed[row] for row in active], np.float32), active)
-        chances = sigmoid(logits)
+        self.usually = self.usual.chances()
+        weight = sigmoid(self.trust)
+        chances = weight * sigmoid(logits) + (1 - weight) * self.usually
         gains = chances.cumprod(1).cumsum(1)
         values = [0.0, *(gains.sum(0) - self.price.per_s * self.extra_s).tolist()]
         depth = max(range(deepest + 1), key=values.__getitem__)
         if not depth:
             self.skips += 1
             if self.skips >= self._PATIENCE:
-                self.skips, self.asleep, self.senses = self._PATIENCE - self._AGAIN, self.nap, False
-                self.nap = min(2 * self.nap, self._LONGEST)
+                self.skips = self._PATIENCE - self._AGAIN
+                if trial := self._trial(deepest):
+                    return self._draft(trial, deepest, self._whole(remaining))
+                self.asleep, self.senses, self.nap = self.nap, False, min(2 * self.nap, self._LONGEST)
             return self._skip(remaining)
         self.skips, self.nap = 0, self._SLEEP
         budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
@@ -186,13 +195,19 @@ class LearnedPolicy:
 
     def _as_usual(self, deepest: int, remaining: Sequence[int]) -> Plan:
         """The single depth that pays best; where none does, a draft now and then to see whether that still holds."""
-        depth = min(self.usual.depth, deepest)
-        if not self.usual.depth:
-            trial = min(self.usual.drafting, deepest)
-            depth = trial if trial > 0 and self.probing.due(self.cost(trial) - self.cost(0)) else 0
+        depth = min(self.usual.depth, deepest) if self.usual.depth else self._trial(deepest)
         if depth < 1:
             return self._skip(remaining)
-        return self._draft(depth, deepest, tuple(self.max_budget if left > 1 else 0 for left in remaining))
+        return self._draft(depth, deepest, self._whole(remaining))
+
+    def _trial(self, deepest: int) -> int:
+        """Depth of a draft that is not thought to pay, where one is due to see whether that still holds; else 0."""
+        depth = min(self.usual.drafting, deepest)
+        self.tries = depth > 0 and self.probing.due(self.cost(depth) - self.cost(0))
+        return depth if self.tries else 0
+
+    def _whole(self, remaining: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.max_budget if left > 1 else 0 for left in remaining)
 
     def _skip(self, remaining: Sequence[int]) -> Plan:
         self.planned = 0
@@ -201,8 +216,7 @@ class LearnedPolicy:
     def _logits(self, told: np.ndarray, rows: Sequence[int]) -> np.ndarray:
         """Bias-corrected logits of each depth, [R, Dmax], once what came of the last plan was learned from."""
         counts, looks = told[:, :_COUNTS], told[:, _COUNTS : _COUNTS + _LOOKS]
-        if self.bias_rate:
-            self._correct(counts, rows)
+        self._correct(counts, rows)
         table = self.records.scalars(counts, looks, rows)
         logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth]
         logits = logits * self.scale + (self.offset + self.bias)
@@ -210,10 +224,14 @@ class LearnedPolicy:
         return logits
 
     def _correct(self, counts: np.ndarray, rows: Sequence[int]) -> None:
-        """Moves the bias by what came of the levels that were reached; a fresh row and a skip have none."""
+        """Moves bias and trust by what came of the levels that were reached; a fresh row and a skip have none."""
         accepted, chances = counts[:, :1] - 1, sigmoid(self.said[list(rows)])
-        observed = self.levels <= np.minimum(accepted + 1, counts[:, 1:2])
-        self.bias += self.bias_rate * (((self.levels <= accepted) - chances) * observed).sum(0)
+        observed, right = self.levels <= np.minimum(accepted + 1, counts[:, 1:2]), self.levels <= accepted
+        self.bias += self.bias_rate * ((right - chances) * observed).sum(0)
+        sure = chances.clip(1e-3, 1 - 1e-3)
+        better = np.log(np.where(right, sure, 1 - sure) / np.where(right, self.usually, 1 - self.usually))
+        self.trust += (better * observed).sum()
+        self.trust.clip(-_TRUST, _TRUST, out=self.trust)
         if self.outcomes is not None:
             ends = zip(chances, observed.sum(1), accepted[:, 0])
             self.outcomes += [(row[:n].tolist(), int(got)) for row, n, got in ends if n]
@@ -244,10 +262,7 @@ class LearnedPolicy:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]
         self.price.add(tokens, seconds)
-        if self.asks:
-            return
-        probe = bool(self.planned) and not self.usual.depth
-        self.probing.add(seconds, seconds - self.cost(0) if probe else 0.0)
+        self.probing.add(seconds, seconds - self.cost(0) if self.tries else 0.0)
         # A copy may end before the others of its batch, and a pruned tree before its levels do.
         reach = (self.refine.reach if self.refines else ()) or trace.nodes
         for accepted, budget, deep in zip(trace.accepted, trace.plan.budget, reach):

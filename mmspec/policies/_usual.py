@@ -60,6 +60,11 @@ class UsualDepth:
         if self.news >= self._EVERY:
             self.compare()
 
+    def chances(self) -> np.ndarray:
+        """[Dmax] of each level once the one before is accepted, as far as drafts of late say; none is quite sure."""
+        chances = np.array(self.passed, np.float32) / np.maximum(np.array(self.tried, np.float32), 1e-6)
+        return chances.clip(1e-3, 1 - 1e-3)
+
     def compare(self) -> None:
         """Choose the depth anew, 0 being none, and the best one that drafts at all."""
         self.news, chance, tokens, rates = 0, 1.0, 1.0, [1.0 / self.cost_s[0]]
