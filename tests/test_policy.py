@@ -78,6 +78,7 @@ def sensed(survival, rows=1):
 
 def settled(learned, survival, rounds=200):
     """The plan once the price is that of what such plans achieve; what is tried against all likelihood aside."""
+    usual = None
     for _ in range(rounds):
         plan = learned.plan(sensed(survival), [100])
         gain = sum(survival[: plan.depth])
