@@ -41,7 +41,6 @@ from mmspec.arguments import Parser, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import write_json
 from mmspec.dependence import mean_feature, of_conversations
-from mmspec.heads.viskip import sigmoid
 from mmspec.hindsight import Recorder
 from mmspec.loop import all_complete, generate
 from mmspec.policies._learned import LearnedPolicy
@@ -65,7 +64,7 @@ class Steered(Timed):
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         looks = self.learned.asks and not self.learned.asleep and max(remaining) > 1
         made = super().plan(sensed, remaining)
-        chances = tuple(sigmoid(self.learned.said[0]).tolist()) if looks else None
+        chances = tuple(self.learned.said[0]) if looks else None
         self.decisions.append(Decision(made.depth, self.learned.offered[made.depth], chances))
         return made
 

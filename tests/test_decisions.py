@@ -133,9 +133,13 @@ def test_the_shadow_learns_nothing_into_the_controller_that_is_shown(decoder: De
     assert decoder.shadow.learned is not decoder.steered.learned
     assert decoder.shadow.learned.controller is decoder.steered.learned.controller
     [task] = tasks(decoder, 1)
-    before = decoder.steered.learned.bias.copy()
+    before = copy.deepcopy(decoder.steered.learned._met)
     decoder._decode(task, decoder.recorder, decoder.shadow)
-    assert (decoder.steered.learned.bias == before).all()
+    after = decoder.steered.learned._met
+    assert before.keys() == after.keys()
+    for way, met in after.items():
+        assert (met.bias == before[way].bias).all()
+        assert (met.trust, met.usual.tried) == (before[way].trust, before[way].usual.tried)
 
 
 def test_a_controller_that_always_drafts_all_sees_the_same_rounds_from_its_shadow(
@@ -144,8 +148,10 @@ def test_a_controller_that_always_drafts_all_sees_the_same_rounds_from_its_shado
     """Then both decode alike, and are told alike: the same chances, plans and price at the end."""
     for learned in (decoder.steered.learned, decoder.shadow.learned):
         monkeypatch.setattr(learned, "cost", lambda depth: 0.0)
+        monkeypatch.setattr(learned, "_reckon", lambda: [1.0] * (1 + learned.max_depth))
+        monkeypatch.setattr(learned, "extra_s", 0.0, raising=False)
     mine = decoder.steered.learned
-    decoder.shadow.learned.bias, decoder.shadow.learned.price = mine.bias.copy(), copy.copy(mine.price)
+    decoder.shadow.learned.met, decoder.shadow.learned.price = copy.deepcopy(mine.met), copy.copy(mine.price)
     for task in tasks(decoder, 3):
         decoder.shadow.decisions = []
         answered, _ = decoder.answer(task)
@@ -171,7 +177,10 @@ def test_the_page_holds_answers_plans_and_figures(folder: Path, tmp_path: Path, 
     assert result["n_differing"] == 0
     assert len(result["topics"]) == 1 + page.count('class="sample"')
     assert {row["batch"] for row in result["batches"]} == {1, 2}
-    assert sum(row["rounds"] for row in result["levels"]) == result["calibration"][0]["n"]
+    n_levels = sum(row["rounds"] for row in result["levels"])
+    assert 0 < result["calibration"][0]["n"] <= n_levels <= row["rounds"], (
+        "rounds that it slept through have no chances"
+    )
     shown = re.findall(r'<p class="answer">(.*?)</p>', page, re.DOTALL)
     texts = [html.unescape(re.sub(r"<[^>]+>", "", text)) for text in shown]
     assert all(texts)

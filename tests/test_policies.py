@@ -243,7 +243,10 @@ def test_a_drafter_that_is_always_wrong_is_left_alone_but_for_a_small_share():
 
 def test_what_a_frozen_copy_learns_stays_with_it():
     target = llava()
-    for name, learned in (("viskip", lambda p: p.bias.any()), ("marginal", lambda p: p.probing.spent_s)):
+    for name, learned in (
+        ("viskip", lambda p: any(met.bias.any() for met in p._met.values())),
+        ("marginal", lambda p: p.probing.spent_s),
+    ):
         policy = make_policy(name, parts(target))
         twin = frozen_copy(policy)
         generate(target, requests(target), drafters(target)["eagle"], twin, GreedySampler())

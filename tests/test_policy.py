@@ -169,10 +169,14 @@ def test_what_the_host_computes_is_what_the_controller_was_trained_on():
             )
             table = scalars(case, history.update(case, rows))
             told = np.array(learned.sense(case, rows).tolist(), np.float32)
-            got = learned._logits(told, [0, 1])
+            got = learned._chances(told, [0, 1])
             with torch.no_grad():
-                expected = head.look(case.last_hidden, embed[case.roots], table).hazard
-            assert torch.allclose(torch.tensor(got).float(), expected, atol=1e-4), (reads, n_kept, reach)
+                hazard = head.look(case.last_hidden, embed[case.roots], table).hazard
+            assert torch.allclose(torch.tensor(got).float(), hazard.sigmoid().clamp(1e-3, 0.999), atol=1e-4), (
+                reads,
+                n_kept,
+                reach,
+            )
 
 
 def test_a_policy_that_always_skips_goes_to_sleep_and_wakes_for_another_request():
@@ -202,7 +206,7 @@ def test_the_correction_online_follows_what_came_of_the_drafts():
         row = [1, plan.depth, *row[2:]]  # nothing was accepted
     assert depths[0] == 4
     assert depths[-1] == 0
-    assert learned.bias[0] < -1
+    assert learned.met.bias[0] < -1
 
 
 def rounds(n=600, seed=0):

@@ -117,12 +117,12 @@ def test_a_copy_that_ends_before_the_others_of_its_batch_has_not_failed():
     """Two rows, one depth: a copy of one token that was accepted says nothing of the levels that it did not have."""
     policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), Told([0.9, 0.8, 0.7, 0.6], trials(False)), 1))
     policy.open(2, torch.device("cpu"))
-    before = list(policy.usual.tried)
+    before = list(policy.met.usual.tried)
     plan = policy.plan([[], []], [100, 100])
     policy.observe(StepTrace(plan, (True, True), (1, 4), (2, 5), 5, (1, 4)))
     fade = UsualDepth._FADE
-    assert policy.usual.tried[0] == pytest.approx((before[0] * fade + 1) * fade + 1)
-    assert policy.usual.tried[1] == pytest.approx(before[1] * fade + 1)
+    assert policy.met.usual.tried[0] == pytest.approx((before[0] * fade + 1) * fade + 1)
+    assert policy.met.usual.tried[1] == pytest.approx(before[1] * fade + 1)
 
 
 @pytest.mark.parametrize("said", [[0.98, 0.96, 0.94, 0.92], [0.02, 0.01, 0.0, 0.0]])
@@ -142,7 +142,7 @@ def test_where_a_controller_foresees_nothing_drafts_of_late_decide(said):
         row = [1 + got, plan.depth, *row[2:]]
     assert depths[0] == 4 - right
     assert sum(depth == right for depth in depths[-500:]) > 480
-    assert policy.trust[0] < 0
+    assert policy.met.trust < 0
     # And back: from now on it is right.
     row = sensed([0.98] * 4 if right == 0 else [0.02, 0.0, 0.0, 0.0])[0]
     for _ in range(3000):
@@ -196,14 +196,14 @@ def test_what_is_known_of_greedy_rounds_does_not_decide_where_tokens_are_drawn()
     policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), Moody([0.9, 0.8, 0.7, 0.6], trials(True)), 1))
     policy.open(1, torch.device("cpu"))
     assert policy.senses
-    greedy = policy.usual
+    greedy = policy.met.usual
     policy.open(1, torch.device("cpu"), sampled=True)
     assert not policy.senses
-    assert (greedy.depth, policy.usual.depth) == (4, 1)
-    policy.bias[0] = 1.0
+    assert (greedy.depth, policy.met.usual.depth) == (4, 1)
+    policy.met.bias[0] = 1.0
     policy.open(2, torch.device("cpu"))
-    assert policy.usual is greedy, "nor does the batch change what was learned of drafts"
-    assert not policy.bias.any()
+    assert policy.met.usual is greedy, "nor does the batch change what was learned of drafts"
+    assert not policy.met.bias.any()
 
 
 def test_training_starts_from_the_mean_round_and_tempering_ends_there():

@@ -12,7 +12,9 @@ Source: methods, D3 (calibration online) and D4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,8 +35,25 @@ _OWN_SHARE = 0.02
 """Of a step, which the controller may take: less than that is no gain."""
 _TRUST = 4.0
 """Log-odds of the controller against what drafts of late say, at most and at least: either is heard again soon."""
+_NEVER = 1e-3
+"""Chance of what is thought impossible."""
 _PROBE_SHARE = 0.005
 """Of the time, which drafts may lose that are made to see whether drafting pays by now."""
+
+
+@dataclass
+class _Met:
+    """What was learned of drafts while decoding.
+
+    Args:
+        usual: how far they have come of late.
+        bias: [Dmax] correction of the controller's logits.
+        trust: log-odds of what the controller says against what `usual` says.
+    """
+
+    usual: UsualDepth
+    bias: np.ndarray
+    trust: float = _TRUST / 2
 
 
 class LearnedPolicy:
@@ -60,9 +79,7 @@ class LearnedPolicy:
         self.offered = [parts.nodes(d) for d in range(self.max_depth + 1)]
         self.outcomes: list[tuple[list[float], int]] | None = None
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
-        self.bias = np.zeros(self.max_depth, np.float32)
-        self.levels = np.arange(1, self.max_depth + 1)
-        self._met: dict[bool, tuple[UsualDepth, np.ndarray, np.ndarray]] = {}
+        self._met: dict[bool, _Met] = {}
         """What was learned of drafts, by way of sampling; the batch has no say in it."""
         self._pays: dict[tuple[int, bool], bool] = {}
         self.asks, self.senses = True, True
@@ -71,9 +88,9 @@ class LearnedPolicy:
 
     def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         self.records = Records(max_batch)
-        self.said = np.zeros((max_batch, self.max_depth), np.float32)
-        """Logits of the plan that is under way, and the chances of every row by drafts of late."""
-        self.usually = np.full(self.max_depth, 0.5, np.float32)
+        self.said = [[0.5] * self.max_depth] * max_batch
+        """What the controller said of each row for the plan that is under way, and drafts of late of every row."""
+        self.usually: Sequence[float] = [0.5] * self.max_depth
         self.left = [0] * max_batch
         self.asleep, self.planned, self.tries, self.senses = 0, 0, False, self.asks
         if (max_batch, sampled) == self.opened:
@@ -84,9 +101,8 @@ class LearnedPolicy:
         self.scale = np.asarray(calibration.scale, np.float32)[: self.max_depth]
         self.offset = np.asarray(calibration.offset, np.float32)[: self.max_depth]
         if sampled not in self._met:
-            bias, trust = np.zeros(self.max_depth, np.float32), np.full(1, _TRUST / 2)
-            self._met[sampled] = UsualDepth(self.prior), bias, trust
-        self.usual, self.bias, self.trust = self._met[sampled]
+            self._met[sampled] = _Met(UsualDepth(self.prior), np.zeros(self.max_depth, np.float32))
+        self.met = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
         self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE)
@@ -103,7 +119,7 @@ class LearnedPolicy:
         seconds = expected_seconds(self.trials, [self.cost(d) for d in range(self.max_depth + 1)])
         self.extra_s = np.array(seconds[1:]) - seconds[0]
         """Of a draft of each depth, beyond a round without one."""
-        self.usual.price(seconds)
+        self.met.usual.price(seconds)
         return seconds
 
     def _worth_asking(self, rows: int) -> bool:
@@ -156,10 +172,10 @@ class LearnedPolicy:
             self.senses = not self.asleep
             return self._skip(remaining)
         active = [row for row, left in enumerate(remaining) if left > 0]
-        logits = self._logits(np.array([sensed[row] for row in active], np.float32), active)
-        self.usually = self.usual.chances()
-        weight = sigmoid(self.trust)
-        chances = weight * sigmoid(logits) + (1 - weight) * self.usually
+        said = self._chances(np.array([sensed[row] for row in active], np.float32), active)
+        self.usually = self.met.usual.chances()
+        weight = 1 / (1 + math.exp(-self.met.trust))
+        chances = weight * said + (1 - weight) * np.array(self.usually)
         gains = chances.cumprod(1).cumsum(1)
         values = [0.0, *(gains.sum(0) - self.price.per_s * self.extra_s).tolist()]
         depth = max(range(deepest + 1), key=values.__getitem__)
@@ -175,12 +191,11 @@ class LearnedPolicy:
         budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
         if not any(budget):
             return self._skip(remaining)
-        said = None
-        if self.refines:
-            of_row = np.zeros((len(remaining), self.max_depth))
-            of_row[active] = chances
-            said = of_row.tolist()
-        return self._draft(depth, deepest, budget, said)
+        if not self.refines:
+            return self._draft(depth, deepest, budget)
+        of_row = np.zeros((len(remaining), self.max_depth))
+        of_row[active] = chances
+        return self._draft(depth, deepest, budget, of_row.tolist())
 
     def _draft(
         self, depth: int, deepest: int, budget: tuple[int, ...], said: Sequence[Sequence[float]] | None = None
@@ -195,14 +210,14 @@ class LearnedPolicy:
 
     def _as_usual(self, deepest: int, remaining: Sequence[int]) -> Plan:
         """The single depth that pays best; where none does, a draft now and then to see whether that still holds."""
-        depth = min(self.usual.depth, deepest) if self.usual.depth else self._trial(deepest)
+        depth = min(self.met.usual.depth, deepest) if self.met.usual.depth else self._trial(deepest)
         if depth < 1:
             return self._skip(remaining)
         return self._draft(depth, deepest, self._whole(remaining))
 
     def _trial(self, deepest: int) -> int:
         """Depth of a draft that is not thought to pay, where one is due to see whether that still holds; else 0."""
-        depth = min(self.usual.drafting, deepest)
+        depth = min(self.met.usual.drafting, deepest)
         self.tries = depth > 0 and self.probing.due(self.cost(depth) - self.cost(0))
         return depth if self.tries else 0
 
@@ -213,28 +228,32 @@ class LearnedPolicy:
         self.planned = 0
         return Plan(0, (0,) * len(remaining))
 
-    def _logits(self, told: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-        """Bias-corrected logits of each depth, [R, Dmax], once what came of the last plan was learned from."""
+    def _chances(self, told: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """Of each level once the one before is accepted, [R, Dmax], as the controller says, its logits bias-corrected
+        by what came of the last plan."""
         counts, looks = told[:, :_COUNTS], told[:, _COUNTS : _COUNTS + _LOOKS]
-        self._correct(counts, rows)
+        self._correct(counts[:, :2].tolist(), rows)
         table = self.records.scalars(counts, looks, rows)
         logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth]
-        logits = logits * self.scale + (self.offset + self.bias)
-        self.said[list(rows)] = logits
-        return logits
+        chances = sigmoid(logits * self.scale + (self.offset + self.met.bias)).clip(_NEVER, 1 - _NEVER)
+        for row, said in zip(rows, chances.tolist()):
+            self.said[row] = said
+        return chances
 
-    def _correct(self, counts: np.ndarray, rows: Sequence[int]) -> None:
+    def _correct(self, counts: Sequence[Sequence[float]], rows: Sequence[int]) -> None:
         """Moves bias and trust by what came of the levels that were reached; a fresh row and a skip have none."""
-        accepted, chances = counts[:, :1] - 1, sigmoid(self.said[list(rows)])
-        observed, right = self.levels <= np.minimum(accepted + 1, counts[:, 1:2]), self.levels <= accepted
-        self.bias += self.bias_rate * ((right - chances) * observed).sum(0)
-        sure = chances.clip(1e-3, 1 - 1e-3)
-        better = np.log(np.where(right, sure, 1 - sure) / np.where(right, self.usually, 1 - self.usually))
-        self.trust += (better * observed).sum()
-        self.trust.clip(-_TRUST, _TRUST, out=self.trust)
-        if self.outcomes is not None:
-            ends = zip(chances, observed.sum(1), accepted[:, 0])
-            self.outcomes += [(row[:n].tolist(), int(got)) for row, n, got in ends if n]
+        trust = self.met.trust
+        for (n_kept, reach), row in zip(counts, rows):
+            accepted, said = int(n_kept) - 1, self.said[row]
+            observed = min(accepted + 1, int(reach), self.max_depth)
+            # Few levels of few rows: cheaper one by one than as arrays.
+            for level in range(observed):
+                right, chance, usual = level < accepted, said[level], self.usually[level]
+                self.met.bias[level] += self.bias_rate * (right - chance)
+                trust += math.log(chance / usual if right else (1 - chance) / (1 - usual))
+            if self.outcomes is not None and observed:
+                self.outcomes.append((said[:observed], accepted))
+        self.met.trust = min(max(trust, -_TRUST), _TRUST)
 
     def _budget(
         self, gains: Sequence[float], nodes: int, active: Sequence[int], remaining: Sequence[int]
@@ -267,4 +286,4 @@ class LearnedPolicy:
         reach = (self.refine.reach if self.refines else ()) or trace.nodes
         for accepted, budget, deep in zip(trace.accepted, trace.plan.budget, reach):
             if budget and levels and deep:  # a drafter that had nothing to offer says nothing
-                self.usual.learn(accepted, min(levels, deep))
+                self.met.usual.learn(accepted, min(levels, deep))

@@ -60,10 +60,9 @@ class UsualDepth:
         if self.news >= self._EVERY:
             self.compare()
 
-    def chances(self) -> np.ndarray:
+    def chances(self) -> list[float]:
         """[Dmax] of each level once the one before is accepted, as far as drafts of late say; none is quite sure."""
-        chances = np.array(self.passed, np.float32) / np.maximum(np.array(self.tried, np.float32), 1e-6)
-        return chances.clip(1e-3, 1 - 1e-3)
+        return [min(max(passed / max(tried, 1e-9), 1e-3), 1 - 1e-3) for passed, tried in zip(self.passed, self.tried)]
 
     def compare(self) -> None:
         """Choose the depth anew, 0 being none, and the best one that drafts at all."""
