@@ -148,7 +148,6 @@ def test_a_controller_that_always_drafts_all_sees_the_same_rounds_from_its_shado
     """Then both decode alike, and are told alike: the same chances, plans and price at the end."""
     for learned in (decoder.steered.learned, decoder.shadow.learned):
         monkeypatch.setattr(learned, "cost", lambda depth: 0.0)
-        monkeypatch.setattr(learned, "_reckon", lambda: [1.0] * (1 + learned.max_depth))
         monkeypatch.setattr(learned, "extra_s", 0.0, raising=False)
     mine = decoder.steered.learned
     decoder.shadow.learned.met, decoder.shadow.learned.price = copy.deepcopy(mine.met), copy.copy(mine.price)
