@@ -23,7 +23,7 @@ from torch import Tensor
 from mmspec.heads.viskip import sigmoid
 from mmspec.policies._parts import Parts, Price, Probing
 from mmspec.policies._refine import Refinement
-from mmspec.policies._usual import UsualDepth, advantage, expected_seconds
+from mmspec.policies._usual import NEVER, UsualDepth, advantage, expected_seconds
 from mmspec.policy import Records
 from mmspec.types import Evidence, Plan, StepTrace
 
@@ -35,8 +35,6 @@ _OWN_SHARE = 0.02
 """Of a step, which the controller may take: less than that is no gain."""
 _TRUST = 4.0
 """Log-odds of the controller against what drafts of late say, at most and at least: either is heard again soon."""
-_NEVER = 1e-3
-"""Chance of what is thought impossible."""
 _PROBE_SHARE = 0.005
 """Of the time, which drafts may lose that are made to see whether drafting pays by now."""
 
@@ -235,7 +233,7 @@ class LearnedPolicy:
         self._correct(counts[:, :2].tolist(), rows)
         table = self.records.scalars(counts, looks, rows)
         logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth]
-        chances = sigmoid(logits * self.scale + (self.offset + self.met.bias)).clip(_NEVER, 1 - _NEVER)
+        chances = sigmoid(logits * self.scale + (self.offset + self.met.bias)).clip(NEVER, 1 - NEVER)
         for row, said in zip(rows, chances.tolist()):
             self.said[row] = said
         return chances

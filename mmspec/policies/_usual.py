@@ -15,6 +15,9 @@ import numpy as np
 
 from mmspec.types import Trials
 
+NEVER = 1e-3
+"""Chance of what is thought impossible."""
+
 
 class UsualDepth:
     """One depth for every round: the best by how far drafts of late have come.
@@ -62,7 +65,8 @@ class UsualDepth:
 
     def chances(self) -> list[float]:
         """[Dmax] of each level once the one before is accepted, as far as drafts of late say; none is quite sure."""
-        return [min(max(passed / max(tried, 1e-9), 1e-3), 1 - 1e-3) for passed, tried in zip(self.passed, self.tried)]
+        pairs = zip(self.passed, self.tried)
+        return [min(max(passed / max(tried, 1e-9), NEVER), 1 - NEVER) for passed, tried in pairs]
 
     def compare(self) -> None:
         """Choose the depth anew, 0 being none, and the best one that drafts at all."""
