@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,14 +37,15 @@ SCALARS = (
 
 _FAST, _SLOW = 0.5, 0.9
 _TINY = math.exp(-20.0)
-_PRIOR_SHARE = 0.7
+_START = (0.7, 0.7, 0.7, 0.7, 4.0)
+"""History of a row that has none."""
 
 
 class History:
     """Acceptance of recent rounds per row, on the device: [B, 5] (two averages, last two shares, rounds since zero)."""
 
     def __init__(self, max_batch: int, device: torch.device) -> None:
-        self.start = torch.tensor([_PRIOR_SHARE] * 4 + [4.0], device=device)
+        self.start = torch.tensor(_START, device=device)
         self.state = self.start.repeat(max_batch, 1)
 
     def update(self, evidence: Evidence, rows: Tensor) -> Tensor:
@@ -81,52 +81,51 @@ class Records:
     """
 
     def __init__(self, max_batch: int) -> None:
-        self.start = np.array([_PRIOR_SHARE] * 4 + [4.0])
-        self.state = np.tile(self.start, (max_batch, 1))
-        self.committed = [0] * max_batch
+        self.state: list[tuple[float, ...]] = [_START] * max_batch
+        self.committed = [0.0] * max_batch
 
-    def scalars(self, counts: np.ndarray, looks: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    def scalars(self, told: Sequence[Sequence[float]], rows: Sequence[int]) -> list[tuple[float, ...]]:
         """Take in the last round of some rows; see `History.update`. A row whose text got shorter is another's.
 
         Args:
-            counts: [R, 5] n_kept, reach, n_committed, n_prompt, n_visual.
-            looks: [R, 4] of the logits that the root was chosen from: entropy, two largest probabilities, the root's.
+            told: per row of `rows` n_kept, reach, n_committed, n_prompt, n_visual; then of the logits that the root was
+                chosen from the entropy, the two largest probabilities and the root's.
 
         Returns:
             [R, len(SCALARS)].
         """
-        table = np.empty((len(rows), len(SCALARS)), np.float32)
-        for i, (row, (kept, reach, committed, n_prompt, visual)) in enumerate(zip(rows, counts.tolist())):
-            fast, slow, last, _, age = self.state[row].tolist()
+        table = []
+        for row, (kept, reach, committed, n_prompt, visual, entropy, first, second, root) in zip(rows, told):
             if kept == 0 or committed < self.committed[row]:
-                self.state[row] = self.start
+                self.state[row] = _START
             elif reach > 0:
+                fast, slow, last, _, age = self.state[row]
                 share = (kept - 1) / reach
                 fast, slow = _FAST * fast + (1 - _FAST) * share, _SLOW * slow + (1 - _SLOW) * share
                 self.state[row] = fast, slow, share, last, age + 1 if share > 0 else 0.0
             self.committed[row] = committed
-            entropy, first, second, root = looks[i]
-            fast, slow, last, before, age = self.state[row].tolist()
-            table[i] = (
-                *(entropy, first, first - second, math.log(max(root, _TINY))),
-                *(fast, slow, last, before, math.log1p(age)),
-                *(math.log(committed), math.log1p(committed - n_prompt), math.log1p(visual)),
-                *(visual / committed, float(visual > 0)),
+            *shares, age = self.state[row]
+            table.append(
+                (
+                    *(entropy, first, first - second, math.log(max(root, _TINY))),
+                    *(*shares, math.log1p(age)),
+                    *(math.log(committed), math.log1p(committed - n_prompt), math.log1p(visual)),
+                    *(visual / committed, float(visual > 0)),
+                )
             )
         return table
 
 
 def scalars(evidence: Evidence, history: Tensor) -> Tensor:
     """The controller's free scalars, [R, len(SCALARS)] fp32, not yet standardised."""
-    log_p = evidence.logits.float().log_softmax(-1)
-    p = log_p.exp()
+    p = evidence.logits.float().softmax(-1)
     top = p.topk(2, dim=-1).values
     committed, visual = evidence.n_committed.float(), evidence.n_visual.float()
     columns = [
-        -(p * log_p.clamp_min(-50.0)).sum(-1),
+        torch.special.entr(p).sum(-1),
         top[:, 0],
         top[:, 0] - top[:, 1],
-        log_p.gather(1, evidence.roots.unsqueeze(1)).squeeze(1).clamp_min(-20.0),
+        p.gather(1, evidence.roots.unsqueeze(1)).squeeze(1).clamp_min(_TINY).log(),
         *history[:, :4].float().unbind(1),
         history[:, 4].float().log1p(),
         committed.log(),
@@ -399,13 +398,13 @@ class Controller(Protocol):
     def at(self, sampled: bool) -> Calibration:
         """What its logits mean where tokens are drawn (`sampled`), or the best ones are taken."""
 
-    def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
-        """What it reads of the target, [R, any]; None where it reads scalars alone."""
+    def look(self, last_hidden: Tensor, roots: Tensor) -> list[Tensor]:
+        """What it reads of the target, as columns [R, any]; none where it reads scalars alone."""
 
-    def logits(self, seen: np.ndarray, scalars: np.ndarray) -> np.ndarray:
+    def logits(self, seen: Sequence[Sequence[float]], scalars: Sequence[Sequence[float]]) -> list[list[float]]:
         """Of the chance of each level once the one before is accepted, [R, Dmax], before `at` is applied.
 
         Args:
-            seen: [R, any], what `look` gave.
+            seen: [R, any], what `look`'s columns were.
             scalars: [R, len(SCALARS)], not standardised.
         """

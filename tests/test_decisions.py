@@ -138,7 +138,7 @@ def test_the_shadow_learns_nothing_into_the_controller_that_is_shown(decoder: De
     after = decoder.steered.learned._met
     assert before.keys() == after.keys()
     for way, met in after.items():
-        assert (met.bias == before[way].bias).all()
+        assert met.bias == before[way].bias
         assert (met.trust, met.usual.tried) == (before[way].trust, before[way].usual.tried)
 
 
@@ -148,7 +148,7 @@ def test_a_controller_that_always_drafts_all_sees_the_same_rounds_from_its_shado
     """Then both decode alike, and are told alike: the same chances, plans and price at the end."""
     for learned in (decoder.steered.learned, decoder.shadow.learned):
         monkeypatch.setattr(learned, "cost", lambda depth: 0.0)
-        monkeypatch.setattr(learned, "extra_s", 0.0, raising=False)
+        monkeypatch.setattr(learned, "extra_s", [0.0] * learned.max_depth, raising=False)
     mine = decoder.steered.learned
     decoder.shadow.learned.met, decoder.shadow.learned.price = copy.deepcopy(mine.met), copy.copy(mine.price)
     for task in tasks(decoder, 3):

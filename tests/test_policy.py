@@ -42,14 +42,15 @@ class Told:
         self.survival, self.trials = survival, trials
 
     def at(self, sampled):
-        return Calibration(self.survival, np.ones(1), np.zeros(1), self.trials)
+        return Calibration(self.survival, np.ones(len(self.survival)), np.zeros(len(self.survival)), self.trials)
 
     def look(self, last_hidden, roots):
-        return None
+        return []
 
     def logits(self, seen, scalars):
+        seen = np.array(seen)
         chances = seen / np.concatenate([np.ones((len(seen), 1)), seen[:, :-1]], 1).clip(1e-9)
-        return np.log(chances.clip(1e-6, 1 - 1e-6)) - np.log(1 - chances.clip(1e-6, 1 - 1e-6))
+        return (np.log(chances.clip(1e-6, 1 - 1e-6)) - np.log(1 - chances.clip(1e-6, 1 - 1e-6))).tolist()
 
 
 class Flat:
@@ -168,11 +169,11 @@ def test_what_the_host_computes_is_what_the_controller_was_trained_on():
                 case, last_hidden=torch.randn(2, 5), logits=3 * torch.randn(2, 7), roots=torch.tensor([3, 6])
             )
             table = scalars(case, history.update(case, rows))
-            told = np.array(learned.sense(case, rows).tolist(), np.float32)
-            got = learned._chances(told, [0, 1])
+            learned._chances(learned.sense(case, rows).tolist(), [0, 1])
+            got = learned.said[:2]
             with torch.no_grad():
                 hazard = head.look(case.last_hidden, embed[case.roots], table).hazard
-            assert torch.allclose(torch.tensor(got).float(), hazard.sigmoid().clamp(1e-3, 0.999), atol=1e-4), (
+            assert torch.allclose(torch.tensor(got).float(), 1e-3 + 0.998 * hazard.sigmoid(), atol=1e-4), (
                 reads,
                 n_kept,
                 reach,
@@ -301,13 +302,13 @@ def test_what_no_decision_reads_is_not_deployed_and_what_is_off_is_not_there():
     with torch.no_grad():
         head.changed.weight.fill_(float("nan"))
     deployed = viskip.Deployed(head, lambda tokens: embed[tokens], 7)
-    seen = deployed.look(torch.randn(2, 5), torch.tensor([1, 2])).detach().numpy()
-    assert np.isfinite(deployed.logits(seen, np.zeros((2, 14), np.float32))).all()
-    assert deployed.visual[0].shape == (16, 3), "one product for attention and dependence"
+    seen = torch.cat(deployed.look(torch.randn(2, 5), torch.tensor([1, 2])), 1).tolist()
+    assert np.isfinite(deployed.logits(seen, [[0.0] * 14] * 2)).all()
+    assert deployed.last.shape == (16, 3 + 3), "one product for attention, dependence and three levels"
     off = viskip.Head(viskip.Config(hidden_size=5, width=16, depth=3, n_mass=0))
     assert not any(name.startswith(("mass", "dependence", "changed")) for name in off.state_dict())
     assert off.hazard.in_features == 16 + 14
-    assert viskip.Deployed(off, lambda tokens: embed[tokens], 7).visual is None
+    assert viskip.Deployed(off, lambda tokens: embed[tokens], 7).last.shape == (16, 3)
     with pytest.raises(ValueError, match="counterfactual"):
         viskip.Config(counterfactual="sepia")
 

@@ -10,6 +10,7 @@ Source: methods, D3. Deviation: attention is what it is, not freed of sinks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -266,9 +267,11 @@ class Deployed:
     """A trained controller to decode with.
 
     Its network is a few vectors of a few hundred numbers: on the device each of its thirty operations would cost a
-    launch. So the device makes one projection of the state, which rides on the step's one transfer, and the rest is
-    NumPy's on the host. What the root contributes is looked up in a table of all tokens. Both logistic functions in it
-    are `(1 + tanh(x / 2)) / 2`, whose halves are in the matrices.
+    launch. So the device makes one projection of the state and its length, which ride on the step's one transfer, and
+    the rest is done on the host. What the root contributes is looked up there, in a table of all tokens. A NumPy call
+    costs ten microseconds when all else has passed through the caches since the last one: so there are three products,
+    and what is about a dozen numbers is Python's. `silu` is `x / 2 + x / 2 tanh(x / 2)`, whose halves are in the
+    matrices.
 
     Args:
         head: trained, in eval mode, on the target's device.
@@ -282,58 +285,79 @@ class Deployed:
         self._at = [
             Calibration(prior[k], _array(head.scale[k]), _array(head.offset[k]), _trials(head, k)) for k in (0, 1)
         ]
-        self.reads_context = head.config.reads == "all"
+        self.standard = list(zip((1 / head.scalar_std).tolist(), (-head.scalar_mean / head.scalar_std).tolist()))
+        c = head.config
+        by_trunk, by_visual, by_scalars = head.hazard.weight.split((c.width, c.n_mass + c.depends, c.n_scalars), 1)
+        visual = [layer for layer in (head.mass, head.dependence) if layer is not None]  # `changed` is not read
+        self.width, self.n_mass, self.n_visual = c.width, c.n_mass, c.n_mass + c.depends
+        self.first = _matrix(0.5 * head.from_scalars.weight, by_scalars)
+        """[K, width + Dmax]: what the scalars contribute to the trunk, and straight to the logits."""
+        self.inner = _matrix(0.5 * head.inner.weight), 0.5 * _array(head.inner.bias)
+        self.last = _matrix(*(layer.weight for layer in visual), by_trunk)
+        """[width, visual + Dmax]: the visual heads, and what the trunk contributes to the logits."""
+        self.last_bias = torch.cat([*(layer.bias for layer in visual), head.hazard.bias]).tolist()
+        self.by_visual = by_visual.T.tolist()
+        self.reads_context = c.reads == "all"
         if self.reads_context:
-            self.state_size = (head.config.hidden_size,)
+            self.hidden_size = c.hidden_size
             # The norm's gain goes into the matrix.
             self.state_weight = 0.5 * (head.from_state.weight * head.norm_state.weight).float()
-            self.state_bias = 0.5 * head.from_state.bias.float()
             tokens = torch.arange(vocab_size, device=head.prior.device)
-            rows = [head.from_root(head.norm_root(embed(some).float())) for some in tokens.split(_CHUNK)]
-            self.by_root = 0.5 * torch.cat(rows).float()
-        self.mean, self.per_std = _array(head.scalar_mean), 1 / _array(head.scalar_std)
-        self.from_scalars, self.inner = _layer(head.from_scalars, 0.5), _layer(head.inner, 0.5)
-        # What survival does not read (`head.changed`) stays behind; what it reads is one product.
-        self.n_mass = n = head.config.n_mass
-        read = [] if head.mass is None else [_layer(head.mass, 0.5)]
-        read += [] if head.dependence is None else [_layer(head.dependence)]
-        self.visual = _joined(read) if read else None
-        matrix, bias = _layer(head.hazard)
-        attention = matrix[head.config.width : head.config.width + n]
-        attention *= 0.5
-        self.hazard = matrix, bias + attention.sum(0)
+            by_root = (head.from_root(head.norm_root(embed(some).float())) for some in tokens.split(_CHUNK))
+            rows = [0.5 * _array(row + head.from_state.bias) for row in by_root]
+        self.bias = np.concatenate(rows) if self.reads_context else 0.5 * _array(head.from_scalars.bias)
+        """[width], or [V, width] by root: everything in the first sum that neither state nor scalars have a say in."""
 
     def at(self, sampled: bool) -> Calibration:
         """What its logits mean where tokens are drawn, or the best ones are taken."""
         return self._at[sampled]
 
-    def look(self, last_hidden: Tensor, roots: Tensor) -> Tensor | None:
-        """Half the trunk's part of the state and the root, [R, width]; None where it reads scalars alone.
+    def look(self, last_hidden: Tensor, roots: Tensor) -> list[Tensor]:
+        """What `logits` has to be told of the state and the root, as columns: half the trunk's projection of the state
+        [R, width], the state's length [R, 1], the root [R, 1]; none where it reads scalars alone.
 
         Args:
             last_hidden: [R, D]; roots: [R] int64.
         """
         if not self.reads_context:
-            return None
-        normed = F.rms_norm(last_hidden.float(), self.state_size, None, EPS)
-        return F.linear(normed, self.state_weight, self.state_bias) + self.by_root[roots]
+            return []
+        state = last_hidden.float()
+        # A sum of squares would be the same to the host, and overflow for states the length of which does not.
+        length = torch.linalg.vector_norm(state, dim=1, keepdim=True)
+        return [F.linear(state, self.state_weight), length, roots.unsqueeze(1)]
 
-    def logits(self, seen: np.ndarray, scalars: np.ndarray) -> np.ndarray:
+    def logits(self, seen: Sequence[Sequence[float]], scalars: Sequence[Sequence[float]]) -> list[list[float]]:
         """Conditional survival logits, [R, Dmax], not calibrated.
 
         Args:
-            seen: [R, width] of `look`, or [R, 0].
-            scalars: [R, K]; both fp32: a matrix in another precision would be converted every time.
+            seen: [R, width + 2], what came of `look`'s columns, or [R, 0].
+            scalars: [R, K].
         """
-        s = np.minimum(np.maximum((scalars - self.mean) * self.per_std, -5.0), 5.0)  # half of what clip costs
-        h = _apply(self.from_scalars, s)
-        h = _silu_of_twice(h + seen if self.reads_context else h)
-        h += _silu_of_twice(_apply(self.inner, h))
-        if self.visual is None:
-            return _apply(self.hazard, np.concatenate([h, s], -1))
-        seen = _apply(self.visual, h)
-        mass, dependence = np.tanh(seen[:, : self.n_mass]), np.logaddexp(0.0, seen[:, self.n_mass :])
-        return _apply(self.hazard, np.concatenate([h, mass, dependence, s], -1))
+        clamped = [[min(max(a * x + b, -5.0), 5.0) for x, (a, b) in zip(row, self.standard)] for row in scalars]
+        first = np.array(clamped, np.float32) @ self.first
+        h = first[:, : self.width]
+        if self.reads_context:
+            per_rms = [[(row[-2] ** 2 / self.hidden_size + EPS) ** -0.5] for row in seen]
+            h += np.array(seen, np.float32)[:, :-2] * np.array(per_rms, np.float32)
+            h += self.bias.take([int(row[-1]) for row in seen], 0)
+        else:
+            h += self.bias
+        h = _silu_of_twice(h)
+        inner = h @ self.inner[0]
+        inner += self.inner[1]
+        h += _silu_of_twice(inner)
+        last, straight = (h @ self.last).tolist(), first[:, self.width :].tolist()
+        return [self._hazard(row, more) for row, more in zip(last, straight)]
+
+    def _hazard(self, row: Sequence[float], straight: Sequence[float]) -> list[float]:
+        """The logits of one row, from the last product and from what the scalars contribute."""
+        row = [x + b for x, b in zip(row, self.last_bias)]
+        out = [x + y for x, y in zip(row[self.n_visual :], straight)]
+        for i, (x, weights) in enumerate(zip(row, self.by_visual)):
+            # Visual attention is logistic, the dependence softplus.
+            value = 0.5 + 0.5 * math.tanh(0.5 * x) if i < self.n_mass else max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+            out = [y + value * weight for y, weight in zip(out, weights)]
+        return out
 
 
 def sampled_rounds(rounds: Mapping[str, Tensor]) -> Tensor:
@@ -358,28 +382,9 @@ def _array(x: Tensor) -> np.ndarray:
     return out
 
 
-def _layer(layer: nn.Linear, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """A multiple of its matrix, transposed, and of its bias."""
-    bias = _array(layer.bias) if layer.bias is not None else np.zeros(layer.out_features, np.float32)
-    return np.ascontiguousarray(times * _array(layer.weight).T), times * bias
-
-
-def _joined(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Several layers of one input as one."""
-    matrices, biases = zip(*layers)
-    return np.ascontiguousarray(np.concatenate(matrices, 1)), np.concatenate(biases)
-
-
-def _apply(layer: tuple[np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
-    out: np.ndarray = x @ layer[0]
-    out += layer[1]
-    return out
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """The logistic function, which overflows nowhere."""
-    out: np.ndarray = 0.5 * np.tanh(0.5 * x) + 0.5
-    return out
+def _matrix(*weights: Tensor) -> np.ndarray:
+    """Weights [out, in] of several layers with one input as one matrix to multiply by from the left."""
+    return np.ascontiguousarray(_array(torch.cat(weights)).T)
 
 
 def _silu_of_twice(half: np.ndarray) -> np.ndarray:

@@ -15,22 +15,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mmspec.heads.viskip import sigmoid
 from mmspec.policies._parts import Parts, Price, Probing
 from mmspec.policies._refine import Refinement
 from mmspec.policies._usual import NEVER, UsualDepth, advantage, expected_seconds
 from mmspec.policy import Records
 from mmspec.types import Evidence, Plan, StepTrace
 
-_COUNTS = 5
-"""n_kept, reach, n_committed, n_prompt, n_visual."""
-_LOOKS = 4
-"""Entropy, two largest probabilities, the root's."""
+_SCALARS = 9
+"""What `Records.scalars` is told of a row."""
 _OWN_SHARE = 0.02
 """Of a step, which the controller may take: less than that is no gain."""
 _TRUST = 4.0
@@ -50,7 +48,7 @@ class _Met:
     """
 
     usual: UsualDepth
-    bias: np.ndarray
+    bias: list[float]
     trust: float = _TRUST / 2
 
 
@@ -96,16 +94,15 @@ class LearnedPolicy:
         self.opened = max_batch, sampled
         calibration = self.controller.at(sampled)
         self.prior, self.trials = calibration.prior[: self.max_depth], calibration.trials
-        self.scale = np.asarray(calibration.scale, np.float32)[: self.max_depth]
-        self.offset = np.asarray(calibration.offset, np.float32)[: self.max_depth]
+        self.calibrated = list(zip(calibration.scale.tolist(), calibration.offset.tolist()))
         if sampled not in self._met:
-            self._met[sampled] = _Met(UsualDepth(self.prior), np.zeros(self.max_depth, np.float32))
+            self._met[sampled] = _Met(UsualDepth(self.prior), [0.0] * self.max_depth)
         self.met = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
         self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE)
         seconds = self._reckon()
-        self.price = Price(max(max_batch * (1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)))
+        self.price = Price(max((1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)), max_batch)
         self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
         if self.opened not in self._pays:
             self._pays[self.opened] = self._worth_asking(max_batch)
@@ -115,7 +112,7 @@ class LearnedPolicy:
         """Seconds to expect of a round by planned depth, which depths are compared by from now on."""
         self.reckoned = round(self.usual_nodes)
         seconds = expected_seconds(self.trials, [self.cost(d) for d in range(self.max_depth + 1)])
-        self.extra_s = np.array(seconds[1:]) - seconds[0]
+        self.extra_s = [s - seconds[0] for s in seconds[1:]]
         """Of a draft of each depth, beyond a round without one."""
         self.met.usual.price(seconds)
         return seconds
@@ -148,19 +145,18 @@ class LearnedPolicy:
         return min(round(self.usual_nodes), self.offered[depth]) if self.refines else self.offered[depth]
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor:
-        """What the host needs of each row, [R, _COUNTS + _LOOKS + any]."""
+        """What the host needs of each row: see `Records.scalars` and `Deployed.look`."""
         e = evidence
         counts = torch.stack([e.n_kept, e.reach, e.n_committed, e.n_prompt, e.n_visual], 1)
-        log_p = e.logits.float().log_softmax(-1)
-        p = log_p.exp()
-        # As `policy.scalars` has it; a token that cannot be has probability 0, not 0 times infinity.
-        entropy = -torch.linalg.vecdot(p, log_p.clamp_min_(-50.0)).unsqueeze(1)
-        looks = [counts, entropy, p.topk(2, dim=-1).values, p.gather(1, e.roots.unsqueeze(1))]
-        seen = self.controller.look(e.last_hidden, e.roots)
-        return torch.cat(looks if seen is None else [*looks, seen], 1)
+        p = e.logits.float().softmax(-1)
+        looks = [torch.special.entr(p).sum(-1, keepdim=True), p.topk(2, dim=-1).values]
+        looks.append(p.gather(1, e.roots.unsqueeze(1)))
+        return torch.cat([counts, *looks, *self.controller.look(e.last_hidden, e.roots)], 1)
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         deepest, self.tries = min(self.max_depth, max(remaining) - 1), False
+        active = [row for row, left in enumerate(remaining) if left > 0]
+        self.price.among(len(active))
         if not self.asks:
             return self._as_usual(deepest, remaining)
         fresh = any(now > before for now, before in zip(remaining, self.left))
@@ -169,13 +165,9 @@ class LearnedPolicy:
             self.asleep = 0 if fresh else max(self.asleep - 1, 0)
             self.senses = not self.asleep
             return self._skip(remaining)
-        active = [row for row, left in enumerate(remaining) if left > 0]
-        said = self._chances(np.array([sensed[row] for row in active], np.float32), active)
-        self.usually = self.met.usual.chances()
-        weight = 1 / (1 + math.exp(-self.met.trust))
-        chances = weight * said + (1 - weight) * np.array(self.usually)
-        gains = chances.cumprod(1).cumsum(1)
-        values = [0.0, *(gains.sum(0) - self.price.per_s * self.extra_s).tolist()]
+        chances = self._chances([sensed[row] for row in active], active)
+        gains = [list(accumulate(accumulate(of_row, mul))) for of_row in chances]
+        values = [0.0, *(sum(gain) - self.price.per_s * s for gain, s in zip(zip(*gains), self.extra_s))]
         depth = max(range(deepest + 1), key=values.__getitem__)
         if not depth:
             self.skips += 1
@@ -186,14 +178,15 @@ class LearnedPolicy:
                 self.asleep, self.senses, self.nap = self.nap, False, min(2 * self.nap, self._LONGEST)
             return self._skip(remaining)
         self.skips, self.nap = 0, self._SLEEP
-        budget = self._budget(gains[:, depth - 1].tolist(), self.nodes(depth), active, remaining)
+        budget = self._budget([gain[depth - 1] for gain in gains], self.nodes(depth), active, remaining)
         if not any(budget):
             return self._skip(remaining)
         if not self.refines:
             return self._draft(depth, deepest, budget)
-        of_row = np.zeros((len(remaining), self.max_depth))
-        of_row[active] = chances
-        return self._draft(depth, deepest, budget, of_row.tolist())
+        of_row: list[Sequence[float]] = [[0.0] * self.max_depth] * len(remaining)
+        for row, mixed in zip(active, chances):
+            of_row[row] = mixed
+        return self._draft(depth, deepest, budget, of_row)
 
     def _draft(
         self, depth: int, deepest: int, budget: tuple[int, ...], said: Sequence[Sequence[float]] | None = None
@@ -226,22 +219,27 @@ class LearnedPolicy:
         self.planned = 0
         return Plan(0, (0,) * len(remaining))
 
-    def _chances(self, told: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-        """Of each level once the one before is accepted, [R, Dmax], as the controller says, its logits bias-corrected
-        by what came of the last plan."""
-        counts, looks = told[:, :_COUNTS], told[:, _COUNTS : _COUNTS + _LOOKS]
-        self._correct(counts[:, :2].tolist(), rows)
-        table = self.records.scalars(counts, looks, rows)
-        logits = self.controller.logits(told[:, _COUNTS + _LOOKS :], table)[:, : self.max_depth]
-        chances = sigmoid(logits * self.scale + (self.offset + self.met.bias)).clip(NEVER, 1 - NEVER)
-        for row, said in zip(rows, chances.tolist()):
-            self.said[row] = said
-        return chances
+    def _chances(self, told: Sequence[Sequence[float]], rows: Sequence[int]) -> list[list[float]]:
+        """Of each level once the one before is accepted, [R, Dmax]: what the controller says, its logits corrected by
+        what came of drafts, mixed with what drafts of late say."""
+        self._correct(told, rows)
+        scalars = self.records.scalars([of_row[:_SCALARS] for of_row in told], rows)
+        logits = self.controller.logits([of_row[_SCALARS:] for of_row in told], scalars)
+        self.usually = usually = self.met.usual.chances()
+        weight, half, mixed = 1 / (1 + math.exp(-self.met.trust)), 0.5 - NEVER, []
+        for row, of_row in zip(rows, logits):
+            # The logistic function from NEVER to 1 - NEVER: none is quite sure.
+            self.said[row] = said = [
+                0.5 + half * math.tanh(0.5 * (scale * logit + offset + bias))
+                for logit, (scale, offset), bias in zip(of_row, self.calibrated, self.met.bias)
+            ]
+            mixed.append([usual + weight * (chance - usual) for chance, usual in zip(said, usually)])
+        return mixed
 
-    def _correct(self, counts: Sequence[Sequence[float]], rows: Sequence[int]) -> None:
+    def _correct(self, told: Sequence[Sequence[float]], rows: Sequence[int]) -> None:
         """Moves bias and trust by what came of the levels that were reached; a fresh row and a skip have none."""
         trust = self.met.trust
-        for (n_kept, reach), row in zip(counts, rows):
+        for (n_kept, reach, *_), row in zip(told, rows):
             accepted, said = int(n_kept) - 1, self.said[row]
             observed = min(accepted + 1, int(reach), self.max_depth)
             # Few levels of few rows: cheaper one by one than as arrays.

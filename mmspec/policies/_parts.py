@@ -51,25 +51,34 @@ class Price:
 
     Tokens per second over a whole answer are maximised by choosing `argmax E(A) - g C(A)` in each round (renewal
     reward), not by the best ratio round by round. Predicted seconds, not measured ones, so that one cost table always
-    gives one sequence of plans, whatever else the machine is doing.
+    gives one sequence of plans, whatever else the machine is doing. It is kept per row: a batch that runs empty has
+    rounds that cost the same and bring fewer tokens, and at a full batch's price none of its drafts would pay.
 
     Args:
-        tokens_per_s: to start from.
+        tokens_per_s: of a row, to start from.
+        rows: of the batch.
     """
 
     _MEMORY = 0.98
     _PRIOR_S = 0.2
     """Seconds that the start counts for."""
 
-    def __init__(self, tokens_per_s: float) -> None:
-        self._tokens, self._seconds = tokens_per_s * self._PRIOR_S, self._PRIOR_S
-        self.per_s = tokens_per_s
+    def __init__(self, tokens_per_s: float, rows: int) -> None:
+        self._tokens, self._seconds, self._rows = tokens_per_s * self._PRIOR_S, self._PRIOR_S, rows
+
+    @property
+    def per_s(self) -> float:
+        """Tokens of all rows of the round at hand."""
+        return self._rows * self._tokens / self._seconds
+
+    def among(self, rows: int) -> None:
+        """The round at hand has so many active rows."""
+        self._rows = rows
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Take in a round."""
-        self._tokens = self._MEMORY * self._tokens + tokens
+        """Take in the round at hand."""
+        self._tokens = self._MEMORY * self._tokens + tokens / self._rows
         self._seconds = self._MEMORY * self._seconds + seconds
-        self.per_s = self._tokens / self._seconds
 
 
 class Probing:

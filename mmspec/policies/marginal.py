@@ -52,12 +52,13 @@ class MarginalPolicy(FixedPolicy):
             return  # what was learned of the drafter stays from one call to the next
         self.rows = max_batch
         self.plain_s = self.costs.verify(max_batch, 1)
-        self.price = Price(max_batch / self.plain_s)
+        self.price = Price(1 / self.plain_s, max_batch)
         self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
-        self.drafts, self._weight, self._gain, self._cost = 0, 0.0, 0.0, 0.0
+        self.drafts, self._weight, self._lost_s = 0, 0.0, 0.0
         self.drafting = False
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
+        self.price.among(sum(left > 0 for left in remaining))
         full = super().plan(sensed, remaining)
         self.drafting = full.depth > 0 and self._pays()
         if not self.drafting:
@@ -72,7 +73,7 @@ class MarginalPolicy(FixedPolicy):
 
     def _lost(self) -> float:
         """Seconds that a draft loses on average: what it costs beyond a plain round, less what its tokens are worth."""
-        return (self._cost - self._gain / self.price.per_s) / self._weight
+        return self._lost_s / self._weight
 
     def observe(self, trace: StepTrace) -> None:
         gain = sum(a for a, active in zip(trace.accepted, trace.active) if active)
@@ -80,13 +81,13 @@ class MarginalPolicy(FixedPolicy):
         self.price.add(gain + sum(trace.active), seconds)
         lost = 0.0
         if self.drafting:
+            loss = seconds - self.plain_s - gain / self.price.per_s
             if self._weight and self._lost() > 0:
-                lost = seconds - self.plain_s - gain / self.price.per_s
+                lost = loss
             self.refine.settle(trace)
             self.drafts += 1
             self._weight = self._FADE * self._weight + 1
-            self._gain = self._FADE * self._gain + gain
-            self._cost = self._FADE * self._cost + seconds - self.plain_s
+            self._lost_s = self._FADE * self._lost_s + loss
         self.probing.add(seconds, lost)
 
 
