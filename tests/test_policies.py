@@ -209,8 +209,41 @@ def test_a_draft_goes_on_while_a_level_is_worth_its_pass():
     assert refine.extend(2, torch.log(torch.tensor([[0.5, 0.1]])))
     assert not refine.extend(3, torch.log(torch.tensor([[0.1, 0.1]])))  # 0.2 x 0.8
     assert refine.levels == 3
-    refine.begin(4, [True], [[0.9, 0.1, 0.1, 0.1]])  # a controller that expects nothing counts for half
-    assert not refine.extend(1, torch.log(torch.tensor([[0.35, 0.05]])))  # 0.4 x (0.8 + 0.1) / 2
+    refine.begin(4, [True], [[0.9, 0.1, 0.1, 0.1]])  # a controller that expects nothing
+    assert not refine.extend(1, torch.log(torch.tensor([[0.85, 0.05]])))
+
+
+def test_a_level_that_does_not_pay_by_itself_pays_by_those_after_it():
+    """Verification is often paid for by several nodes at a time."""
+
+    class Steps:
+        def verify(self, batch, nodes):
+            return 1.0 + 0.5 * (nodes > 2)
+
+        def draft(self, batch, depth):
+            return 0.0
+
+    refine = refinement(Steps())
+    for chance, later, on in ((0.4, 1.0, True), (0.4, 0.1, False), (0.6, 0.0, True)):
+        refine.begin(4, [True], [[0.9, chance, later, later]])
+        assert refine.extend(1, torch.log(torch.tensor([[0.9]]))) == on
+    refine = refinement(Steps(), rows=2)
+    for others, on in ((0.01, False), (0.5, True)):  # a row of the batch may pay for all
+        refine.begin(4, [True, True], [[0.9, 0.4, 0.1, 0.1], [0.9, 0.4, 0.9, 0.9]])
+        assert refine.extend(1, torch.log(torch.tensor([[0.9], [others]]))) == on
+
+
+def test_the_sharpness_of_honest_scores_stays_where_it_is():
+    """Drafts that are all right or all wrong, as often as they say, are called neither sure nor modest."""
+    refine, random = refinement(Flat(node=0.0, level=0.0), depth=3, budget=3), torch.Generator().manual_seed(0)
+    seen = []
+    for came in (torch.rand(4000, generator=random) < 0.5).tolist():
+        refine.begin(3, [True])
+        trees = replace(chain(torch.arange(4).view(1, 4)), scores=torch.log(torch.tensor([[1.0, 0.5, 0.5, 0.5]])))
+        kept = refine.prune(trees).tokens.shape[1]
+        refine.settle(StepTrace(None, (True,), ((kept - 1) * came,), (1,), kept))
+        seen.append(refine.sharpness)
+    assert 0.9 < sum(seen[1000:]) / len(seen[1000:]) < 1.1
 
 
 def test_sharpness_follows_drafts_that_are_too_sure_and_too_modest():

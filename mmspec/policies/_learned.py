@@ -31,6 +31,8 @@ _SCALARS = 9
 """What `Records.scalars` is told of a row."""
 _OWN_SHARE = 0.02
 """Of a step, which the controller may take: less than that is no gain."""
+_UNSAID = 0.25
+"""Of what foresight gains, the part that remains where the draft's own scores have a say as well (DESIGN 118)."""
 _TRUST = 4.0
 """Log-odds of the controller against what drafts of late say, at most and at least: either is heard again soon."""
 _PROBE_SHARE = 0.005
@@ -118,11 +120,11 @@ class LearnedPolicy:
         return seconds
 
     def _worth_asking(self, rows: int) -> bool:
-        """Whether the controller was ahead of the best single depth; one that brings no trials is trusted."""
+        """Whether the controller is ahead of what plans would be without it; one that brings no trials is trusted."""
         if self.trials is None:
             return True
         gain, error = advantage(self.trials, [self.cost(d) for d in range(self.max_depth + 1)], rows)
-        return gain - error > _OWN_SHARE
+        return (gain - error) * (_UNSAID if self.refines else 1.0) > _OWN_SHARE
 
     def unasked(self, max_batch: int, device: torch.device, sampled: bool) -> tuple[object, ...] | None:
         """What plans follow from where the controller is asked at no batch size up to `max_batch`; None where it is.

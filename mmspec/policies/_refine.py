@@ -67,27 +67,33 @@ class Refinement:
         self._expected, self.reach = 0.0, []
 
     def extend(self, level: int, scores: Tensor) -> bool:
-        """Whether the next level's expected gain is worth a draft pass and a node more to verify."""
-        rows = scores.tolist()
+        """Whether any number of further levels is worth its draft passes and a node more to verify for each.
+
+        A level may pay by those after it alone: verification is often paid for by several nodes at a time.
+        """
         reached = [
             min(sum(math.exp(self.sharpness * s) for s in row), before) if before else 0.0
-            for row, before in zip(rows, self._before)
+            for row, before in zip(scores.tolist(), self._before)
         ]
         if level > 1:  # the first level says how sure the root's state is, not how chances go on
             self.hazard[0] = self._FADE * self.hazard[0] + sum(reached)
             self.hazard[1] = self._FADE * self.hazard[1] + sum(self._before)
         self._before = reached
-        usual = self.hazard[0] / self.hazard[1]
-        gain = sum(reached) * usual
-        if self.next_level is not None:  # two opinions, of the text and of the drafts of late: their mean
-            gain = (gain + sum(r * chances[level] for r, chances in zip(reached, self.next_level))) / 2
-        cost = self.draft_s[level + 1] - self.draft_s[level]
-        if len(self.verify_s) > level + 1:
-            cost += self.verify_s[level + 1] - self.verify_s[level]
-        if gain > self.price.per_s * cost:
-            return True
+        usual, gain = self.hazard[0] / self.hazard[1], 0.0
+        for deeper in range(level, self.levels):
+            if self.next_level is None:
+                reached = [chance * usual for chance in reached]
+            else:
+                reached = [chance * of_row[deeper] for chance, of_row in zip(reached, self.next_level)]
+            gain += sum(reached)
+            if gain > self.price.per_s * (self._cost(deeper + 1) - self._cost(level)):
+                return True
         self.levels = level
         return False
+
+    def _cost(self, level: int) -> float:
+        """Seconds of a draft of so many levels and as many nodes."""
+        return self.draft_s[level] + self.verify_s[min(level, len(self.verify_s) - 1)]
 
     def prune(self, trees: Tree) -> Tree:
         """The nodes that pay, best first: columns of the padded batch while their summed chances are worth them.
@@ -117,7 +123,8 @@ class Refinement:
         if not 0 < self._expected < math.inf:  # not a number of a head that overflowed
             return
         got = sum(a for a, active in zip(trace.accepted, trace.active) if active)
-        surprise = (self._expected - got) / (1.0 + max(self._expected, got))
+        # Divided by what was known before: a quotient that what came of the draft is in has no mean of zero.
+        surprise = (self._expected - got) / (1.0 + self._expected)
         self.sharpness = min(max(self.sharpness * math.exp(self._RATE * surprise), 0.1), 10.0)
         self._expected = 0.0
 
