@@ -21,6 +21,8 @@ WANTED_SHARE, LARGE = 0.4, 0.05
 """Share of the headroom that is to be captured, and from which headroom on."""
 PLAIN_FLOOR, BASELINE_FLOOR, CLOSE = 0.97, 0.98, 0.98
 LEARNED = ("P5", "P6", "P7", "P8")
+ATTENTION = "P2"
+"""The paper's threshold, which is to be beaten where there is something to gain."""
 
 Key = tuple[str, int, float, str]
 """Drafter, batch, temperature, data."""
@@ -92,8 +94,16 @@ def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]
                 said.append(f"{where} {row['topic']}: {label} is at most {row['hi']:.3f} of {row['over']}")
         for entry in headroom_of(found):
             share = entry.get(f"captured_{label}")
-            if entry["topic"] == OVERALL and entry["headroom"] >= LARGE and share is not None and share < WANTED_SHARE:
+            if entry["topic"] != OVERALL or entry["headroom"] < LARGE or share is None:
+                continue
+            if share < WANTED_SHARE:
                 said.append(f"{where}: {label} has {share:.0%} of a headroom of {entry['headroom']:.1%}")
+            for row in found["against"]:
+                if (row["policy"], row["over"], row["topic"]) == (label, ATTENTION, OVERALL) and not _above(
+                    row["lo"], 1
+                ):
+                    span = f"[{number(row['lo'], 3)}, {number(row['hi'], 3)}]"
+                    said.append(f"{where}: {label} is not surely ahead of {ATTENTION}: {row['ratio']:.3f} {span}")
         if found["control"].get(label, 0.0) > 0.02:
             said.append(f"{where}: {label} itself takes {found['control'][label]:.1%} of the time")
         for depth in found["calibration"].get(label, []):
@@ -218,3 +228,7 @@ def _order(label: str) -> tuple[int, str]:
 
 def _below(value: float | None, floor: float) -> bool:
     return value is not None and value < floor
+
+
+def _above(value: float | None, floor: float) -> bool:
+    return value is not None and value > floor

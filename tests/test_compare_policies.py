@@ -17,7 +17,7 @@ from tests.tiny import llava, run_folder
 TOPICS = ("overall", "charts")
 
 
-def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=0.01):
+def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=0.01, attention_lo=1.05):
     """What eval.policies writes, with one thing or another wrong."""
     rows = []
     for topic in TOPICS:
@@ -32,7 +32,9 @@ def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=
         "best": "P1",
         "rows": rows,
         "against": [
-            {"policy": "P8", "over": "P1", "topic": t, "ratio": 1.1, "lo": 1.0, "hi": ratio_hi} for t in TOPICS
+            {"policy": "P8", "over": over, "topic": t, "ratio": 1.1, "lo": lo, "hi": ratio_hi}
+            for over, lo in (("P1", 1.0), ("P2", attention_lo))
+            for t in TOPICS
         ],
         "control": {"P8": control},
         "calibration": {"P8": [{"depth": 1, "n": 500, "ece": ece, "honest": 0.02, "brier": 0.1, "bins": []}]},
@@ -48,6 +50,9 @@ def test_verdicts_name_what_does_not_hold_and_nothing_else():
     assert any("exact_match 0.9900" in line for line in verdicts([cell(exact=0.99)]))
     assert verdicts([cell(p8=2.05)]) == ["eagle batch 1 T 0 synth:testmini: P8 has 8% of a headroom of 30.0%"]
     assert verdicts([cell(p8=2.0, oracle=2.04)]) == [], "a small headroom need not be captured"
+    threshold = "eagle batch 1 T 0 synth:testmini: P8 is not surely ahead of P2: 1.100 [0.990, 1.100]"
+    assert verdicts([cell(attention_lo=0.99)]) == [threshold]
+    assert verdicts([cell(p8=2.0, oracle=2.04, attention_lo=0.99)]) == [], "where there is something to gain"
     assert any("3.0% of the time" in line for line in verdicts([cell(control=0.03)]))
     assert any("0.070 (ECE, of which 0.020 is chance) at depth 1" in line for line in verdicts([cell(ece=0.07)]))
 
