@@ -12,6 +12,7 @@ from typing import Any
 from eval import tables
 from eval.plots import Series, standalone, ticks
 from eval.summary import OVERALL, number
+from eval.verdicts import LEAST
 from mmspec import metrics
 
 DRAWN = (1, 2, 4, 8, 12)
@@ -75,6 +76,8 @@ def headroom_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]:
     """What does not hold of what was promised, a line a cell; empty when all does.
 
+    A topic of which the batches are too few for an interval is not judged.
+
     Args:
         label: the learned policy that the promise is about.
     """
@@ -82,15 +85,20 @@ def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]
     for found in files:
         how = found["settings"]
         where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
+        judged = {
+            row["topic"] for row in found["rows"] if row["n_requests"] and row["n_requests"] / how["batch"] > LEAST - 1
+        }
         for row in found["rows"]:
             if row["policy"] == "P9":
                 continue
             if row["exact_match"] is not None and row["exact_match"] < 1:
                 said.append(f"{where} {row['topic']}: {row['policy']} has exact_match {row['exact_match']:.4f}")
-            if row["policy"] == label and _below(row["speedup_hi"], PLAIN_FLOOR):
+            if row["policy"] == label and row["topic"] in judged and _below(row["speedup_hi"], PLAIN_FLOOR):
                 said.append(f"{where} {row['topic']}: {label} is at most {row['speedup_hi']:.3f} of plain decoding")
         for row in found["against"]:
-            if row["policy"] == label and row["over"] == found["best"] and _below(row["hi"], BASELINE_FLOOR):
+            if row["topic"] not in judged or (row["policy"], row["over"]) != (label, found["best"]):
+                continue
+            if _below(row["hi"], BASELINE_FLOOR):
                 said.append(f"{where} {row['topic']}: {label} is at most {row['hi']:.3f} of {row['over']}")
         for entry in headroom_of(found):
             share = entry.get(f"captured_{label}")

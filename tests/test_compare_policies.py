@@ -50,6 +50,9 @@ def test_verdicts_name_what_does_not_hold_and_nothing_else():
     assert any("exact_match 0.9900" in line for line in verdicts([cell(exact=0.99)]))
     assert verdicts([cell(p8=2.05)]) == ["eagle batch 1 T 0 synth:testmini: P8 has 8% of a headroom of 30.0%"]
     assert verdicts([cell(p8=2.0, oracle=2.04)]) == [], "a small headroom need not be captured"
+    few = cell(hi=0.96, ratio_hi=0.97)
+    few["settings"]["batch"] = 4
+    assert verdicts([few]) == [], "nine requests are three batches: too few to be judged"
     threshold = "eagle batch 1 T 0 synth:testmini: P8 is not surely ahead of P2: 1.100 [0.990, 1.100]"
     assert verdicts([cell(attention_lo=0.99)]) == [threshold]
     assert verdicts([cell(p8=2.0, oracle=2.04, attention_lo=0.99)]) == [], "where there is something to gain"
