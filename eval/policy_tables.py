@@ -85,9 +85,7 @@ def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]
     for found in files:
         how = found["settings"]
         where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
-        judged = {
-            row["topic"] for row in found["rows"] if row["n_requests"] and row["n_requests"] / how["batch"] > LEAST - 1
-        }
+        judged = {topic for topic, n in _groups(found).items() if n >= LEAST}
         for row in found["rows"]:
             if row["policy"] == "P9":
                 continue
@@ -119,6 +117,13 @@ def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]
                 few = f", of which {depth['honest']:.3f} is chance" if "honest" in depth else ""
                 said.append(f"{where}: {label} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
     return said
+
+
+def _groups(found: Mapping[str, Any]) -> dict[str, int]:
+    """Batches by topic; they hold requests of one topic each."""
+    requests = {row["topic"]: row["n_requests"] for row in found["rows"] if row["n_requests"]}
+    groups = {topic: -(-n // found["settings"]["batch"]) for topic, n in requests.items() if topic != OVERALL}
+    return {**groups, OVERALL: sum(groups.values())}
 
 
 def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -52,7 +52,10 @@ def test_verdicts_name_what_does_not_hold_and_nothing_else():
     assert verdicts([cell(p8=2.0, oracle=2.04)]) == [], "a small headroom need not be captured"
     few = cell(hi=0.96, ratio_hi=0.97)
     few["settings"]["batch"] = 4
-    assert verdicts([few]) == [], "nine requests are three batches: too few to be judged"
+    assert verdicts([few]) == [], "nine requests of one topic are three batches: too few to be judged"
+    few["rows"] += [{**row, "topic": "text vqa"} for row in few["rows"] if row["topic"] == "charts"]
+    assert all(": P8 " in line for line in verdicts([few])), "of two topics there are six, together"
+    assert len(verdicts([few])) == 2
     threshold = "eagle batch 1 T 0 synth:testmini: P8 is not surely ahead of P2: 1.100 [0.990, 1.100]"
     assert verdicts([cell(attention_lo=0.99)]) == [threshold]
     assert verdicts([cell(p8=2.0, oracle=2.04, attention_lo=0.99)]) == [], "where there is something to gain"
