@@ -207,7 +207,7 @@ def test_what_is_known_of_greedy_rounds_does_not_decide_where_tokens_are_drawn()
 
 
 def test_a_controller_is_not_asked_where_rounds_are_as_short_as_its_own_time():
-    """The same share of a round is a second where rounds take seconds, and less than asking takes where they take 0.1 ms."""
+    """A gain of half a round is seconds where rounds take seconds; where they take 0.1 ms, asking takes more."""
     for second, asked in ((1.0, True), (1e-4, False)):
         costs = Flat(verify=second, level=0.2 * second)
         policy = make_policy("viskip", Parts(4, 4, costs, Moody([0.9, 0.8, 0.7, 0.6], trials(True)), 1))
