@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,11 @@ class Paper:
 
         return self._at_its_price(at)
 
-    def _at_its_price(self, choose: Any) -> np.ndarray:
+    def _at_its_price(self, choose: Callable[[float], np.ndarray]) -> np.ndarray:
         """Depths at the price of time that they achieve themselves (Dinkelbach's fixed point)."""
         price = self.rate(self.single())
         for _ in range(20):
-            depths: np.ndarray = choose(price)
+            depths = choose(price)
             price = self.rate(depths)
         return depths
 
@@ -264,14 +264,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     measured = Path(args.costs) if args.costs else loaded.folder / "costs"
     costs = load_or_measure(measured, target, make_drafter(loaded, target), 1, depth, depth, "w1")
     limit_pixels(target, None)
-    records = load_records(data_folder(args.data), args.limit, Quarantine(None), args.max_bad_share)
+    quarantine = Quarantine(None)
+    records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     result: dict[str, Any] = {"temperatures": {}}
     for temperature in args.temperature:
         sampler = make_sampler(temperature, seed=args.seed)
         drafter, policy = make_drafter(loaded, target), LearnedPolicy(Parts(depth, depth, costs, controller, 1))
         listener = Listener(policy)
-        dialogues = Dialogues(target, records, system, args.max_new_tokens, Quarantine(None))
+        dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
         shown = f"decoding at T = {temperature:g}"
         for [task] in track(dialogues.groups(1), shown, total=dialogues.n_turns, console=console):
             [output] = all_complete(generate(target, [task.request], drafter, listener, sampler))
@@ -285,7 +286,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         rows = figures(listener.rounds, cost_s)
         result["temperatures"][f"{temperature:g}"] = {"rounds": len(listener.rounds), "cost_s": cost_s, "rows": rows}
     shown_data = args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name
-    result["settings"] = {"drafter": Path(args.ckpt).name, "depth": depth, "data": shown_data, "limit": args.limit}
+    result["settings"] = {
+        "drafter": Path(args.ckpt).name, "controller": Path(args.controller or args.ckpt).name, "depth": depth,
+        "data": shown_data, "limit": args.limit, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+        "dtype": args.dtype,
+    }  # fmt: skip
     return clean({**result, "hardware": hardware(target.device), "commit": checkpoints.git_commit()})
 
 
@@ -308,7 +313,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="run folder of a head, with a controller or")
-    add("--controller", metavar="DIR", help="another run folder with a controller of this head")
+    add(
+        "--controller", metavar="DIR", help="another run folder with its controller, trained on chains (policy.width=1)"
+    )
     add("--costs", metavar="DIR", help="where the cost table is kept (default: beside the head)")
     add("--offer", type=int, metavar="D", help="levels of the chain (default: of the checkpoint's tree.json)")
     add("--data", default="synth:val", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")

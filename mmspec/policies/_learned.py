@@ -30,7 +30,7 @@ from mmspec.types import Evidence, Plan, StepTrace
 _SCALARS = 9
 """What `Records.scalars` is told of a row."""
 _OWN_S = 4e-4
-"""Seconds of a round that sensing and planning take (0.27 to 0.45 ms, RESULTS): a smaller gain is none."""
+"""Seconds of a round that sensing and planning take (0.27 to 0.43 ms, DESIGN 121): a smaller gain is none."""
 _UNSAID = 0.25
 """Of what foresight gains, the part that remains where the draft's own scores have a say as well (DESIGN 118)."""
 _TRUST = 4.0
