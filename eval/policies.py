@@ -385,6 +385,7 @@ def about(args: argparse.Namespace, scored: Scored) -> dict[str, Any]:
             "other_cores": scored.other_cores, "unreliable": unreliable(scored.other_cores, torch.get_num_threads()),
         },
         "hardware": hardware(torch.device(args.device)),
+        "commit": checkpoints.git_commit(),
     }  # fmt: skip
 
 

@@ -219,14 +219,20 @@ def _macro(values: Sequence[float | None]) -> float:
     return math.nan if None in values else metrics.mean([value for value in values if value is not None])
 
 
-def clean(value: Any) -> Any:
-    """NaN and infinities become None, all the way down: JSON has neither."""
+def clean(value: Any, digits: int | None = None) -> Any:
+    """NaN and infinities become None, all the way down: JSON has neither.
+
+    Args:
+        digits: significant digits of every float that is kept; None leaves them as they are.
+    """
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {key: clean(item) for key, item in value.items()}
+        return {key: clean(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
+        return [clean(item, digits) for item in value]
     return value
 
 

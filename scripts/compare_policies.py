@@ -56,6 +56,8 @@ from mmspec.targets import load_target
 from mmspec.types import InputError
 
 UNTRAINED = "untrained"
+DIGITS = 6
+"""Significant digits of the table."""
 LONG = ("P1", "P2", "marginal", "P7", "P8")
 BLIND = ["policy.controller.n_mass=0", "policy.controller.counterfactual=none"]
 CONTROLLERS: dict[str, list[str]] = {
@@ -230,14 +232,14 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
                     found["settings"]["drafter"] = entrant.name
                     files.append(found)
     rows = [row for found in files for row in rows_of(found)]
-    facts = ("settings", "best", "control", "calibration", "against", "skips")
+    facts = ("commit", "settings", "best", "control", "calibration", "against", "skips")
     for found in files:
         found["skips"] = {k: skip_quality(v) for k, v in found.pop("outcomes", {}).items()}
     return {
         "settings": _settings(args), "commit": checkpoint.git_commit(), "hardware": files[0]["hardware"],
         "rows": rows, "headroom": [row for found in files for row in headroom_of(found)],
         "verdicts": verdicts(files), "break_even": break_even(rows),
-        "cells": [{key: found[key] for key in facts} for found in files],
+        "cells": [{key: found.get(key) for key in facts} for found in files],
         "costs": {entrant.name: _costs_of(args, entrant) for entrant in drafters},
         "controllers": {entrant.name: _held_out(args, entrant) for entrant in drafters},
     }  # fmt: skip
@@ -268,7 +270,7 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     """Table, page and plots; returns the paragraph for RESULTS.md."""
     results = Path(args.results)
     (results / "policies").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(Path(args.out) / "table.json", clean(table))
+    checkpoint.write_json(Path(args.out) / "table.json", clean(table, DIGITS))
     shutil.copy(Path(args.out) / "table.json", results / "policies.json")
     cells = dict.fromkeys((row["drafter"], row["temperature"], row["data"]) for row in table["rows"])
     plots = {
@@ -290,9 +292,10 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     machine = hardware_line(table["hardware"])
     missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
     said = " ".join(map(checkpoint.discreet, args.said))
+    scored_at = ", ".join(dict.fromkeys(str(cell["commit"]) for cell in table["cells"]))
     return (
-        f"## {date.today()} · Policies side by side\n\n`bash scripts/compare_policies.sh {said}`, commit "
-        f"{table['commit']}, {machine}.\n\n{markdown(table['rows'])}\n{missed}\n"
+        f"## {date.today()} · Policies side by side\n\n`bash scripts/compare_policies.sh {said}`, collected at commit "
+        f"{table['commit']}, scored at {scored_at}, {machine}.\n\n{markdown(table['rows'])}\n{missed}\n"
     )
 
 

@@ -184,6 +184,7 @@ def test_summary_holds_valid_json_and_the_primary_s_figures_on_top() -> None:
     assert summary["mat"] is None, "an answer of one token has no rounds"
     assert summary["n_requests"] == 1
     assert clean({"a": [math.nan, 1.0, (math.inf,)]}) == {"a": [None, 1.0, [None]]}
+    assert clean({"a": [2 / 3, 3, math.nan, True]}, 3) == {"a": [0.667, 3, None, True]}
 
 
 def test_a_report_of_answers_without_rounds_still_renders() -> None:
