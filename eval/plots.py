@@ -188,7 +188,13 @@ _DARK = (
 
 
 def standalone(
-    title: str, series: Sequence[Series], x_label: str, y_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float]
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_words: Sequence[str] = (),
 ) -> str:
     """A chart as a file of its own: colours, title and legend come with it, for light and dark pages.
 
@@ -199,7 +205,7 @@ def standalone(
     Returns:
         An `<svg>` document.
     """
-    chart = line_chart(series, x_label, y_label, x_ticks, y_ticks)
+    chart = line_chart(series, x_label, y_label, x_ticks, y_ticks, x_words)
     inner = chart[chart.index(">") + 1 : -len("</svg>")]
     colours = "".join(f".m{k}{{--m:{colour}}}" for k, colour in enumerate(LIGHT))
     style = (

@@ -1,16 +1,16 @@
-"""Policies side by side: from the files of `eval.policies` to rows, headroom, verdicts, and a page with plots.
+"""Policies side by side: from the files of `eval.policies` to rows, headroom, what was promised, and lines of plots.
 
 Invariant: a figure is copied from such a file or is a ratio of two of them; one that is missing is a dash, not 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from eval import tables
-from eval.plots import Series, standalone, ticks
+from eval.plots import N_COLOURS, Series, standalone, ticks
 from eval.summary import OVERALL, number
 from eval.verdicts import LEAST
 from mmspec import metrics
@@ -20,10 +20,13 @@ DRAWN = (1, 2, 4, 8, 12)
 EVEN = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 WANTED_SHARE, LARGE = 0.4, 0.05
 """Share of the headroom that is to be captured, and from which headroom on."""
-PLAIN_FLOOR, BASELINE_FLOOR, CLOSE = 0.97, 0.98, 0.98
+PLAIN_FLOOR, BASELINE_FLOOR = 0.97, 0.98
+"""Of plain decoding and of the best baseline: no upper bound may be lower."""
+OWN_SHARE, ECE, ENOUGH = 0.02, 0.05, 100
+"""Most of a step that a controller may take, and how far its chances may be off, at depths of which it said enough."""
 LEARNED = ("P5", "P6", "P7", "P8")
-ATTENTION = "P2"
-"""The paper's threshold, which is to be beaten where there is something to gain."""
+ATTENTION, ORACLE = "P2", "P9"
+"""The paper's threshold, which is to be beaten where there is something to gain; hindsight, which cannot be."""
 
 Key = tuple[str, int, float, str]
 """Drafter, batch, temperature, data."""
@@ -39,8 +42,7 @@ def skip_quality(outcomes: Sequence[tuple[Sequence[float], int]], threshold: flo
 
 def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the committed table of one file: drafter, policy, batch, temperature, topic and figures."""
-    how = found["settings"]
-    facts = {"drafter": how["drafter"], "batch": how["batch"], "temperature": how["temperature"], "data": how["data"]}
+    facts = facts_of(found["settings"])
     return [
         {
             **facts, "policy": row["policy"], "topic": row["topic"], "speedup": row["speedup"],
@@ -54,17 +56,14 @@ def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def headroom_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """By topic: what the oracle could gain over the best baseline, and how much of that each learned policy has."""
-    how, best = found["settings"], found["best"]
+    best = found["best"]
     speed = {(row["topic"], row["policy"]): row["speedup"] for row in found["rows"]}
     rows = []
     for topic in dict.fromkeys(row["topic"] for row in found["rows"]):
-        base, oracle = speed.get((topic, best)), speed.get((topic, "P9"))
+        base, oracle = speed.get((topic, best)), speed.get((topic, ORACLE))
         if not base or not oracle:
             continue
-        entry = {
-            "drafter": how["drafter"], "batch": how["batch"], "temperature": how["temperature"], "data": how["data"],
-            "topic": topic, "best": best, "headroom": oracle / base - 1,
-        }  # fmt: skip
+        entry = {**facts_of(found["settings"]), "topic": topic, "best": best, "headroom": oracle / base - 1}
         for label in LEARNED:
             mine = speed.get((topic, label))
             if mine:
@@ -73,50 +72,77 @@ def headroom_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdicts(files: Sequence[Mapping[str, Any]], label: str = "P8") -> list[str]:
-    """What does not hold of what was promised, a line a cell; empty when all does.
+def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], list[str]]:
+    """What was promised of the learned policy, in one cell.
 
     A topic of which the batches are too few for an interval is not judged.
 
     Args:
-        label: the learned policy that the promise is about.
+        found: a file of `eval.policies` that scores.
+        label: the policy that the promise is about; a controller's own time and calibration are those of whichever
+            learned policy asks it most.
+
+    Returns:
+        The figures, None where there is none: `plain_hi` and `best_hi`, the lowest upper bounds over judged topics, of
+        the speedup over plain decoding and over the best baseline, with their topics; `ratio, lo, hi` to that baseline
+        and `attention, attention_lo, attention_hi` to the paper's threshold, overall; `headroom` and the `captured`
+        share; `control`, the largest own share of the time; `ece` with `ece_depth` and `ece_chance`. And a sentence
+        for each thing that does not hold.
     """
+    how, best = found["settings"], found["best"]
+    where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
+    judged = {topic for topic, n in _groups(found).items() if n >= LEAST}
+    figures: dict[str, Any] = {**facts_of(how), "best": best, "n_judged": len(judged)}
     said = []
-    for found in files:
-        how = found["settings"]
-        where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
-        judged = {topic for topic, n in _groups(found).items() if n >= LEAST}
-        for row in found["rows"]:
-            if row["policy"] == "P9":
-                continue
-            if row["exact_match"] is not None and row["exact_match"] < 1:
-                said.append(f"{where} {row['topic']}: {row['policy']} has exact_match {row['exact_match']:.4f}")
-            if row["policy"] == label and row["topic"] in judged and _below(row["speedup_hi"], PLAIN_FLOOR):
-                said.append(f"{where} {row['topic']}: {label} is at most {row['speedup_hi']:.3f} of plain decoding")
-        for row in found["against"]:
-            if row["topic"] not in judged or (row["policy"], row["over"]) != (label, found["best"]):
-                continue
-            if _below(row["hi"], BASELINE_FLOOR):
-                said.append(f"{where} {row['topic']}: {label} is at most {row['hi']:.3f} of {row['over']}")
-        for entry in headroom_of(found):
-            share = entry.get(f"captured_{label}")
-            if entry["topic"] != OVERALL or entry["headroom"] < LARGE or share is None:
-                continue
-            if share < WANTED_SHARE:
-                said.append(f"{where}: {label} has {share:.0%} of a headroom of {entry['headroom']:.1%}")
-            for row in found["against"]:
-                if (row["policy"], row["over"], row["topic"]) == (label, ATTENTION, OVERALL) and not _above(
-                    row["lo"], 1
-                ):
-                    span = f"[{number(row['lo'], 3)}, {number(row['hi'], 3)}]"
-                    said.append(f"{where}: {label} is not surely ahead of {ATTENTION}: {row['ratio']:.3f} {span}")
-        if found["control"].get(label, 0.0) > 0.02:
-            said.append(f"{where}: {label} itself takes {found['control'][label]:.1%} of the time")
-        for depth in found["calibration"].get(label, []):
-            if depth["n"] >= 100 and depth["ece"] > 0.05:
-                few = f", of which {depth['honest']:.3f} is chance" if "honest" in depth else ""
-                said.append(f"{where}: {label} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
-    return said
+    for row in found["rows"]:
+        if row["policy"] != ORACLE and row["exact_match"] is not None and row["exact_match"] < 1:
+            said.append(f"{where} {row['topic']}: {row['policy']} has exact_match {row['exact_match']:.4f}")
+
+    plain = [r for r in found["rows"] if r["policy"] == label and r["topic"] in judged and r["speedup_hi"] is not None]
+    against = [r for r in found["against"] if r["policy"] == label and r["hi"] is not None]
+    rivals = [r for r in against if r["over"] == best and r["topic"] in judged]
+    for name, rows, key, floor, words in (
+        ("plain", plain, "speedup_hi", PLAIN_FLOOR, "plain decoding"),
+        ("best", rivals, "hi", BASELINE_FLOOR, best),
+    ):
+        lowest = min(rows, key=lambda row: row[key], default=None)
+        figures |= {f"{name}_hi": lowest and lowest[key], f"{name}_topic": lowest and lowest["topic"]}
+        for row in rows:
+            if row[key] < floor:
+                said.append(f"{where} {row['topic']}: {label} is at most {row[key]:.3f} of {words}")
+
+    overall = {row["over"]: row for row in against if row["topic"] == OVERALL}
+    figures |= {key: overall[best][key] if best in overall else None for key in ("ratio", "lo", "hi")}
+    threshold = overall.get(ATTENTION, {})
+    figures |= {"attention": threshold.get("ratio")}
+    figures |= {f"attention_{end}": threshold.get(end) for end in ("lo", "hi")}
+    room = next((entry for entry in headroom_of(found) if entry["topic"] == OVERALL), {})
+    figures |= {"headroom": room.get("headroom"), "captured": room.get(f"captured_{label}")}
+    if figures["captured"] is not None and room["headroom"] >= LARGE:
+        if figures["captured"] < WANTED_SHARE:
+            said.append(f"{where}: {label} has {figures['captured']:.0%} of a headroom of {room['headroom']:.1%}")
+        if threshold and not threshold["lo"] > 1:
+            span = f"[{threshold['lo']:.3f}, {threshold['hi']:.3f}]"
+            said.append(f"{where}: {label} is not surely ahead of {ATTENTION}: {threshold['ratio']:.3f} {span}")
+
+    control = {name: found["control"][name] for name in LEARNED if name in found["control"]}
+    figures |= {"control": max(control.values(), default=None)}
+    said += [
+        f"{where}: {name} itself takes {share:.1%} of the time" for name, share in control.items() if share > OWN_SHARE
+    ]
+    depths = [(name, depth) for name in LEARNED for depth in found["calibration"].get(name, []) if depth["n"] >= ENOUGH]
+    worst: Mapping[str, Any] = max((depth for _, depth in depths), key=lambda depth: depth["ece"], default={})
+    figures |= {"ece": worst.get("ece"), "ece_depth": worst.get("depth"), "ece_chance": worst.get("honest")}
+    for name, depth in depths:
+        if depth["ece"] > ECE:
+            few = f", of which {depth['honest']:.3f} is chance" if "honest" in depth else ""
+            said.append(f"{where}: {name} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
+    return figures, said
+
+
+def facts_of(how: Mapping[str, Any]) -> dict[str, Any]:
+    """Which cell: drafter, batch, temperature, data, of a file's settings."""
+    return {name: how[name] for name in ("drafter", "batch", "temperature", "data")}
 
 
 def _groups(found: Mapping[str, Any]) -> dict[str, int]:
@@ -142,7 +168,7 @@ def break_even(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Speedup by policy, a line a cell, overall."""
-    labels = sorted({row["policy"] for row in rows}, key=_order)
+    labels = labels_of(rows)
     lines = []
     cells: dict[Key, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
@@ -155,24 +181,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return tables.markdown(["drafter", "batch", "T", "data", *labels], lines)
 
 
-def plot(drafter: str, temperature: float, data: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Speedup over batch size, a line a policy, as an SVG document."""
-    return standalone(f"{drafter}, T {temperature:g}, {data}", *_lines(drafter, temperature, data, rows))
-
-
-def reliability(title: str, depths: Sequence[Mapping[str, Any]]) -> str:
-    """What share of the levels was accepted over the chance that was stated, a line a depth, as an SVG document.
+def plot(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speedup over batch size, a line a policy, as an SVG document.
 
     Args:
         title: above it.
-        depths: of `calibration`; bins of less than ten levels are left out.
+        rows: of one drafter, temperature and data.
     """
-    honest = Series("honest", "m8", [(0.0, 0.0), (1.0, 1.0)])
-    return standalone(title, [honest, *reliability_lines(depths)], "stated chance", "share accepted", EVEN, EVEN)
+    labels = labels_of(rows)
+    return standalone(title, *batch_lines(rows, {label: f"m{k % N_COLOURS}" for k, label in enumerate(labels)}))
 
 
 def reliability_lines(depths: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """The lines of `reliability`, of the classes m0, m1, ..: of each depth in DRAWN with a bin that is full enough."""
+    """What share of the levels was accepted over the chance that was stated: lines of the classes m0, m1, ..
+
+    Args:
+        depths: of `calibration`; those in DRAWN have a line, bins of less than ten levels no point.
+    """
     lines = [
         Series(f"depth {d['depth']}", f"m{DRAWN.index(d['depth'])}", [(mean, y) for mean, y, n in d["bins"] if n >= 10])
         for d in depths
@@ -181,67 +206,26 @@ def reliability_lines(depths: Sequence[Mapping[str, Any]]) -> list[Series]:
     return [line for line in lines if line.points]
 
 
-def page(table: Mapping[str, Any], plots: Mapping[str, str]) -> str:
-    """One HTML file, no network: the grid, the headroom, what does not hold, and plots.
+def batch_lines(rows: Sequence[Mapping[str, Any]], css: Mapping[str, str]) -> tuple[Any, ...]:
+    """What `line_chart` takes to draw the speedups of rows of one drafter, temperature and data over the batch size.
 
     Args:
-        table: as it is written to `table.json`.
-        plots: SVG documents by name.
+        rows: of the table; the oracle's, far above the others, are left out, and what nothing reaches is cut off.
+        css: classes by policy; others are thin lines of class m-rest.
     """
-    grid = _html(["drafter", "batch", "T", "data", "policy", "topic", "speedup", "95%", "exact"], [
-        [
-            row["drafter"], row["batch"], f"{row['temperature']:g}", row["data"], row["policy"], row["topic"],
-            number(row["speedup"]), f"{number(row['lo'])} to {number(row['hi'])}", number(row["exact_match"], 3),
-        ]
-        for row in table["rows"]
-    ])  # fmt: skip
-    room = _html(["drafter", "batch", "T", "data", "topic", "best baseline", "headroom", "P7 has", "P8 has"], [
-        [
-            row["drafter"], row["batch"], f"{row['temperature']:g}", row["data"], row["topic"], row["best"],
-            f"{row['headroom']:.1%}", number(row.get("captured_P7")), number(row.get("captured_P8")),
-        ]
-        for row in table["headroom"]
-    ])  # fmt: skip
-    missed = "".join(f"<li>{escape(line)}</li>" for line in table["verdicts"]) or "<li>everything holds</li>"
-    drawn = "".join(plots.values())
-    return (
-        "<!doctype html><meta charset='utf-8'><title>Policies</title><style>body{font:15px sans-serif;margin:2em}"
-        "table{border-collapse:collapse}td,th{padding:2px 8px;text-align:right;border-bottom:1px solid #ccc}"
-        "svg{max-width:480px}</style><h1>Policies side by side</h1>"
-        f"<h2>What does not hold</h2><ul>{missed}</ul>{drawn}<h2>Headroom</h2>{room}<h2>All figures</h2>{grid}"
-    )
+    mine = [row for row in rows if row["topic"] == OVERALL and row["policy"] != ORACLE and row["speedup"]]
+    lines = []
+    for k, label in enumerate(labels_of(mine)):
+        points = sorted((math.log2(row["batch"]), row["speedup"]) for row in mine if row["policy"] == label)
+        lines.append(Series(label, css.get(label, "m-rest"), points, marker=k, faint=label not in css))
+    speeds = [row["speedup"] for row in mine] or [1.0]
+    rungs = ticks(max(speeds))
+    rungs = [rung for rung in rungs if rung >= max(low for low in rungs if low <= min(speeds))]
+    batches = sorted({row["batch"] for row in rows})
+    places = [math.log2(batch) for batch in batches]
+    return lines, "batch size", "speedup over plain decoding", places, rungs, [f"{batch}" for batch in batches]
 
 
-def _lines(drafter: str, temperature: float, data: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    mine = [
-        row
-        for row in rows
-        if (row["drafter"], row["temperature"], row["data"], row["topic"]) == (drafter, temperature, data, OVERALL)
-    ]
-    labels = sorted({row["policy"] for row in mine}, key=_order)
-    lines = [
-        Series(label, f"m{k % 9}", sorted((float(r["batch"]), r["speedup"]) for r in mine if r["policy"] == label))
-        for k, label in enumerate(labels)
-        if all(r["speedup"] is not None for r in mine if r["policy"] == label)
-    ]
-    batches = sorted({float(row["batch"]) for row in mine})
-    top = max((y for line in lines for _, y in line.points), default=1.0)
-    return lines, "batch size", "speedup over plain decoding", [0.0, *batches], ticks(top)
-
-
-def _html(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    heads = "".join(f"<th>{escape(word)}</th>" for word in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{heads}</tr>{body}</table>"
-
-
-def _order(label: str) -> tuple[int, str]:
-    return (45 if label == "marginal" else 10 * int(label[1:]), label)
-
-
-def _below(value: float | None, floor: float) -> bool:
-    return value is not None and value < floor
-
-
-def _above(value: float | None, floor: float) -> bool:
-    return value is not None and value > floor
+def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The policies of rows, P0 to P9, `marginal` after P4."""
+    return sorted({row["policy"] for row in rows}, key=lambda name: 45 if name == "marginal" else 10 * int(name[1:]))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,16 +34,15 @@ import torch
 
 from eval.options import DTYPES
 from eval.policies import BASELINES, LEARNED, ORACLE
+from eval.policy_page import render
 from eval.policy_tables import (
     break_even,
     headroom_of,
+    judge,
     markdown,
-    page,
     plot,
-    reliability,
     rows_of,
     skip_quality,
-    verdicts,
 )
 from eval.steps import ROOT, Ledger, Step, hardware_line, module, options, perform
 from eval.summary import clean
@@ -235,10 +233,12 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
     facts = ("commit", "settings", "best", "control", "calibration", "against", "skips")
     for found in files:
         found["skips"] = {k: skip_quality(v) for k, v in found.pop("outcomes", {}).items()}
+    judged = [judge(found) for found in files]
     return {
         "settings": _settings(args), "commit": checkpoint.git_commit(), "hardware": files[0]["hardware"],
         "rows": rows, "headroom": [row for found in files for row in headroom_of(found)],
-        "verdicts": verdicts(files), "break_even": break_even(rows),
+        "promises": [figures for figures, _ in judged], "verdicts": [line for _, said in judged for line in said],
+        "break_even": break_even(rows),
         "cells": [{key: found.get(key) for key in facts} for found in files],
         "costs": {entrant.name: _costs_of(args, entrant) for entrant in drafters},
         "controllers": {entrant.name: _held_out(args, entrant) for entrant in drafters},
@@ -266,29 +266,29 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return options(args, ("make_untrained",))
 
 
+def in_lines(table: Mapping[str, Any]) -> str:
+    """The table as JSON, an entry of a list a line: small, and a changed row is a changed line."""
+
+    def entry(value: Any) -> str:
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {entry(value)}" for key, value in table.items()) + "\n}\n"
+
+
 def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     """Table, page and plots; returns the paragraph for RESULTS.md."""
     results = Path(args.results)
     (results / "policies").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(Path(args.out) / "table.json", clean(table, DIGITS))
-    shutil.copy(Path(args.out) / "table.json", results / "policies.json")
-    cells = dict.fromkeys((row["drafter"], row["temperature"], row["data"]) for row in table["rows"])
-    plots = {
-        f"{drafter}_t{temperature:g}_{data.replace(':', '_')}": plot(drafter, temperature, data, table["rows"])
-        for drafter, temperature, data in cells
-    }
-    for name, drawn in plots.items():
-        (results / "policies" / f"{name}.svg").write_text(drawn, encoding="utf-8")
-    for cell in table["cells"]:
-        how = cell["settings"]
-        for label, depths in cell["calibration"].items():
-            if how["batch"] == min(args.batches) and how["data"] == args.data:
-                name = f"{how['drafter']}_t{how['temperature']:g}_{label}_reliability"
-                plots[name] = reliability(
-                    f"{how['drafter']}, T {how['temperature']:g}, {label}: chances of levels", depths
-                )
-                (results / "policies" / f"{name}.svg").write_text(plots[name], encoding="utf-8")
-    (results / "policies" / "index.html").write_text(page(table, plots), encoding="utf-8")
+    table = clean(table, DIGITS)
+    for path in (Path(args.out) / "table.json", results / "policies.json"):
+        path.write_text(in_lines(table), encoding="utf-8")
+    if len(args.batches) > 1:
+        for drafter, temperature in dict.fromkeys((row["drafter"], row["temperature"]) for row in table["rows"]):
+            how = (drafter, temperature, args.data)
+            rows = [row for row in table["rows"] if (row["drafter"], row["temperature"], row["data"]) == how]
+            drawn = plot(f"{drafter}, T {temperature:g}, {args.data}", rows)
+            (results / "policies" / f"{drafter}_t{temperature:g}.svg").write_text(drawn, encoding="utf-8")
+    (results / "policies" / "index.html").write_text(render(table), encoding="utf-8")
     machine = hardware_line(table["hardware"])
     missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
     said = " ".join(map(checkpoint.discreet, args.said))

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from eval.policy_tables import break_even, headroom_of, markdown, page, plot, rows_of, skip_quality, verdicts
+from eval.policy_page import headlines, misses, render
+from eval.policy_tables import break_even, headroom_of, judge, markdown, plot, rows_of, skip_quality
 from mmspec import checkpoint, metrics
 from mmspec.types import InputError
 from scripts import compare_policies as command
+from tests.browser import CHROMIUM, measure
 from tests.tiny import llava, run_folder
 
 TOPICS = ("overall", "charts")
@@ -43,6 +45,10 @@ def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=
     }
 
 
+def verdicts(files):
+    return [line for found in files for line in judge(found)[1]]
+
+
 def test_verdicts_name_what_does_not_hold_and_nothing_else():
     assert verdicts([cell()]) == []
     assert any("at most 0.960 of plain" in line for line in verdicts([cell(hi=0.96)]))
@@ -63,7 +69,7 @@ def test_verdicts_name_what_does_not_hold_and_nothing_else():
     assert any("0.070 (ECE, of which 0.020 is chance) at depth 1" in line for line in verdicts([cell(ece=0.07)]))
 
 
-def test_rows_headroom_and_page_come_from_the_cells():
+def test_rows_headroom_and_plots_come_from_the_cells():
     found = cell()
     rows = rows_of(found)
     assert {"drafter", "policy", "batch", "temperature", "topic", "speedup", "lo", "hi", "exact_match"} <= set(rows[0])
@@ -71,12 +77,74 @@ def test_rows_headroom_and_page_come_from_the_cells():
     assert room[0]["headroom"] == pytest.approx(0.3)
     assert room[0]["captured_P8"] == pytest.approx(0.3 / 0.6)
     assert "| eagle | 1 | 0 | synth:testmini | 1.80 | 2.00 | 2.30 | 2.60 |" in markdown(rows)
-    drawn = plot("eagle", 0.0, "synth:testmini", rows)
+    drawn = plot("eagle", [*rows, *rows_of(at(found, batch=4))])
     assert drawn.startswith("<svg")
-    table = {"rows": rows, "headroom": room, "verdicts": ["<b>"]}
-    html = page(table, {"one": drawn})
-    assert "&lt;b&gt;" in html
-    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert ">4</text>" in drawn
+
+
+def table_of(*files):
+    """As `collect` makes it."""
+    rows = [row for found in files for row in rows_of(found)]
+    judged = [judge(found) for found in files]
+    return {
+        "settings": {"offer": "12,1,12", "max_new_tokens": 256, "dtype": "float32", "tune_limit": 32, "set": ["<b>"]},
+        "commit": "c" * 40,
+        "hardware": {"cpu": "x", "gpu": None},
+        "rows": rows,
+        "headroom": [row for found in files for row in headroom_of(found)],
+        "promises": [figures for figures, _ in judged],
+        "verdicts": [line for _, said in judged for line in said],
+        "break_even": break_even(rows),
+        "cells": [
+            {"commit": "d" * 40, "skips": {"P8": {"precision": 0.5, "recall": None, "n": 7}}, **found}
+            for found in files
+        ],
+    }
+
+
+def at(found, **how):
+    return {**found, "settings": {**found["settings"], **how}}
+
+
+def test_the_page_shows_what_holds_what_does_not_and_every_cell():
+    cells = [at(cell(), batch=1), at(cell(p8=2.05, control=0.03), batch=4), at(cell(ece=0.07), drafter="<sam>")]
+    for found in cells:
+        found["rows"] += [
+            {**row, "topic": topic} for topic in ("a", "b") for row in found["rows"] if row["topic"] == "charts"
+        ]
+    table = table_of(*cells)
+    html = render(table)
+    assert "<script" not in html
+    assert "http://" not in html
+    assert "<sam>" not in html
+    assert html.count('class="panel ') == 2, "one a drafter"
+    assert html.count("<svg viewBox") >= 1, "of the drafter with two batch sizes"
+    assert len(table["verdicts"]) == 3
+    red = html.count('class="miss"')
+    assert red == 3, "captured, own time, calibration"
+    assert [sorted(misses(row)) for row in table["promises"]] == [[], ["captured", "control"], ["ece"]]
+    assert "ddddddd" in html
+    assert "Valid." in html
+    assert "Invalid" in render(table_of(cell(exact=0.99)))
+    said = headlines(table["promises"])
+    assert said["n_wide"] == 3
+    assert said["n_captured"] == 2
+    assert (said["n_ahead"], said["n_against"]) == (3, 3)
+    assert said["control"] == 0.03
+
+
+def test_the_page_takes_cells_without_an_oracle_a_controller_or_intervals():
+    found = cell()
+    found["rows"] = [
+        {**row, "speedup_lo": None, "speedup_hi": None} for row in found["rows"] if row["policy"] in ("P0", "P1")
+    ]
+    found |= {"against": [], "control": {}, "calibration": {}}
+    figures, said = judge(found)
+    assert said == []
+    assert {key for key, value in figures.items() if value is not None} == {
+        "drafter", "batch", "temperature", "data", "best", "n_judged"
+    }  # fmt: skip
+    assert "None" not in render({**table_of(found), "settings": {**table_of(found)["settings"], "set": []}})
 
 
 def test_data_break_even_apart():
@@ -160,6 +228,34 @@ def test_a_missing_cell_is_named(head: Path, tmp_path: Path):
     args = command._parse(["--heads", f"mine={head}", "--methods", "--no-untrained", "--out", str(tmp_path)])
     with pytest.raises(InputError, match=r"short\.json is missing"):
         command.collect(args, command.entrants(args))
+
+
+def test_an_entry_of_the_table_is_a_line():
+    table = {"rows": [{"a": 1.5, "b": [1, 2]}, {"a": None}], "commit": "c", "verdicts": []}
+    said = command.in_lines(table)
+    assert json.loads(said) == table
+    assert '\n{"a": 1.5, "b": [1, 2]},\n{"a": null}\n' in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH to look at pages with")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_on_the_page_is_cut_off_overlaps_or_is_hard_to_read(tmp_path: Path, dark: bool):
+    bins = [[0.2, 0.1, 30], [0.9, 0.8, 40]]
+    depths = [{"depth": k, "n": 500, "ece": 0.07, "honest": 0.02, "brier": 0.1, "bins": bins} for k in (1, 2, 4)]
+    cells = [
+        {**at(cell(p8=2.05), batch=batch, drafter=name), "calibration": {"P8": depths}}
+        for name in ("eagle", "untrained")
+        for batch in (1, 4, 8)
+    ]
+    page = tmp_path / "index.html"
+    page.write_text(render(table_of(*cells)), encoding="utf-8")
+    script = (Path(__file__).parent / "measure_page.js").read_text()
+    views, console = measure([(page, 1280), (page, 390)], dark, script)
+    for view in views:
+        assert {"cell-0", "cell-1"} <= set(dict(view["states"]))
+        assert view["wrong"] == []
+    assert console == []
 
 
 @pytest.mark.slow
