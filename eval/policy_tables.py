@@ -24,7 +24,8 @@ PLAIN_FLOOR, BASELINE_FLOOR = 0.97, 0.98
 """Of plain decoding and of the best baseline: no upper bound may be lower."""
 OWN_SHARE, ECE, ENOUGH = 0.02, 0.05, 100
 """Most of a step that a controller may take, and how far its chances may be off, at depths of which it said enough."""
-LEARNED = ("P5", "P6", "P7", "P8")
+LEARNED, WHOLE = ("P5", "P6", "P7", "P8"), ("P7", "P8")
+"""Policies with a controller, and those whose controller reads all that it can: its time and chances are judged."""
 ATTENTION, ORACLE = "P2", "P9"
 """The paper's threshold, which is to be beaten where there is something to gain; hindsight, which cannot be."""
 
@@ -79,8 +80,8 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
 
     Args:
         found: a file of `eval.policies` that scores.
-        label: the policy that the promise is about; a controller's own time and calibration are those of whichever
-            learned policy asks it most.
+        label: the policy that the promise is about; a controller's own time and calibration are the worse of those of
+            the policies that ask it, P7 and P8.
 
     Returns:
         The figures, None where there is none: `plain_hi` and `best_hi`, the lowest upper bounds over judged topics, of
@@ -125,12 +126,12 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
             span = f"[{threshold['lo']:.3f}, {threshold['hi']:.3f}]"
             said.append(f"{where}: {label} is not surely ahead of {ATTENTION}: {threshold['ratio']:.3f} {span}")
 
-    control = {name: found["control"][name] for name in LEARNED if name in found["control"]}
+    control = {name: found["control"][name] for name in WHOLE if name in found["control"]}
     figures |= {"control": max(control.values(), default=None)}
     said += [
         f"{where}: {name} itself takes {share:.1%} of the time" for name, share in control.items() if share > OWN_SHARE
     ]
-    depths = [(name, depth) for name in LEARNED for depth in found["calibration"].get(name, []) if depth["n"] >= ENOUGH]
+    depths = [(name, depth) for name in WHOLE for depth in found["calibration"].get(name, []) if depth["n"] >= ENOUGH]
     worst: Mapping[str, Any] = max((depth for _, depth in depths), key=lambda depth: depth["ece"], default={})
     figures |= {"ece": worst.get("ece"), "ece_depth": worst.get("depth"), "ece_chance": worst.get("honest")}
     for name, depth in depths:
