@@ -76,7 +76,9 @@ def render(table: Mapping[str, Any]) -> str:
         meanings=MEANINGS,
         legend=[(label, css, _key(label, css, labels)) for label, css in COLOURS.items() if label in labels],
         thin=[label for label in labels if label not in (*COLOURS, ORACLE)],
-        promises=[{**row, "name": _name(row), "misses": misses(row)} for row in table["promises"]],
+        promises=[
+            {**row, "name": _name(row), "misses": misses(row), "uneven": uneven(row)} for row in table["promises"]
+        ],
         heads=headlines(table["promises"]),
         floors={"plain": PLAIN_FLOOR, "best": BASELINE_FLOOR, "share": WANTED_SHARE, "large": LARGE, "own": OWN_SHARE,
                 "ece": ECE},
@@ -127,6 +129,11 @@ def misses(row: Mapping[str, Any]) -> set[str]:
         "ece": is_off("ece", lambda ece: ece > ECE),
     }
     return {key for key, off in found.items() if off}
+
+
+def uneven(row: Mapping[str, Any]) -> bool:
+    """Whether plain decoding was surely faster or slower than plain decoding."""
+    return row["again_lo"] is not None and not row["again_lo"] <= 1 <= row["again_hi"]
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -87,8 +87,9 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
         The figures, None where there is none: `plain_hi` and `best_hi`, the lowest upper bounds over judged topics, of
         the speedup over plain decoding and over the best baseline, with their topics; `ratio, lo, hi` to that baseline
         and `attention, attention_lo, attention_hi` to the paper's threshold, overall; `headroom` and the `captured`
-        share; `control`, the largest own share of the time; `ece` with `ece_depth` and `ece_chance`. And a sentence
-        for each thing that does not hold.
+        share; `control`, the largest own share of the time; `ece` with `ece_depth` and `ece_chance`; `again_ratio,
+        again_lo, again_hi`, how fast plain decoding was the second time. And a sentence for each thing that does not
+        hold.
     """
     how, best = found["settings"], found["best"]
     where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
@@ -112,6 +113,8 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
             if row[key] < floor:
                 said.append(f"{where} {row['topic']}: {label} is at most {row[key]:.3f} of {words}")
 
+    again = found.get("again") or {}
+    figures |= {f"again_{end}": again.get(end) for end in ("ratio", "lo", "hi")}
     overall = {row["over"]: row for row in against if row["topic"] == OVERALL}
     figures |= {key: overall[best][key] if best in overall else None for key in ("ratio", "lo", "hi")}
     threshold = overall.get(ATTENTION, {})

@@ -102,7 +102,7 @@ class LearnedPolicy:
         self.met = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
-        self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE)
+        self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE, self.draft_s[1])
         seconds = self._reckon()
         self.price = Price(max((1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)), max_batch)
         self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
@@ -280,7 +280,7 @@ class LearnedPolicy:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]
         self.price.add(tokens, seconds)
-        self.probing.add(seconds, seconds - self.cost(0) if self.tries else 0.0)
+        self.probing.add(seconds, seconds - self.cost(0) if self.tries else None)
         # A copy may end before the others of its batch, and a pruned tree before its levels do.
         reach = (self.refine.reach if self.refines else ()) or trace.nodes
         for accepted, budget, deep in zip(trace.accepted, trace.plan.budget, reach):

@@ -86,17 +86,20 @@ class Probing:
 
     Args:
         share: of the time that trying may lose.
+        late_s: seconds that a try takes beyond those that are predicted of its draft. After rounds without one the
+            drafter first reads what they committed, which is a pass more at least.
     """
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, share: float, late_s: float) -> None:
+        self.share, self.late_s = share, late_s
         self.spent_s = self.lost_s = 0.0
 
     def due(self, loss_s: float) -> bool:
         """Whether a try that is expected to lose `loss_s` fits."""
-        return self.lost_s + max(loss_s, 0.0) <= self.share * self.spent_s
+        return self.lost_s + max(loss_s, 0.0) + self.late_s <= self.share * self.spent_s
 
-    def add(self, seconds: float, lost_s: float = 0.0) -> None:
+    def add(self, seconds: float, lost_s: float | None = None) -> None:
         """Take in a round, and what it lost where it was a try."""
         self.spent_s += seconds
-        self.lost_s += max(lost_s, 0.0)
+        if lost_s is not None:
+            self.lost_s += max(lost_s, 0.0) + self.late_s

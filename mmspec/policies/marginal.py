@@ -44,14 +44,14 @@ class MarginalPolicy(FixedPolicy):
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__(parts.depth, parts.budget)
-        self.costs, self.probing = parts.measured("marginal"), Probing(config.probe_share)
+        self.costs, self.probing = parts.measured("marginal"), Probing(config.probe_share, 0.0)
         self.rows = 0
 
     def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
         if max_batch == self.rows:
             return  # what was learned of the drafter stays from one call to the next
         self.rows = max_batch
-        self.plain_s = self.costs.verify(max_batch, 1)
+        self.plain_s, self.probing.late_s = self.costs.verify(max_batch, 1), self.costs.draft(max_batch, 1)
         self.price = Price(1 / self.plain_s, max_batch)
         self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
         self.drafts, self._weight, self._lost_s = 0, 0.0, 0.0
@@ -79,7 +79,7 @@ class MarginalPolicy(FixedPolicy):
         gain = sum(a for a, active in zip(trace.accepted, trace.active) if active)
         seconds = self.refine.seconds(trace.n_nodes, self.drafting)
         self.price.add(gain + sum(trace.active), seconds)
-        lost = 0.0
+        lost = None
         if self.drafting:
             loss = seconds - self.plain_s - gain / self.price.per_s
             if self._weight and self._lost() > 0:
