@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from eval import bench as bench_module
 from eval.bench import Bench, Method, Result
 from eval.plots import Series, line_chart, ticks
+from eval.policies import AGAIN, Scored
 from eval.ranks import Ranks
 from eval.report import render
 from eval.report_dependence import joined
@@ -23,7 +25,7 @@ from eval.report_views import leaders
 from eval.rows import Rows, as_row, from_row, read
 from eval.samples import texts
 from eval.summary import clean, figures, hardware, summarise, unreliable
-from eval.tasks import Dialogues, balanced
+from eval.tasks import PLAIN, Dialogues, balanced
 from mmspec import metrics
 from mmspec.records import Quarantine, Record
 from mmspec.types import InputError, Output, Prompt, Request
@@ -175,6 +177,21 @@ def test_in_a_batch_the_group_s_seconds_count_once() -> None:
     assert row["speedup"] == 3.0
     assert row["tokens_per_s"] == 5.0
     assert row["speedup_lo"] is None, "one group has no interval"
+
+
+def test_plain_decoding_has_the_mean_time_of_its_two_runs() -> None:
+    scored = object.__new__(Scored)
+    scored.args = argparse.Namespace(batch_size=1, seed=0)
+    scored.results = [
+        result("t", name, g, seconds, f"i{g}")
+        for g in range(2)
+        for name, seconds in ((PLAIN, 2.0), (AGAIN, 4.0), ("m", 1.5), ("n", 3.0))
+    ]
+    assert scored.figures("m")["speedup"] == pytest.approx(2.0)
+    assert scored.figures(AGAIN)["speedup"] == pytest.approx(0.5), "what the two differ by is not averaged away"
+    assert scored.figures("m", "n")["speedup"] == pytest.approx(2.0)
+    scored.results = [r for r in scored.results if r.method != AGAIN]
+    assert scored.figures("m")["speedup"] == pytest.approx(2 / 1.5)
 
 
 def test_summary_holds_valid_json_and_the_primary_s_figures_on_top() -> None:
