@@ -17,6 +17,7 @@ from eval.policy_tables import (
     BASELINE_FLOOR,
     ECE,
     EVEN,
+    LABELS,
     LARGE,
     ORACLE,
     OWN_SHARE,
@@ -74,7 +75,7 @@ def render(table: Mapping[str, Any]) -> str:
         commits=list(dict.fromkeys(cell["commit"] for cell in table["cells"] if cell["commit"])),
         labels=labels,
         meanings=MEANINGS,
-        legend=[(label, css, _key(label, css, labels)) for label, css in COLOURS.items() if label in labels],
+        legend=[(label, css, _key(label, css)) for label, css in COLOURS.items() if label in labels],
         thin=[label for label in labels if label not in (*COLOURS, ORACLE)],
         promises=[
             {**row, "name": _name(row), "misses": misses(row), "uneven": uneven(row)} for row in table["promises"]
@@ -145,9 +146,9 @@ def _heat(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"T = {temperature:g}"
 
 
-def _key(label: str, css: str, labels: Sequence[str]) -> str:
+def _key(label: str, css: str) -> str:
     """The point of a policy as it stands in a legend."""
-    return f'<svg class="key" viewBox="0 0 12 12" aria-hidden="true">{marker(labels.index(label), 6, 6, css)}</svg>'
+    return f'<svg class="key" viewBox="0 0 12 12" aria-hidden="true">{marker(LABELS.index(label), 6, 6, css)}</svg>'
 
 
 def _drafter(table: Mapping[str, Any], name: str, labels: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ PLAIN_FLOOR, BASELINE_FLOOR = 0.97, 0.98
 """Of plain decoding and of the best baseline: no upper bound may be lower."""
 OWN_SHARE, ECE, ENOUGH = 0.02, 0.05, 100
 """Most of a step that a controller may take, and how far its chances may be off, at depths of which it said enough."""
+LABELS = ("P0", "P1", "P2", "P3", "P4", "marginal", "P5", "P6", "P7", "P8", "P9")
 LEARNED, WHOLE = ("P5", "P6", "P7", "P8"), ("P7", "P8")
 """Policies with a controller, and those whose controller reads all that it can: its time and chances are judged."""
 ATTENTION, ORACLE = "P2", "P9"
@@ -219,9 +220,11 @@ def batch_lines(rows: Sequence[Mapping[str, Any]], css: Mapping[str, str]) -> tu
     """
     mine = [row for row in rows if row["topic"] == OVERALL and row["policy"] != ORACLE and row["speedup"]]
     lines = []
-    for k, label in enumerate(labels_of(mine)):
+    for label in labels_of(mine):
         points = sorted((math.log2(row["batch"]), row["speedup"]) for row in mine if row["policy"] == label)
-        lines.append(Series(label, css.get(label, "m-rest"), points, marker=k, faint=label not in css))
+        lines.append(
+            Series(label, css.get(label, "m-rest"), points, marker=LABELS.index(label), faint=label not in css)
+        )
     speeds = [row["speedup"] for row in mine] or [1.0]
     rungs = ticks(max(speeds))
     rungs = [rung for rung in rungs if rung >= max(low for low in rungs if low <= min(speeds))]
@@ -231,5 +234,6 @@ def batch_lines(rows: Sequence[Mapping[str, Any]], css: Mapping[str, str]) -> tu
 
 
 def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The policies of rows, P0 to P9, `marginal` after P4."""
-    return sorted({row["policy"] for row in rows}, key=lambda name: 45 if name == "marginal" else 10 * int(name[1:]))
+    """The policies of rows, in order."""
+    found = {row["policy"] for row in rows}
+    return [label for label in LABELS if label in found]
