@@ -72,7 +72,7 @@ def render(table: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(
         table=table,
         settings=table["settings"],
-        commits=list(dict.fromkeys(cell["commit"] for cell in table["cells"] if cell["commit"])),
+        commits=list(dict.fromkeys(cell["commit"] for cell in table["cells"])),
         labels=labels,
         meanings=MEANINGS,
         legend=[(label, css, _key(label, css)) for label, css in COLOURS.items() if label in labels],
