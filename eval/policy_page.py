@@ -28,7 +28,7 @@ from eval.policy_tables import (
     labels_of,
     reliability_lines,
 )
-from eval.summary import OVERALL, number
+from eval.summary import OVERALL, interval, number
 
 TEMPLATE = "policies.html.j2"
 MEANINGS = {
@@ -78,7 +78,7 @@ def render(table: Mapping[str, Any]) -> str:
         legend=[(label, css, _key(label, css)) for label, css in COLOURS.items() if label in labels],
         thin=[label for label in labels if label not in (*COLOURS, ORACLE)],
         promises=[
-            {**row, "name": _name(row), "misses": misses(row), "uneven": uneven(row)} for row in table["promises"]
+            {**row, "name": _name(row), "uneven": uneven(row)} for row in table["promises"]
         ],
         heads=headlines(table["promises"]),
         floors={"plain": PLAIN_FLOOR, "best": BASELINE_FLOOR, "share": WANTED_SHARE, "large": LARGE, "own": OWN_SHARE,
@@ -112,24 +112,6 @@ def headlines(promises: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "control": max(known("control"), default=None),
         "ece": max(known("ece"), default=None),
     }  # fmt: skip
-
-
-def misses(row: Mapping[str, Any]) -> set[str]:
-    """Which figures of a promise are not as promised."""
-
-    def is_off(key: str, off: Any) -> bool:
-        return row[key] is not None and off(row[key])
-
-    wide = row["headroom"] is not None and row["headroom"] >= LARGE
-    found = {
-        "plain_hi": is_off("plain_hi", lambda hi: hi < PLAIN_FLOOR),
-        "best_hi": is_off("best_hi", lambda hi: hi < BASELINE_FLOOR),
-        "captured": wide and is_off("captured", lambda share: share < WANTED_SHARE),
-        "attention": wide and is_off("attention_lo", lambda lo: lo <= 1),
-        "control": is_off("control", lambda share: share > OWN_SHARE),
-        "ece": is_off("ece", lambda ece: ece > ECE),
-    }
-    return {key for key, off in found.items() if off}
 
 
 def uneven(row: Mapping[str, Any]) -> bool:
@@ -216,8 +198,7 @@ def _speeds(cell: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], labels: 
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    ends = "" if row["lo"] is None else f" [{row['lo']:.2f}, {row['hi']:.2f}]"
-    return f"{number(row['speedup'])}x{ends}"
+    return interval({"speedup": row["speedup"], "speedup_lo": row["lo"], "speedup_hi": row["hi"]})
 
 
 def _by_topic(cell: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

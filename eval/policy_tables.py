@@ -89,17 +89,21 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
         the speedup over plain decoding and over the best baseline, with their topics; `ratio, lo, hi` to that baseline
         and `attention, attention_lo, attention_hi` to the paper's threshold, overall; `headroom` and the `captured`
         share; `control`, the largest own share of the time; `ece` with `ece_depth` and `ece_chance`; `again_ratio,
-        again_lo, again_hi`, how fast plain decoding was the second time. And a sentence for each thing that does not
-        hold.
+        again_lo, again_hi`, how fast plain decoding was the second time; `misses`, which of these are not as promised.
+        And a sentence for each thing that does not hold.
     """
     how, best = found["settings"], found["best"]
     where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
     judged = {topic for topic, n in _groups(found).items() if n >= LEAST}
     figures: dict[str, Any] = {**facts_of(how), "best": best, "n_judged": len(judged)}
-    said = []
+    missed: dict[str, list[str]] = {}
+
+    def miss(key: str, words: str, topic: str = "") -> None:
+        missed.setdefault(key, []).append(f"{where}{topic and ' ' + topic}: {words}")
+
     for row in found["rows"]:
         if row["policy"] != ORACLE and row["exact_match"] is not None and row["exact_match"] < 1:
-            said.append(f"{where} {row['topic']}: {row['policy']} has exact_match {row['exact_match']:.4f}")
+            miss("exact_match", f"{row['policy']} has exact_match {row['exact_match']:.4f}", row["topic"])
 
     plain = [r for r in found["rows"] if r["policy"] == label and r["topic"] in judged and r["speedup_hi"] is not None]
     against = [r for r in found["against"] if r["policy"] == label and r["hi"] is not None]
@@ -112,7 +116,7 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
         figures |= {f"{name}_hi": lowest and lowest[key], f"{name}_topic": lowest and lowest["topic"]}
         for row in rows:
             if row[key] < floor:
-                said.append(f"{where} {row['topic']}: {label} is at most {row[key]:.3f} of {words}")
+                miss(f"{name}_hi", f"{label} is at most {row[key]:.3f} of {words}", row["topic"])
 
     again = found.get("again") or {}
     figures |= {f"again_{end}": again.get(end) for end in ("ratio", "lo", "hi")}
@@ -125,24 +129,25 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
     figures |= {"headroom": room.get("headroom"), "captured": room.get(f"captured_{label}")}
     if figures["captured"] is not None and room["headroom"] >= LARGE:
         if figures["captured"] < WANTED_SHARE:
-            said.append(f"{where}: {label} has {figures['captured']:.0%} of a headroom of {room['headroom']:.1%}")
+            miss("captured", f"{label} has {figures['captured']:.0%} of a headroom of {room['headroom']:.1%}")
         if threshold and not threshold["lo"] > 1:
             span = f"[{threshold['lo']:.3f}, {threshold['hi']:.3f}]"
-            said.append(f"{where}: {label} is not surely ahead of {ATTENTION}: {threshold['ratio']:.3f} {span}")
+            miss("attention", f"{label} is not surely ahead of {ATTENTION}: {threshold['ratio']:.3f} {span}")
 
     control = {name: found["control"][name] for name in WHOLE if name in found["control"]}
     figures |= {"control": max(control.values(), default=None)}
-    said += [
-        f"{where}: {name} itself takes {share:.1%} of the time" for name, share in control.items() if share > OWN_SHARE
-    ]
+    for name, share in control.items():
+        if share > OWN_SHARE:
+            miss("control", f"{name} itself takes {share:.1%} of the time")
     depths = [(name, depth) for name in WHOLE for depth in found["calibration"].get(name, []) if depth["n"] >= ENOUGH]
     worst: Mapping[str, Any] = max((depth for _, depth in depths), key=lambda depth: depth["ece"], default={})
     figures |= {"ece": worst.get("ece"), "ece_depth": worst.get("depth"), "ece_chance": worst.get("honest")}
     for name, depth in depths:
         if depth["ece"] > ECE:
             few = f", of which {depth['honest']:.3f} is chance" if "honest" in depth else ""
-            said.append(f"{where}: {name} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
-    return figures, said
+            miss("ece", f"{name} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
+    figures["misses"] = list(missed)
+    return figures, [line for lines in missed.values() for line in lines]
 
 
 def facts_of(how: Mapping[str, Any]) -> dict[str, Any]:

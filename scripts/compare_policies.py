@@ -54,7 +54,7 @@ from mmspec.targets import load_target
 from mmspec.types import InputError
 
 UNTRAINED = "untrained"
-DIGITS = 6
+DIGITS = 5
 """Significant digits of the table."""
 LONG = ("P1", "P2", "marginal", "P7", "P8")
 BLIND = ["policy.controller.n_mass=0", "policy.controller.counterfactual=none"]
