@@ -5,13 +5,10 @@ Invariant: one file without scripts or network; everything on it can be read wit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.decision_figures import LEVELS, Answered, level
 from eval.plots import Series, line_chart, ticks
@@ -19,9 +16,11 @@ from eval.policy_tables import EVEN, reliability_lines
 from eval.samples import texts, thumbnail
 from eval.summary import OVERALL, number
 from mmspec import metrics
+from mmspec.files import write_text
+from mmspec.pages import template
 from mmspec.types import Target
 
-TEMPLATE = "decisions.html.j2"
+TEMPLATE = Path(__file__).with_name("decisions.html.j2")
 N_SHADES = 8
 """Shades of accepted drafts: deeper ones share the last."""
 
@@ -124,9 +123,7 @@ def words(result: Mapping[str, Any]) -> list[str]:
 
 def write(path: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
     """Writes the page, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(result, samples), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, render(result, samples))
 
 
 def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
@@ -136,13 +133,8 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> s
         result: as it is written to the JSON file.
         samples: see `collect`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["number"] = number
     lines = reliability_lines(result["calibration"])
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE, number=number).render(
         result=result,
         said=words(result),
         overall=result["topics"][OVERALL],

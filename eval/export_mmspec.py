@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from eval.rows import read
 from eval.tasks import PLAIN
 from mmspec.arguments import Parser, command
+from mmspec.files import write_text
 from mmspec.types import InputError
 
 PROGRAM = "eval.export_mmspec"
@@ -105,10 +105,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for method, records in export(chosen(rows, args.batch_size, args.temperature), source.stat().st_mtime).items():
             path = out / f"{method}.jsonl"
-            scratch = path.with_name(path.name + ".part")
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in records)
-            scratch.write_text(lines, encoding="utf-8")
-            os.replace(scratch, path)
+            write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in records))
             written.append(path)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None

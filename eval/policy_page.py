@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from eval.plots import Series, line_chart, marker
 from eval.policy_tables import (
     BASELINE_FLOOR,
@@ -28,9 +26,10 @@ from eval.policy_tables import (
     labels_of,
     reliability_lines,
 )
-from eval.summary import OVERALL, interval, number
+from eval.summary import OVERALL, interval, number, warmth
+from mmspec.pages import template
 
-TEMPLATE = "policies.html.j2"
+TEMPLATE = Path(__file__).with_name("policies.html.j2")
 MEANINGS = {
     "P0": "the checkpoint's or the method's own tree, every round",
     "P1": "the best fixed tree",
@@ -57,19 +56,13 @@ def render(table: Mapping[str, Any]) -> str:
     Args:
         table: as it is written to `table.json`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["number"] = number
-    environment.filters["percent"] = lambda value, digits=1: "-" if value is None else f"{100 * value:.{digits}f}%"
     labels = labels_of(table["rows"])
     drafters = list(dict.fromkeys(row["drafter"] for row in table["rows"]))
     wrong = sorted(
         {row["policy"] for row in table["rows"] if row["exact_match"] is not None and row["exact_match"] < 1}
     )
     busy = dict.fromkeys(_name(row) for row in table["rows"] if row["unreliable"])
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE, number=number, percent=_percent).render(
         table=table,
         settings=table["settings"],
         commits=list(dict.fromkeys(cell["commit"] for cell in table["cells"])),
@@ -88,6 +81,10 @@ def render(table: Mapping[str, Any]) -> str:
         cells=[_drafter(table, name, labels) for name in drafters],
         n_levels=2,
     )  # fmt: skip
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def headlines(promises: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -121,11 +118,7 @@ def uneven(row: Mapping[str, Any]) -> bool:
 
 def _name(row: Mapping[str, Any]) -> str:
     """A cell in words."""
-    return f"{row['drafter']}, batch {row['batch']}, {_heat(row['temperature'])}, {row['data']}"
-
-
-def _heat(temperature: float) -> str:
-    return "greedy" if temperature == 0 else f"T = {temperature:g}"
+    return f"{row['drafter']}, batch {row['batch']}, {warmth(row['temperature'])}, {row['data']}"
 
 
 def _key(label: str, css: str) -> str:
@@ -142,7 +135,7 @@ def _drafter(table: Mapping[str, Any], name: str, labels: Sequence[str]) -> dict
     for data, temperature in kinds:
         mine = [row for row in rows if (row["data"], row["temperature"]) == (data, temperature)]
         if len({row["batch"] for row in mine}) > 1:
-            charts.append((f"{data}, {_heat(temperature)}", line_chart(*batch_lines(mine, COLOURS))))
+            charts.append((f"{data}, {warmth(temperature)}", line_chart(*batch_lines(mine, COLOURS))))
     return {
         "name": name,
         "speeds": [_speeds(cell, rows, labels) for cell in cells],
@@ -165,13 +158,13 @@ def _break_even(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["drafter"] == name:
-            found.setdefault(f"{row['data']}, {_heat(row['temperature'])}", {})[row["policy"]] = row["batch"]
+            found.setdefault(f"{row['data']}, {warmth(row['temperature'])}", {})[row["policy"]] = row["batch"]
     return found
 
 
 def _where(how: Mapping[str, Any]) -> str:
     """A cell of a drafter in words."""
-    return f"batch {how['batch']}, {_heat(how['temperature'])}, {how['data']}"
+    return f"batch {how['batch']}, {warmth(how['temperature'])}, {how['data']}"
 
 
 def _of(cell: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

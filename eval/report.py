@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval import report_charts as charts
 from eval import report_views as views
@@ -28,10 +25,13 @@ from eval.summary import SCHEMA, interval, number
 from eval.tasks import PLAIN
 from mmspec.arguments import Parser, command
 from mmspec.checkpoint import write_json
+from mmspec.files import write_text
+from mmspec.pages import template
 from mmspec.types import InputError
 
 PROGRAM = "eval.report"
-TEMPLATE, SAMPLES = "report.html.j2", "samples.json"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+SAMPLES = "samples.json"
 
 
 def write(
@@ -59,9 +59,7 @@ def write(
             raise
         trouble = str(error)
     write_json(path.parent / SAMPLES, list(samples))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(summary, samples, found, trouble), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, render(summary, samples, found, trouble))
 
 
 def render(
@@ -77,20 +75,12 @@ def render(
         found: visual dependence, where it was measured.
         trouble: why what there is of it is not shown.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "interval": interval, "label": views.label}
     cells = summary["cells"]
     seen = charts.looks(summary["methods"], summary["primary"])
     temperatures = list(dict.fromkeys(cell["temperature"] for cell in cells))
     names = [name for name in seen if name != PLAIN]
     largest = max(cell["batch_size"] for cell in cells)
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE, number=number, interval=interval, label=views.label).render(
         summary=summary,
         cells=[_cell(cell, seen) for cell in cells],
         seen=seen,

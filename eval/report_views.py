@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.plots import ticks
-from eval.summary import interval, number
+from eval.summary import interval, number, warmth
 from eval.tasks import PLAIN
 
 PHASES = (
@@ -47,8 +47,7 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
 
 def label(cell: Mapping[str, Any]) -> str:
     """A cell in words: `batch 4, greedy`."""
-    heat = cell["temperature"]
-    return f"batch {cell['batch_size']}, {'greedy' if heat == 0 else f'T = {heat:g}'}"
+    return f"batch {cell['batch_size']}, {warmth(cell['temperature'])}"
 
 
 def by_speedup(methods: Mapping[str, Any]) -> list[str]:

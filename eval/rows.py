@@ -16,6 +16,7 @@ from typing import Any
 
 from eval.bench import Result
 from eval.tasks import Task
+from mmspec.files import replacing
 from mmspec.metrics import Match
 from mmspec.types import InputError, Output
 
@@ -199,10 +200,8 @@ def merge(paths: Sequence[Path], into: Path, key: Any) -> list[dict[str, Any]]:
 
 def _replace(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file anew, whole or not at all."""
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)

@@ -336,6 +336,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def warmth(temperature: float) -> str:
+    """A temperature in words: `greedy`, `T = 0.7`."""
+    return "greedy" if temperature == 0 else f"T = {temperature:g}"
+
+
 def interval(row: Mapping[str, Any]) -> str:
     """Speedup as `2.41x [2.30, 2.52]`."""
     if row["speedup"] is None:

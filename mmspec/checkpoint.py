@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mmspec import hub
+from mmspec.files import replacing, write_text
 from mmspec.heads._blind import blind_twin
 from mmspec.losses import LossConfig
 from mmspec.recipe import Recipe, build_config, import_head
@@ -260,18 +261,15 @@ def git_commit() -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes safetensors atomically; tensors are copied, so shared storage is no obstacle."""
-    temporary = path.with_name(path.name + ".tmp")
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     # `save_file` would make a file that only its owner may read, whatever the umask says.
-    temporary.write_bytes(save(copied, metadata=dict(metadata or {})))
-    os.replace(temporary, path)
+    with replacing(path) as scratch:
+        scratch.write_bytes(save(copied, metadata=dict(metadata or {})))
 
 
 def _git(root: Path, *words: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from mmspec.files import write_text
 from mmspec.tree import chain
 from mmspec.types import Choices, Drafter, Plan, Prompt, Request, State, Target, Tree
 from mmspec.verify import MatchVerifier
@@ -54,9 +54,7 @@ class CostTable:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps({"schema": _SCHEMA, **asdict(self)}, indent=1))
-        os.replace(scratch, path)
+        write_text(path, json.dumps({"schema": _SCHEMA, **asdict(self)}, indent=1))
 
     @staticmethod
     def load(path: Path) -> CostTable:

@@ -40,7 +40,7 @@ HEADS = ("eagle3", "medusa", "vispec")
 SUFFIXES = {"llava-1.5-7b": "llava7b", "qwen2.5-vl-7b": "qwen2_5_vl_7b"}
 """Of their recipes."""
 BATCHES = (1, 2, 4, 8, 16, 32)
-NEEDED = {"train": ("datasets", "peft", "psutil"), "mid": ("datasets", "peft", "psutil", "jinja2")}
+NEEDED = {"train": ("datasets", "peft", "psutil"), "mid": ("datasets", "peft", "psutil")}
 """Packages that a part wants beside those of mmspec."""
 GOES_ON = 75
 """Exit code of a call whose minutes are over."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.files import write_text  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from train.distill import leave, train, writing  # noqa: E402
 from train.sample import IMAGE_MARK, Sample  # noqa: E402
@@ -57,11 +57,9 @@ def main() -> int:
             twin(session.corpus.samples[index], dialogue) for index, dialogue in session.prepared.dialogues.items()
         )
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found if record is not None]
-        temporary = out.with_name(out.name + ".tmp")
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, out)
+            write_text(out, "".join(lines))
         session.tracker.say(f"{len(lines)} conversations without pictures: {out}")
 
     return train(recipe, instead=write)

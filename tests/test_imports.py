@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYER_1 = {"types", "tree", "static_tree", "sampling", "nn", "losses", "cache", "metrics", "records", "safety"}
+LAYER_1 = {"types", "tree", "static_tree", "sampling", "nn", "losses", "cache", "files", "metrics", "records", "safety"}
 LAYER_2 = {"targets", "heads", "drafters", "verify", "policy"}
 ONLY_OUTSIDE = {"deepspeed", "wandb", "wandb_workspaces", "peft", "datasets"}
 WITHIN_FUNCTIONS = {"dashboards": {"wandb", "wandb_workspaces"}}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import random
 import statistics
 from collections import Counter
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from mmspec.files import write_text
+from mmspec.pages import template
 from mmspec.recipe import Data, Recipe
 from mmspec.records import RecordError
 from mmspec.types import Prompt
@@ -30,7 +30,7 @@ from train.corpus import Corpus, Picture, Sample
 from train.decontaminate import Listing
 from train.encode import encode, length_limit
 
-TEMPLATE = "showing.html.j2"
+TEMPLATE = Path(__file__).with_name("showing.html.j2")
 THUMBNAIL = 240
 BINS = 24
 TOKENS = 1200
@@ -69,10 +69,8 @@ class Inspected:
 def write(path: Path, inspected: Inspected, n_samples: int) -> None:
     """Writes the page, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     # Ids and file names may hold what UTF-8 cannot.
-    temporary.write_text(render(inspected, n_samples), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_text(path, render(inspected, n_samples), errors="replace")
 
 
 def render(inspected: Inspected, n_samples: int) -> str:
@@ -81,17 +79,10 @@ def render(inspected: Inspected, n_samples: int) -> str:
     Args:
         n_samples: drawn at random, or all there are.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     recipe, prepared = inspected.recipe, inspected.prepared
     shown = [_sample(inspected, index) for index in draw(inspected, n_samples)]
     lengths = prepared.lengths[prepared.status == GOOD].tolist()
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         recipe=recipe,
         title=f"{recipe.run.name}: training data",
         figures=figures(inspected),

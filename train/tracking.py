@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from mmspec.files import write_text
 from mmspec.login import wandb_mode, wandb_project
 from mmspec.types import InputError
 
@@ -89,9 +90,7 @@ class Tracker:
                 lines = path.read_text(encoding="utf-8").split("\n")
                 kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
                 # Killed in here, a run must not lose the curve that it goes on with.
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(temporary, path)
+                write_text(path, "".join(line + "\n" for line in kept))
         self._tell(lambda sink: sink.rewind(step))
 
     def progress(self, what: str, total: int, done: int, unit: str) -> None:

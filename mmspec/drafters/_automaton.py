@@ -7,7 +7,6 @@ that ends at more places (Blumer et al. 1985, "The smallest automaton recognizin
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from heapq import heappop, heappush, nlargest
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mmspec.files import replacing
 from mmspec.types import InputError
 
 FORMAT = "mmspec suffix automaton 1"
@@ -245,6 +245,5 @@ def save(path: Path, arrays: dict[str, np.ndarray], **about: str) -> None:
         arrays: of `freeze`.
         about: `vocabulary`, `target` and anything else worth knowing of the corpus.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file(arrays, temporary, {"format": FORMAT, **about})
-    os.replace(temporary, path)
+    with replacing(path) as scratch:
+        save_file(arrays, scratch, {"format": FORMAT, **about})

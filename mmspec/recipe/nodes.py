@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
+from mmspec.files import write_text
 from mmspec.losses import LossConfig
 
 HEAD_KEYS = ("kind", "init_from", "init_layer", "lora", "blind")
@@ -299,9 +299,7 @@ class Recipe:
 
     def save(self, path: Path | str) -> None:
         """Writes the resolved recipe; `load` reads it back to an equal object."""
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(Path(path), yaml.safe_dump(self.as_dict(), sort_keys=False))
 
 
 def _lists(value: Any) -> Any:
