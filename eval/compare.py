@@ -27,7 +27,6 @@ decoding's) is marked INVALID, and nothing is claimed of its times.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -259,9 +258,7 @@ def write(out: Path, found: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     console = Console()
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of eval.mmspec; the first is what the others are compared with")
     add("--method", nargs="+", default=[], metavar="NAME", help="compare this one, or one for each RUN in its order")

@@ -196,9 +196,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="a run folder with a head and its controller")
     add("--out", required=True, metavar="FILE", help="the page; the figures go beside it as JSON")

@@ -376,11 +376,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("--ckpt", action="append", required=True, metavar="DIR", help="a run folder; again for each further one")
     add("--out", required=True, metavar="DIR", help="where the results go")

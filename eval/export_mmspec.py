@@ -115,12 +115,7 @@ def run(args: argparse.Namespace) -> list[Path]:
 @command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog=f"python -m {PROGRAM}",
-        description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     parser.add_argument("run", metavar="DIR", help="folder of a finished evaluation (--out of eval.mmspec)")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: DIR/mmspec)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="which cell of a sweep (default: the first)")

@@ -236,9 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("experiment", choices=tuple(ROLES), help="which finding")
     add("--heads", nargs="+", default=[], metavar="NAME=DIR", help="trained heads: multimodal and text_only (further "

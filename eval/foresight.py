@@ -308,9 +308,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="run folder of a head, with a controller or")
     add(

@@ -73,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Scores a draft head and training-free methods: MAT, speedup over plain decoding, latency, and "
         "whether the text is the same.",
         epilog=EXAMPLES.format(methods=", ".join(method_names())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

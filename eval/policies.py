@@ -404,11 +404,7 @@ def about(args: argparse.Namespace, scored: Scored) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="DIR", help="run folder of a head, or")
     add("--method", choices=method_names(), help="a training-free method")

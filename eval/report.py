@@ -146,9 +146,7 @@ def _dependence(found: Dependence) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="EVAL", help="the results of eval.mmspec, e.g. runs/NAME/eval")
     parser.add_argument(
         "--dependence", type=Path, metavar="DIR", help=f"the results of eval.dependence (default: EVAL/{FOLDER})"

@@ -199,11 +199,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog=f"python -m {PROGRAM}", description=f"{summary}\n\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="DIR", help="run folder of train/distill.py")
     add("--method", choices=method_names(), help="instead: a method without training")

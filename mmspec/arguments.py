@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from mmspec.types import InputError
 
@@ -19,7 +19,11 @@ PATIENCE_S = 20.0
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as any other wrong input: in one line, which `command` prints."""
+    """Texts keep their lines, and a wrong command line is reported as any other wrong input: in one line, which
+    `command` prints."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

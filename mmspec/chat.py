@@ -51,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m mmspec.chat",
         description="Streams an answer in the terminal and shows which tokens the draft head proposed.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--ckpt", metavar="DIR", help="run folder, or hub:org/name[@revision]; not needed with --method")

@@ -6,7 +6,6 @@ The library is imported when a view is made, and by nothing else: decoding does 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -72,9 +71,7 @@ def run(program: str, about: str, board: Dashboard, file: str, argv: Sequence[st
     Raises:
         InputError: the command line is wrong, or what it asks for is not to be had.
     """
-    parser = Parser(
-        prog=f"python -m {program}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"python -m {program}", description=about)
     add = parser.add_argument
     add("--out", metavar="FILE", help=f"write the view as JSON, logged in or not (not logged in: {file})")
     add("--project", default=wandb_project(), metavar="NAME", help="of W&B (default: WANDB_PROJECT, or mmspec)")

@@ -96,7 +96,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: it is wrong.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("recipe", type=Path, help="YAML file, as in recipes/")
     add("--target", choices=tuple(NAMES), default=next(iter(NAMES)), help="whose shape (default %(default)s)")

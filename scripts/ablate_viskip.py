@@ -222,9 +222,7 @@ def _digest(rounds: Any) -> str:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/ablate_viskip.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/ablate_viskip.py", description=__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder with a labelled rollout")
     add("--out", type=Path, default=Path("runs/science"), metavar="DIR", help="finished parts (default: %(default)s)")

@@ -204,7 +204,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         InputError: a number makes no sense.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_common(parser)
     add = parser.add_argument
     add("--records", type=int, default=100_000, help="in the large file (default %(default)s)")

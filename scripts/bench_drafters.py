@@ -148,7 +148,7 @@ class Bench:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_common(parser)
     add = parser.add_argument
     add("--method", nargs="+", metavar="NAME", help=f"of {', '.join(method_names())} (default: all)")

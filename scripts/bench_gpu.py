@@ -168,9 +168,7 @@ def _over(*_: Any) -> None:
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/bench_gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/bench_gpu.sh", description=__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these (default: all)")
     add("--targets", nargs="+", choices=tuple(NAMES), default=list(NAMES), help="of full size (default: both)")

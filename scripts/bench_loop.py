@@ -326,7 +326,7 @@ def _share(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> fl
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_common(parser)
     add = parser.add_argument
     add("--ckpt", type=Path, metavar="DIR", help="run folder with a head (default: an untrained one)")

@@ -230,7 +230,7 @@ def _pip(python: Path, *words: str) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="OUT", help="write the figures there")
     add("--peer", choices=("speculators",), help="compare with this project as well; it is installed apart")

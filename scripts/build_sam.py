@@ -257,9 +257,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: an option is wrong.
     """
-    parser = Parser(
-        prog=f"scripts/{PROGRAM}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"scripts/{PROGRAM}.py", description=__doc__)
     add = parser.add_argument
     add("corpus", nargs="+", type=Path, metavar="CORPUS", help="run folders and files, see above")
     add("--target", required=True, metavar="NAME", help="whose tokens: tiny_llava, a folder, or a Hub id (no weights)")

@@ -332,7 +332,7 @@ def provenance(args: argparse.Namespace, at: Progress, scores: dict[str, object]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--steps", type=int, default=sum(c.steps for c in CYCLES), help="steps of phase 2 (default %(default)s)"
     )

@@ -291,9 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/compare_heads.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/compare_heads.sh", description=__doc__)
     add = parser.add_argument
     add("--suffix", default="tiny", metavar="TARGET", help="of the recipes: <head>_TARGET.yaml (default: tiny)")
     add("--heads", nargs="+", metavar="KIND", help="only these (default: all that have a recipe)")

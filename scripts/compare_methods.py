@@ -211,9 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/compare_methods.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/compare_methods.sh", description=__doc__)
     add = parser.add_argument
     add("--heads", nargs="*", default=[], metavar="NAME=DIR", help=f"of {', '.join(HEADS)} (default: no heads)")
     add("--only", nargs="+", choices=("fit", "tune", *TABLES), metavar="STAGE", help="of fit, tune, matched, tuned")

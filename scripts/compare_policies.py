@@ -319,9 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(said: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/compare_policies.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/compare_policies.sh", description=__doc__)
     add = parser.add_argument
     heads = ["eagle=runs/eagle_tiny", "vispec=runs/vispec_tiny"]
     add("--heads", nargs="*", default=heads, metavar="NAME=DIR", help=f"trained heads (default: {' '.join(heads)})")

@@ -29,7 +29,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: it is wrong.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("head", metavar="DIR", help="the published head: a folder, its safetensors file, or hub:org/name[@revision]")
     add("--layout", default="auto", choices=("auto", *LAYOUTS), help="default: by the names of the tensors")

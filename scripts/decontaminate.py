@@ -95,7 +95,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="scripts/decontaminate.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 a list, 2 wrong input, 130 interrupted (the same command goes on)",
     )
     parser.add_argument("recipe", help="YAML file, as in recipes/")

@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: a wrong command line.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder of train/distill.py or scripts/convert.py")
     add("--format", required=True, choices=list(ENGINES), help="see above")

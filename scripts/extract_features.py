@@ -66,11 +66,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/extract_features.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="scripts/extract_features.py", description=__doc__)
     add = parser.add_argument
     add("recipe", help="YAML file, as in recipes/")
     add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")

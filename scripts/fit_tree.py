@@ -180,7 +180,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: a value that cannot be.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", metavar="DIR", help="run folder with a head")
     what.add_argument("--method", choices=("recycling",), help="a method without weights")

@@ -77,9 +77,7 @@ def inspect(recipe: Recipe) -> showing.Inspected:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/inspect_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/inspect_data.py", description=__doc__)
     parser.add_argument("recipe", help="YAML file, as in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: data.html in the run folder)")

@@ -31,9 +31,7 @@ PROGRAM = "measure_costs"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=f"scripts/{PROGRAM}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"scripts/{PROGRAM}.py", description=__doc__)
     add = parser.add_argument
     add("--ckpt", metavar="DIR", help="run folder of a head, or")
     add("--method", choices=method_names(), help="a training-free method")

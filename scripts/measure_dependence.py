@@ -58,11 +58,7 @@ def _table(rows: list[dict[str, object]]) -> str:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/measure_dependence.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="scripts/measure_dependence.py", description=__doc__)
     add = parser.add_argument
     add("recipe", help="YAML file, as in recipes/")
     add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")

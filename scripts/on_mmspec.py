@@ -235,8 +235,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: it is wrong.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="scripts/on_mmspec.py", description=__doc__, formatter_class=form)
+    parser = Parser(prog="scripts/on_mmspec.py", description=__doc__)
     parts = parser.add_subparsers(dest="what", required=True, metavar="heads|recipe")
     public = parts.add_parser("heads", help="public heads against published figures")
     own = parts.add_parser("recipe", help="train a recipe and make its whole table")

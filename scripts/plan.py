@@ -134,7 +134,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="scripts/plan.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 a plan, 1 nothing fits --gpu-gb, 2 wrong input",
     )
     add, usual = parser.add_argument, Assumed()

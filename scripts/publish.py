@@ -47,7 +47,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: it is wrong.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder of train/distill.py")
     add("repo", metavar="ORG/NAME", help="repository on the Hub; made where it is not there yet")

@@ -68,9 +68,7 @@ def _relaunch(arguments: argparse.Namespace) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/regenerate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/regenerate.py", description=__doc__)
     add = parser.add_argument
     add("recipe", help="YAML file, as in recipes/")
     add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")

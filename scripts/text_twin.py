@@ -66,9 +66,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser(
-        prog="scripts/text_twin.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/text_twin.py", description=__doc__)
     parser.add_argument("recipe", help="YAML file, as in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, a conversation each")

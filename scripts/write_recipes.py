@@ -11,7 +11,6 @@ adapters) are written by hand.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import textwrap
@@ -396,9 +395,7 @@ def _figure(entry: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
 @command("write_recipes")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0, 1 when --check finds a difference, or 2 for wrong input."""
-    parser = Parser(
-        prog="scripts/write_recipes.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="scripts/write_recipes.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, list the files that differ")
     arguments = parser.parse_args(argv)
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))

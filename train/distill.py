@@ -134,13 +134,7 @@ def _dry_run(recipe: Recipe) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog="train/distill.py",
-        description=f"{summary}\n\n{rest}",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="train/distill.py", description=__doc__, epilog=EPILOG)
     parser.add_argument("recipe", help="YAML file, as in recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument(
