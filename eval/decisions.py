@@ -31,7 +31,7 @@ from eval.bench import frozen_copy
 from eval.decision_figures import Answered, Asked, Decision, figures
 from eval.dependence import IMAGES, alone, longer
 from eval.mmspec import open_target, output_folder
-from eval.options import DTYPES
+from eval.options import add_records, add_target
 from eval.policies import Timed
 from eval.summary import clean, hardware, versions
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
@@ -200,14 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="a run folder with a head and its controller")
     add("--out", required=True, metavar="FILE", help="the page; the figures go beside it as JSON")
-    add("--data", default="synth:testmini", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add_records(parser, "synth:testmini")
     add("--max-batch", type=int, default=8, metavar="N", help="largest batch whose costs are measured (default: 8)")
-    add("--target", metavar="NAME", help="to decode with (default: the checkpoint's)")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
+    add_target(parser)
     return parser
 
 

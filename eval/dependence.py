@@ -28,7 +28,7 @@ from rich.progress import track
 from torch import Tensor
 
 from eval.mmspec import open_target, output_folder
-from eval.options import DTYPES
+from eval.options import add_records, add_target
 from eval.plots import Series, standalone
 from eval.summary import clean, hardware, versions
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
@@ -380,16 +380,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt", action="append", required=True, metavar="DIR", help="a run folder; again for each further one")
     add("--out", required=True, metavar="DIR", help="where the results go")
-    add("--data", default="synth:testmini", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
+    add_records(parser, "synth:testmini")
+    add_target(parser)
     add("--counterfactual", choices=COUNTERFACTUALS, default="mean", help="what stands for the image (default: mean)")
-    add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
-    add("--target", metavar="NAME", help="to decode with (default: the first checkpoint's)")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and heads (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--system", metavar="TEXT", help="system text (default: as of eval.mmspec)")
     add("--seed", type=int, default=0, help="of the bootstrap and of ties (default: 0)")
-    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
     return parser
 
 

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from eval import tables
 from eval.mmspec import open_target
-from eval.options import DTYPES
+from eval.options import add_records, add_target
 from eval.summary import clean, hardware
 from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device, make_drafter
-from mmspec.arguments import Parser, at_least, command
+from mmspec.arguments import Parser, as_temperature, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import DraftTree, write_json
 from mmspec.costs import load_or_measure
@@ -316,15 +316,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--costs", metavar="DIR", help="where the cost table is kept (default: beside the head)")
     add("--offer", type=int, metavar="D", help="levels of the chain (default: of the checkpoint's tree.json)")
-    add("--data", default="synth:val", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
-    add("--limit", type=int, default=100, metavar="N", help="records, taken in turn from the topics (default: 100)")
-    add("--temperature", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="(default: 0 1)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="per request (default: 128)")
-    add("--target", metavar="NAME", help="to decode with (default: the checkpoint's)")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add_records(parser, "synth:val", 100, 128)
+    add_target(parser)
+    add("--temperature", type=as_temperature, nargs="+", default=[0.0, 1.0], metavar="T", help="(default: 0 1)")
     add("--seed", type=int, default=0, help="of noise (default: 0)")
-    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
     add("--out", metavar="FILE", help="JSON file to write as well")
     return parser
 
@@ -334,8 +329,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = build_parser().parse_args(argv)
     at_least(args, limit=1, max_new_tokens=2, offer=1, seed=0)
-    if bad := [t for t in args.temperature if not t >= 0]:
-        raise InputError(f"--temperature must be 0 (greedy) or positive numbers, got {bad[0]}")
     args.device = find_device(args.device)
     result = run(args, Console(stderr=True))
     for temperature, found in result["temperatures"].items():

@@ -8,7 +8,7 @@ import math
 from eval import wandb_log
 from eval.tasks import HISTORIES
 from mmspec.api import FREE, METHOD_POLICIES, SHAPED, STATIC, TRAINED, find_device
-from mmspec.arguments import Parser, at_least
+from mmspec.arguments import Parser, as_share, as_temperature, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.methods import method_names
 from mmspec.types import InputError
@@ -66,6 +66,41 @@ what is written to --out
 """
 
 
+def add_records(parser: argparse.ArgumentParser, data: str, limit: int | None = None, tokens: int = 256) -> None:
+    """Options of a command that decodes records: which, and how much of them.
+
+    Args:
+        parser: gets the options.
+        data, limit, tokens: defaults.
+    """
+    add = parser.add_argument
+    add(
+        "--data",
+        default=data,
+        metavar="DATA",
+        help="synth:testmini (60 records), synth:test (600), synth:val (200), a folder in MMSpec's layout, or "
+        "hub:ORG/NAME, a dataset in that layout (default: %(default)s)",
+    )
+    usual = "all" if limit is None else limit
+    add("--limit", type=int, default=limit, metavar="N", help=f"records, in turn from the topics (default: {usual})")
+    add("--max-new-tokens", type=int, default=tokens, metavar="N", help="per request (default: %(default)s)")
+    add(
+        "--max-bad-share",
+        type=as_share,
+        default=0.05,
+        metavar="S",
+        help="stop when more than this share of the records is unusable (default: 0.05)",
+    )
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that decodes: with what, and where."""
+    add = parser.add_argument
+    add("--target", metavar="NAME", help=f"to decode with (default: the checkpoint's, without one {EMBEDDED})")
+    add("--dtype", choices=DTYPES, default="float32", help="of target and heads (default: float32)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
@@ -102,20 +137,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML with settings of methods (default: those of recipes/methods/training_free.yaml, which has them all)",
     )
-    add(
-        "--data",
-        default="synth:testmini",
-        metavar="DATA",
-        help="synth:testmini (60 records, default), synth:test (600), synth:val (200), a folder in MMSpec's layout, "
-        "or hub:ORG/NAME, a dataset in that layout",
-    )
+    add_records(parser, "synth:testmini")
     add("--out", metavar="DIR", help="where the results go (default: CKPT/eval, or runs/eval-NAMES)")
-    add("--target", metavar="NAME", help=f"to decode with (default: the checkpoint's, without one {EMBEDDED})")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add_target(parser)
     add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="requests decoded together (default: 1)")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
-    add("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="0 is greedy (default)")
+    add("--temperature", type=as_temperature, nargs="+", default=[0.0], metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
     add(
@@ -156,7 +182,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the heads' drafts; again for each further --ckpt, in its order (default: the checkpoint's tree.json)",
     )
     add("--share-noise", action="store_true", help="the head chooses its candidates with the sampling noise in view")
-    add("--limit", type=int, metavar="N", help="only N records, taken in turn from the topics")
     add(
         "--policies",
         nargs="+",
@@ -199,13 +224,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="policies forget after each group of requests, so that rounds too are those of any other order",
     )
-    add(
-        "--max-bad-share",
-        type=float,
-        default=0.05,
-        metavar="S",
-        help="stop when more than this share of the records is unusable (default: 0.05)",
-    )
     return parser
 
 
@@ -213,9 +231,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises InputError, naming the option, its value and what is allowed."""
     at_least(args, batch_size=1, max_new_tokens=1, limit=1, top_k=0, no_repeat_ngram=0, seed=0)
     args.batch_size, args.temperature = list(dict.fromkeys(args.batch_size)), list(dict.fromkeys(args.temperature))
-    for temperature in args.temperature:
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
@@ -235,8 +250,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--verifier rejection needs drawn candidates; those of --policies {shaped[0]} are chosen")
     if args.pixels and not 0 < args.pixels[0] <= args.pixels[1]:
         raise InputError(f"--pixels must be above 0 and in order, got {args.pixels[0]} {args.pixels[1]}")
-    if not 0 <= args.max_bad_share <= 1:
-        raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     if args.wandb is not None:
         wandb_log.check()
     args.device = find_device(args.device)

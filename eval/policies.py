@@ -36,14 +36,14 @@ from torch import Tensor
 
 from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
-from eval.options import DTYPES
+from eval.options import add_records, add_target
 from eval.summary import OVERALL, Contention, clean, figures, hardware, unreliable
 from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device, make_drafter
-from mmspec.arguments import Parser, at_least, command
+from mmspec.arguments import Parser, as_temperature, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import DraftTree
 from mmspec.costs import CostTable, load_or_measure
@@ -417,16 +417,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tune", action="store_true", help="tune P1 to P4 and name the best baseline, instead of scoring")
     add("--tuned", metavar="FILE", help="what --tune found")
     add("--policies", nargs="+", choices=(*POLICIES, ORACLE), default=[*POLICIES, ORACLE], metavar="P")
-    add("--data", default="synth:val", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="records, taken in turn from the topics (default: all)")
+    add_records(parser, "synth:val")
+    add_target(parser)
     add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
-    add("--target", metavar="NAME", help="to decode with (default: the checkpoint's)")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--temperature", type=as_temperature, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--seed", type=int, default=0, help="of noise and bootstrap (default: 0)")
-    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
     add("--out", required=True, metavar="FILE", help="JSON file to write")
     return parser
 
@@ -438,8 +433,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.tune == bool(args.tuned):
         raise InputError("give --tune, or --tuned FILE with what it found")
     at_least(args, limit=1, max_new_tokens=1, batch_size=1, seed=0)
-    if not args.temperature >= 0:
-        raise InputError(f"--temperature must be 0 (greedy) or a positive number, got {args.temperature}")
     if args.tuned and not Path(args.tuned).is_file():
         raise InputError(f"--tuned {args.tuned} does not exist; make it with --tune")
     args.device = find_device(args.device)

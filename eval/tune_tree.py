@@ -26,7 +26,7 @@ from rich.console import Console
 
 from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
-from eval.options import DTYPES
+from eval.options import add_records, add_target
 from eval.summary import Contention, clean, figures, hardware, unreliable
 from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
 from mmspec import checkpoint as checkpoints
@@ -212,15 +212,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--policy", choices=("fixed", *TRAINED), default="fixed", help="what steers the head (default: %(default)s)")
     add("--static", metavar="FILE", help="try the head with the first nodes of this static tree")
     add("--method-budget", choices=METHOD_POLICIES, default="adaptive", help="as of eval.mmspec (default: adaptive)")
-    add("--data", default="synth:val", metavar="DATA", help="as of eval.mmspec (default: %(default)s)")
-    add("--limit", type=int, default=60, metavar="N", help="records, taken in turn from the topics (default: 60)")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per request (default: 256)")
+    add_records(parser, "synth:val", 60)
+    add_target(parser)
     add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default: 1)")
-    add("--target", metavar="NAME", help="to decode with (default: the checkpoint's)")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    add("--max-bad-share", type=float, default=0.05, metavar="S", help="as of eval.mmspec (default: 0.05)")
     return parser
 
 

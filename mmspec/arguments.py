@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import signal
 import sys
@@ -63,6 +64,30 @@ def command(
         return main
 
     return decorate
+
+
+def as_temperature(text: str) -> float:
+    """Type of an option: 0, which is greedy, or a positive number."""
+    value = _number(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be 0 (greedy) or a positive number, got {text}")
+    return value
+
+
+def as_share(text: str) -> float:
+    """Type of an option: 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    """Not a number where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def default_signals() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mmspec.api import POLICIES, Answer, Speculator
-from mmspec.arguments import Parser, at_least, command
+from mmspec.arguments import Parser, as_temperature, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import method_names, read_settings
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="float32 (default), bfloat16, float16 or float64")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--temperature", type=as_temperature, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
     add("--seed", type=int, default=0, help="of the sampling noise (default: 0)")

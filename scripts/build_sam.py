@@ -40,7 +40,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmspec.arguments import Parser, command
+from mmspec.arguments import Parser, as_share, command
 from mmspec.drafters._automaton import Automaton, freeze, save
 from mmspec.records import Quarantine, RecordError
 from mmspec.targets import Vocabulary, load_vocabulary
@@ -265,7 +265,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=0, metavar="N", help="stop after so many tokens; 0: take all (default)")
     add(
         "--max-bad-share",
-        type=float,
+        type=as_share,
         default=0.05,
         metavar="S",
         help="stop when more than this share of the records is unusable (default: 0.05)",
@@ -273,8 +273,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_tokens < 0:
         raise InputError(f"--max-tokens must not be negative, got {args.max_tokens}")
-    if not 0 <= args.max_bad_share <= 1:
-        raise InputError(f"--max-bad-share must be between 0 and 1, got {args.max_bad_share}")
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; name the file to write")
     return args

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval.mmspec import open_target
-from eval.options import DTYPES
+from eval.options import add_target
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
@@ -37,9 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", choices=method_names(), help="a training-free method")
     add("--offer", metavar="D,W,N", help="the largest draft (default: the checkpoint's tree.json, a method's own)")
     add("--max-batch", type=int, default=1, metavar="N", help="batch sizes 1, 2, 4, .. up to this (default: 1)")
-    add("--target", metavar="NAME", help="to decode with (default: the checkpoint's, else the embedded one)")
-    add("--dtype", choices=DTYPES, default="float32", help="of target and head (default: float32)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add_target(parser)
     add("--out", metavar="DIR", help="folder of the table (default: CKPT/costs; needed for a method)")
     add("--again", action="store_true", help="measure anew")
     return parser
