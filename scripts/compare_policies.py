@@ -16,7 +16,8 @@ plans are decoded once (`python -m eval.policies --help`). Most of all time is -
 batch 1. Times of a busy machine are marked unreliable, and so are the costs that policies then decide by.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
-step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots).
+step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots); --so-far makes
+them of the cells that are there, and says which are not.
 """
 
 from __future__ import annotations
@@ -215,9 +216,10 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
     """The table: rows, headroom, what does not hold, and what else the cells say.
 
     Raises:
-        InputError: a cell is missing.
+        InputError: a cell is missing, and not only those so far are asked for; or there is none.
     """
     files: list[dict[str, Any]] = []
+    missing: list[Path] = []
     for entrant in drafters:
         for batch in args.batches:
             for temperature in args.temperatures:
@@ -225,10 +227,13 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
                 for part in _parts(args, entrant):
                     path = folder / f"{part}.json"
                     if not path.is_file():
-                        raise InputError(f"{path} is missing: run the shard that makes it, then this command again")
+                        missing.append(path)
+                        continue
                     found = json.loads(path.read_text(encoding="utf-8"))
                     found["settings"]["drafter"] = entrant.name
                     files.append(found)
+    if missing and not (args.so_far and files):
+        raise InputError(f"{missing[0]} is missing: run the shard that makes it, then this command again")
     rows = [row for found in files for row in rows_of(found)]
     facts = ("commit", "settings", "best", "control", "calibration", "against", "skips")
     for found in files:
@@ -238,7 +243,7 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
         "settings": _settings(args), "commit": checkpoint.git_commit(), "hardware": files[0]["hardware"],
         "rows": rows, "headroom": [row for found in files for row in headroom_of(found)],
         "promises": [figures for figures, _ in judged], "verdicts": [line for _, said in judged for line in said],
-        "break_even": break_even(rows),
+        "break_even": break_even(rows), "missing": [f"{path.parent.name}/{path.stem}" for path in missing],
         "cells": [{key: found.get(key) for key in facts} for found in files],
         "costs": {entrant.name: _costs_of(args, entrant) for entrant in drafters},
         "controllers": {entrant.name: _held_out(args, entrant) for entrant in drafters},
@@ -291,6 +296,7 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     (results / "policies" / "index.html").write_text(render(table), encoding="utf-8")
     machine = hardware_line(table["hardware"])
     missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
+    missed += f"\n\nNot scored yet: {', '.join(table['missing'])}." if table["missing"] else ""
     said = " ".join(map(checkpoint.discreet, args.said))
     scored_at = ", ".join(dict.fromkeys(str(cell["commit"]) for cell in table["cells"]))
     return (
@@ -309,12 +315,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     drafters = entrants(args)
     number, n_shards = args.shard
-    mine = drafters[number - 1 :: n_shards]
+    mine = [] if args.so_far else drafters[number - 1 :: n_shards]
     Path(args.out).mkdir(parents=True, exist_ok=True)
     ledger = Ledger(Path(args.out))
     for step in plan(args, mine):
         perform(step, ledger)
-    if n_shards == 1:
+    if args.so_far or n_shards == 1:
         print(write(args, collect(args, drafters)))
 
 
@@ -342,6 +348,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--out", default="runs/policies", metavar="DIR", help="(default: %(default)s)")
     add("--results", default="recipes/results", metavar="DIR", help="policies.json, page, plots (default: %(default)s)")
     add("--shard", default="1/1", metavar="I/N", help="only every N-th drafter, from the I-th on; collects nothing")
+    add("--so-far", action="store_true", help="do no step: table, page and plots of the cells that are there")
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all controllers")
     add("--make-untrained", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(said)

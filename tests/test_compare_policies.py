@@ -225,10 +225,23 @@ def test_what_is_wrong_is_one_line(words: list[str], said: str, capsys: pytest.C
     assert error.count("\n") == 1
 
 
-def test_a_missing_cell_is_named(head: Path, tmp_path: Path):
-    args = command._parse(["--heads", f"mine={head}", "--methods", "--no-untrained", "--out", str(tmp_path)])
-    with pytest.raises(InputError, match=r"short\.json is missing"):
+def test_a_missing_cell_is_named_or_left_out_so_far(head: Path, tmp_path: Path):
+    words = ["--heads", f"mine={head}", "--methods", "--no-untrained", "--batches", "1", "--long-data", ""]
+    words += ["--out", str(tmp_path), "--results", str(tmp_path / "results")]
+    args, so_far = command._parse(words), command._parse([*words, "--so-far"])
+    for asked in (args, so_far):
+        with pytest.raises(InputError, match=r"short\.json is missing"):
+            command.collect(asked, command.entrants(asked))
+    made = tmp_path / "cells" / "mine_b1_t1" / "short.json"
+    made.parent.mkdir(parents=True)
+    made.write_text(json.dumps({**cell(), "hardware": {"cpu": "x", "gpu": None}}))
+    with pytest.raises(InputError, match=r"mine_b1_t0.short\.json is missing"):
         command.collect(args, command.entrants(args))
+    assert command.main([*words, "--so-far"]) == 0
+    table = json.loads((tmp_path / "results" / "policies.json").read_text())
+    assert table["missing"] == ["mine_b1_t0/short"]
+    assert {row["drafter"] for row in table["rows"]} == {"mine"}
+    assert "Not scored yet: mine_b1_t0/short." in (tmp_path / "results" / "policies" / "index.html").read_text()
 
 
 def test_an_entry_of_the_table_is_a_line():
