@@ -8,7 +8,7 @@ import math
 from eval import wandb_log
 from eval.tasks import HISTORIES
 from mmspec.api import FREE, METHOD_POLICIES, SHAPED, STATIC, TRAINED, find_device
-from mmspec.arguments import Parser, as_share, as_temperature, at_least
+from mmspec.arguments import Parser, add_bad_share, as_temperature, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.methods import method_names
 from mmspec.types import InputError
@@ -84,13 +84,7 @@ def add_records(parser: argparse.ArgumentParser, data: str, limit: int | None = 
     usual = "all" if limit is None else limit
     add("--limit", type=int, default=limit, metavar="N", help=f"records, in turn from the topics (default: {usual})")
     add("--max-new-tokens", type=int, default=tokens, metavar="N", help="per request (default: %(default)s)")
-    add(
-        "--max-bad-share",
-        type=as_share,
-        default=0.05,
-        metavar="S",
-        help="stop when more than this share of the records is unusable (default: 0.05)",
-    )
+    add_bad_share(parser)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -78,7 +78,7 @@ def render(table: Mapping[str, Any]) -> str:
                 "ece": ECE},
         wrong=wrong,
         busy=list(busy),
-        missing=table.get("missing", []),
+        missing=table["missing"],
         cells=[_drafter(table, name, labels) for name in drafters],
         n_levels=2,
     )  # fmt: skip

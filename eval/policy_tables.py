@@ -191,6 +191,26 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return tables.markdown(["drafter", "batch", "T", "data", *labels], lines)
 
 
+def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By drafter, data and policy, over all batch sizes and temperatures: the geometric mean of the speedup over plain
+    decoding (`over_plain`), and of that over the best fixed tree's, P1 (`over_P1`); overall, of policies that all cells
+    of the drafter have."""
+    speeds: dict[tuple[Any, Any], dict[tuple[Any, Any], dict[str, float]]] = {}
+    for row in rows:
+        if row["topic"] == OVERALL and row["speedup"]:
+            cells = speeds.setdefault((row["drafter"], row["data"]), {})
+            cells.setdefault((row["batch"], row["temperature"]), {})[row["policy"]] = row["speedup"]
+    found = []
+    for (drafter, data), cells in speeds.items():
+        for policy in labels_of(rows):
+            pairs = [(by[policy], by["P1"]) for by in cells.values() if {policy, "P1"} <= set(by)]
+            if len(pairs) == len(cells):
+                facts = {"drafter": drafter, "data": data, "policy": policy, "n_cells": len(cells)}
+                own, fixed = (metrics.geometric_mean(speeds_of) for speeds_of in zip(*pairs))
+                found.append({**facts, "over_plain": own, "over_P1": own / fixed})
+    return found
+
+
 def plot(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Speedup over batch size, a line a policy, as an SVG document.
 

@@ -82,6 +82,17 @@ def as_share(text: str) -> float:
     return value
 
 
+def add_bad_share(parser: argparse.ArgumentParser) -> None:
+    """The option of a command that reads records: how many may be unusable (`Quarantine.check`)."""
+    parser.add_argument(
+        "--max-bad-share",
+        type=as_share,
+        default=0.05,
+        metavar="S",
+        help="stop when more than this share of the records is unusable (default: 0.05)",
+    )
+
+
 def _number(text: str) -> float:
     """Not a number where it is none."""
     try:

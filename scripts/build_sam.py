@@ -40,7 +40,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmspec.arguments import Parser, as_share, command
+from mmspec.arguments import Parser, add_bad_share, command
 from mmspec.drafters._automaton import Automaton, freeze, save
 from mmspec.records import Quarantine, RecordError
 from mmspec.targets import Vocabulary, load_vocabulary
@@ -263,13 +263,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target", required=True, metavar="NAME", help="whose tokens: tiny_llava, a folder, or a Hub id (no weights)")
     add("--out", required=True, type=Path, metavar="FILE", help="the file to write, as in sam.safetensors")
     add("--max-tokens", type=int, default=0, metavar="N", help="stop after so many tokens; 0: take all (default)")
-    add(
-        "--max-bad-share",
-        type=as_share,
-        default=0.05,
-        metavar="S",
-        help="stop when more than this share of the records is unusable (default: 0.05)",
-    )
+    add_bad_share(parser)
     args = parser.parse_args(argv)
     if args.max_tokens < 0:
         raise InputError(f"--max-tokens must not be negative, got {args.max_tokens}")

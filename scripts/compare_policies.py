@@ -41,6 +41,7 @@ from eval.policy_tables import (
     headroom_of,
     judge,
     markdown,
+    means,
     plot,
     rows_of,
     skip_quality,
@@ -243,7 +244,8 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
         "settings": _settings(args), "commit": checkpoint.git_commit(), "hardware": files[0]["hardware"],
         "rows": rows, "headroom": [row for found in files for row in headroom_of(found)],
         "promises": [figures for figures, _ in judged], "verdicts": [line for _, said in judged for line in said],
-        "break_even": break_even(rows), "missing": [f"{path.parent.name}/{path.stem}" for path in missing],
+        "means": means(rows), "break_even": break_even(rows),
+        "missing": [f"{path.parent.name}/{path.stem}" for path in missing],
         "cells": [{key: found.get(key) for key in facts} for found in files],
         "costs": {entrant.name: _costs_of(args, entrant) for entrant in drafters},
         "controllers": {entrant.name: _held_out(args, entrant) for entrant in drafters},
@@ -274,8 +276,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def in_lines(table: Mapping[str, Any]) -> str:
     """The table as JSON, an entry of a list a line: small, and a changed row is a changed line."""
 
+    def said(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
     def entry(value: Any) -> str:
-        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if isinstance(value, list) else json.dumps(value)
+        return "[\n" + ",\n".join(map(said, value)) + "\n]" if isinstance(value, list) else said(value)
 
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {entry(value)}" for key, value in table.items()) + "\n}\n"
 
@@ -294,6 +299,11 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
             drawn = plot(f"{drafter}, T {temperature:g}, {args.data}", rows)
             (results / "policies" / f"{drafter}_t{temperature:g}.svg").write_text(drawn, encoding="utf-8")
     (results / "policies" / "index.html").write_text(render(table), encoding="utf-8")
+    averages = "\n".join(
+        f"- {row['drafter']}, {row['data']}, {row['policy']}: {row['over_plain']:.3f} of plain decoding, "
+        f"{row['over_P1']:.3f} of P1 (geometric means of {row['n_cells']} cells)"
+        for row in table["means"]
+    )
     machine = hardware_line(table["hardware"])
     missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
     missed += f"\n\nNot scored yet: {', '.join(table['missing'])}." if table["missing"] else ""
@@ -301,7 +311,7 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     scored_at = ", ".join(dict.fromkeys(str(cell["commit"]) for cell in table["cells"]))
     return (
         f"## {date.today()} · Policies side by side\n\n`bash scripts/compare_policies.sh {said}`, collected at commit "
-        f"{table['commit']}, scored at {scored_at}, {machine}.\n\n{markdown(table['rows'])}\n{missed}\n"
+        f"{table['commit']}, scored at {scored_at}, {machine}.\n\n{markdown(table['rows'])}\n{averages}\n\n{missed}\n"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.policy_page import headlines, render
-from eval.policy_tables import break_even, headroom_of, judge, markdown, plot, rows_of, skip_quality
+from eval.policy_tables import break_even, headroom_of, judge, markdown, means, plot, rows_of, skip_quality
 from mmspec import checkpoint, metrics
 from mmspec.types import InputError
 from scripts import compare_policies as command
@@ -94,7 +94,9 @@ def table_of(*files):
         "headroom": [row for found in files for row in headroom_of(found)],
         "promises": [figures for figures, _ in judged],
         "verdicts": [line for _, said in judged for line in said],
+        "means": means(rows),
         "break_even": break_even(rows),
+        "missing": [],
         "cells": [
             {"commit": "d" * 40, "skips": {"P8": {"precision": 0.5, "recall": None, "n": 7}}, **found}
             for found in files
@@ -156,6 +158,17 @@ def test_data_break_even_apart():
         for batch, speedup in zip((1, 4, 8), speedups)
     ]
     assert {row["data"]: row["batch"] for row in break_even(rows)} == {"one": 4, "other": 1}
+
+
+def test_means_are_geometric_and_of_whole_rows_of_cells():
+    facts = {"drafter": "d", "data": "one", "temperature": 0.0, "topic": "overall"}
+    speeds = {1: {"P1": 1.0, "P8": 2.0, "P9": 3.0}, 4: {"P1": 4.0, "P8": 4.5}}
+    rows = [{**facts, "batch": b, "policy": p, "speedup": s} for b, by in speeds.items() for p, s in by.items()]
+    found = {row["policy"]: row for row in means([*rows, {**rows[0], "topic": "charts", "speedup": 9.0}])}
+    assert set(found) == {"P1", "P8"}, "one cell has no P9"
+    assert found["P1"]["over_plain"] == pytest.approx(2.0)
+    assert (found["P8"]["over_plain"], found["P8"]["over_P1"]) == pytest.approx((3.0, 1.5))
+    assert found["P8"]["n_cells"] == 2
 
 
 def test_calibration_is_zero_for_honest_chances_and_the_difference_for_others():
@@ -248,7 +261,7 @@ def test_an_entry_of_the_table_is_a_line():
     table = {"rows": [{"a": 1.5, "b": [1, 2]}, {"a": None}], "commit": "c", "verdicts": []}
     said = command.in_lines(table)
     assert json.loads(said) == table
-    assert '\n{"a": 1.5, "b": [1, 2]},\n{"a": null}\n' in said
+    assert '\n{"a":1.5,"b":[1,2]},\n{"a":null}\n' in said
 
 
 @pytest.mark.slow
