@@ -28,10 +28,10 @@ from transformers import (
 
 from mmspec import assets
 from mmspec.assets.tiny_files import CHAT_TEMPLATE
-from mmspec.targets import HFTarget
 from mmspec.targets._adapters import ATTENTION
 from mmspec.targets._load import family_of
 from mmspec.targets._processor import ComposedProcessor
+from mmspec.targets.base import HFTarget
 from mmspec.types import InputError
 from train.shapes import PICTURE
 

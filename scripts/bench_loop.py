@@ -45,7 +45,8 @@ from mmspec.metrics import mat
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler
 from mmspec.synth import SPLITS, sample
-from mmspec.targets import HFTarget, load_target
+from mmspec.targets import load_target
+from mmspec.targets.base import HFTarget
 from mmspec.tree import chain, root_only
 from mmspec.types import Drafter, Output, Plan, Policy, Request, StepTrace
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,12 @@ def test_layers(path: Path):
         assert path.name == "__init__.py" or not siblings, f"{path} imports its siblings {siblings}"
     elif mine == "loop":
         assert used <= LAYER_1 | {"verify"}, f"loop reaches up to {used}"
+
+
+def test_nobody_waits_for_the_compiler_before_a_target_is_loaded():
+    """`--help` and a wrong word: torch's compiler, which transformers' models import, takes as long as torch itself."""
+    code = (
+        "import sys, eval.mmspec, train.distill, train.labels, train.regenerate; print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -22,8 +22,9 @@ from mmspec.loop import generate
 from mmspec.policy import SkipPolicy
 from mmspec.recipe import load as load_recipe
 from mmspec.sampling import GreedySampler
-from mmspec.targets import HFTarget, load_target
+from mmspec.targets import load_target
 from mmspec.targets._quantize import LIBRARIES
+from mmspec.targets.base import HFTarget
 from mmspec.types import InputError
 from tests import families, tiny
 from tests.test_train_runs import wait_for, workers

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmspec.recipe import TargetNode
-from mmspec.targets import HFTarget, load_target
+from mmspec.targets import load_target
 from mmspec.types import InputError, Target
 from train.tracking import Tracker
 from train.world import World, environment
+
+if TYPE_CHECKING:
+    from mmspec.targets.base import HFTarget
 
 ALIGNMENT = 256
 """Bytes: a weight starts where a tensor of its own would."""

@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from mmspec.targets._load import Description, Vocabulary, describe_target, load_target, load_vocabulary
-from mmspec.targets.base import HFTarget
 
-__all__ = ["Description", "HFTarget", "Vocabulary", "describe_target", "load_target", "load_vocabulary"]
+__all__ = ["Description", "Vocabulary", "describe_target", "load_target", "load_vocabulary"]

@@ -7,18 +7,19 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
 from mmspec.assets import resolve
-from mmspec.targets._adapters import ATTENTION
 from mmspec.targets._facts import fingerprint, text_shape, vocabulary_of
 from mmspec.targets._quantize import quantization
-from mmspec.targets.base import HFTarget
 from mmspec.types import InputError, TargetShape
+
+if TYPE_CHECKING:
+    from mmspec.targets.base import HFTarget
 
 
 def load_target(
@@ -41,6 +42,9 @@ def load_target(
         InputError: unknown dtype, unsupported family, files that cannot be found, or a quantisation that is not to be
             had.
     """
+    # Brings torch's compiler: seconds that `--help` and a wrong word do not have to wait for.
+    from mmspec.targets._adapters import ATTENTION
+
     kinds = {"float32", "float64", "bfloat16", "float16"}
     if dtype not in kinds:
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(sorted(kinds))}")
