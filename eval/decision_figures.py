@@ -20,7 +20,7 @@ from eval.tasks import Task
 from mmspec import metrics
 from mmspec.checkpoint import DraftTree
 from mmspec.costs import CostTable
-from mmspec.hindsight import Outcome, Prices, Step, fixed_rate, oracle_rate
+from mmspec.hindsight import Outcome, Priced, Prices, fixed_rate, oracle_rate
 from mmspec.policies._learned import LearnedPolicy
 from mmspec.types import Output
 
@@ -172,17 +172,17 @@ def _row(answers: Sequence[Answered], policy: LearnedPolicy, tree: DraftTree) ->
 
 def _rates(asked: Sequence[Asked], policy: LearnedPolicy, tree: DraftTree) -> dict[str, Any]:
     """Rates of plain decoding, fixed trees, the controller and hindsight, over plain decoding's."""
-    steps: list[Step] = [(one.outcome,) for one in asked]
     prices = Prices.of(policy.costs, 1, policy.max_depth, policy.max_budget)
-    plain = fixed_rate(steps, prices, 0, 0)
-    fixed = {d: fixed_rate(steps, prices, d, policy.offered[d]) for d in range(1, policy.max_depth + 1)}
+    steps: list[Priced] = [((one.outcome,), prices) for one in asked]
+    plain = fixed_rate(steps, 0, 0)
+    fixed = {d: fixed_rate(steps, d, policy.offered[d]) for d in range(1, policy.max_depth + 1)}
     best = max(fixed, key=fixed.__getitem__)
     tokens = sum(1 + one.outcome.accepted(one.decision.depth, one.decision.nodes) for one in asked)
     seconds = sum(prices.verify_s[one.decision.nodes] + prices.draft_s[one.decision.depth] for one in asked)
-    mine, oracle = tokens / seconds, oracle_rate(steps, prices)
+    mine, oracle = tokens / seconds, oracle_rate(steps)
     top = max(fixed[best], plain)
     return {
-        "tree": fixed_rate(steps, prices, min(tree.depth, policy.max_depth), tree.budget) / plain,
+        "tree": fixed_rate(steps, min(tree.depth, policy.max_depth), tree.budget) / plain,
         "best_depth": best if fixed[best] > plain else 0,
         "best_fixed": top / plain,
         "controller": mine / plain,
@@ -194,13 +194,13 @@ def _rates(asked: Sequence[Asked], policy: LearnedPolicy, tree: DraftTree) -> di
 
 def _at_batch(asked: Sequence[Asked], policy: LearnedPolicy, tree: DraftTree, batch: int) -> dict[str, float]:
     """What the cost table says of fixed depths at a batch size, over plain decoding."""
-    steps: list[Step] = [(one.outcome,) for one in asked]
     prices = Prices.of(policy.costs, batch, policy.max_depth, policy.max_budget)
-    plain = fixed_rate(steps, prices, 0, 0)
+    steps: list[Priced] = [((one.outcome,), prices) for one in asked]
+    plain = fixed_rate(steps, 0, 0)
     depths = range(1, policy.max_depth + 1)
     return {
-        "the checkpoint's tree": fixed_rate(steps, prices, min(tree.depth, policy.max_depth), tree.budget) / plain,
-        "best fixed depth": max(fixed_rate(steps, prices, d, policy.offered[d]) for d in depths) / plain,
+        "the checkpoint's tree": fixed_rate(steps, min(tree.depth, policy.max_depth), tree.budget) / plain,
+        "best fixed depth": max(fixed_rate(steps, d, policy.offered[d]) for d in depths) / plain,
     }
 
 

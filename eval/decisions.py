@@ -32,13 +32,12 @@ from eval.decision_figures import Answered, Asked, Decision, figures
 from eval.dependence import IMAGES, alone, longer
 from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
-from eval.policies import Timed
+from eval.policy_runs import Timed
 from eval.summary import clean, hardware, versions
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
+from eval.tasks import Dialogues, Task, data_folder, data_name, limit_pixels, load_records, system_text
 from mmspec import checkpoint as checkpoints
 from mmspec.api import drafter_and_policy, find_device
 from mmspec.arguments import Parser, at_least, command
-from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import write_json
 from mmspec.dependence import mean_feature, of_conversations
 from mmspec.hindsight import Recorder
@@ -158,7 +157,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
     target = open_target([loaded], args.target, args.dtype, args.device)
     limit_pixels(target, None)
-    system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
+    system = system_text(target)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     drafter, policy = drafter_and_policy(loaded, target, "viskip", args.max_batch)
     assert isinstance(policy, LearnedPolicy)
@@ -182,7 +181,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "settings": {
             "checkpoint": loaded.folder.resolve().name, "head": loaded.kind, "tree": loaded.tree.__dict__,
             "target": Path(target.name).name, "fingerprint": target.fingerprint, "dtype": args.dtype,
-            "data": args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name,
+            "data": data_name(args.data),
             "limit": args.limit, "max_new_tokens": args.max_new_tokens, "max_batch": args.max_batch, "system": system,
         },
         "versions": versions(),

@@ -31,11 +31,10 @@ from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.plots import Series, standalone
 from eval.summary import clean, hardware, versions
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, Task, data_folder, limit_pixels, load_records
+from eval.tasks import Dialogues, Task, data_folder, data_name, limit_pixels, load_records, system_text
 from mmspec import checkpoint as checkpoints
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import Parser, at_least, command
-from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, write_json
 from mmspec.dependence import blurred, mean_feature, of_conversations
 from mmspec.loop import all_complete, generate
@@ -279,7 +278,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for ckpt in loaded.values():
         ckpt.check_target(target)
     limit_pixels(target, None)
-    system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
+    system = system_text(target, args.system)
     dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
     blur, mean = args.counterfactual == "blur", args.counterfactual == "mean"
     instead = mean_feature(target, (alone(target, record) for record in records[:IMAGES])) if mean else None
@@ -301,7 +300,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "n_requests": len(answers),
         "n_differing": differing,
         "settings": {
-            "data": args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name,
+            "data": data_name(args.data),
             "counterfactual": args.counterfactual, "max_new_tokens": args.max_new_tokens, "limit": args.limit,
             "dtype": args.dtype, "seed": args.seed, "fingerprint": target.fingerprint, "system": system,
         },

@@ -29,15 +29,14 @@ from rich.progress import track
 from torch import Tensor
 
 from eval import tables
-from eval.mmspec import open_target
+from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.summary import clean, hardware
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, limit_pixels, load_records
+from eval.tasks import Dialogues, data_folder, data_name, limit_pixels, load_records, system_text
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import Parser, as_temperature, at_least, command
-from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import DraftTree, write_json
 from mmspec.costs import load_or_measure
 from mmspec.loop import all_complete, generate
@@ -266,13 +265,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     limit_pixels(target, None)
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
     result: dict[str, Any] = {"temperatures": {}}
     for temperature in args.temperature:
         sampler = make_sampler(temperature, seed=args.seed)
         drafter, policy = make_drafter(loaded, target), LearnedPolicy(Parts(depth, depth, costs, controller, 1))
         listener = Listener(policy)
-        dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
+        dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine)
         shown = f"decoding at T = {temperature:g}"
         for [task] in track(dialogues.groups(1), shown, total=dialogues.n_turns, console=console):
             [output] = all_complete(generate(target, [task.request], drafter, listener, sampler))
@@ -285,10 +283,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         cost_s = [policy.cost(d) for d in range(listener.max_depth + 1)]
         rows = figures(listener.rounds, cost_s)
         result["temperatures"][f"{temperature:g}"] = {"rounds": len(listener.rounds), "cost_s": cost_s, "rows": rows}
-    shown_data = args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name
     result["settings"] = {
         "drafter": Path(args.ckpt).name, "controller": Path(args.controller or args.ckpt).name, "depth": depth,
-        "data": shown_data, "limit": args.limit, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+        "data": data_name(args.data), "limit": args.limit, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
         "dtype": args.dtype,
     }  # fmt: skip
     return clean({**result, "hardware": hardware(target.device), "commit": checkpoints.git_commit()})
@@ -329,12 +326,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = build_parser().parse_args(argv)
     at_least(args, limit=1, max_new_tokens=2, offer=1, seed=0)
+    if args.out:
+        output_folder(Path(args.out).parent)
     args.device = find_device(args.device)
     result = run(args, Console(stderr=True))
     for temperature, found in result["temperatures"].items():
         print(f"T = {temperature}, {found['rounds']} rounds\n\n{markdown(found)}")
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out), result)
 
 

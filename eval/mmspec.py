@@ -45,7 +45,7 @@ from eval.summary import (
     unreliable,
     versions,
 )
-from eval.tasks import MMSPEC_SYSTEM, PLAIN, data_folder, limit_pixels, load_records
+from eval.tasks import PLAIN, data_folder, data_name, limit_pixels, load_records, system_text
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import STATIC_TREE
@@ -118,7 +118,7 @@ def _score(
     device = own_device(args.device, ranks)
     target = ranks.agree(lambda: open_target([head.checkpoint for head in heads], args.target, args.dtype, device))
     pixels = ranks.agree(lambda: limit_pixels(target, args.pixels))
-    system = args.system if args.system is not None else ("" if target.name == EMBEDDED else MMSPEC_SYSTEM)
+    system = system_text(target, args.system)
     said = settings(args, target, system, len(records), pixels)
     run_id, facts = identify(
         said,
@@ -332,7 +332,7 @@ def settings(
     """Everything that could change a figure, without this machine's folder names."""
     return {
         "checkpoint": " ".join(dict.fromkeys(Path(folder).resolve().name for folder in args.ckpt)) or None,
-        "data": args.data if args.data.startswith(("synth:", "hub:")) else Path(args.data).name,
+        "data": data_name(args.data),
         "target": placeless(target.name),
         "fingerprint": target.fingerprint,
         "dtype": args.dtype,

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.plots import Series, line_chart, marker
+from eval.policy_runs import ORACLE
 from eval.policy_tables import (
     BASELINE_FLOOR,
     ECE,
     EVEN,
     LABELS,
     LARGE,
-    ORACLE,
     OWN_SHARE,
     PLAIN_FLOOR,
     WANTED_SHARE,

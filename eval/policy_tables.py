@@ -11,6 +11,7 @@ from typing import Any
 
 from eval import tables
 from eval.plots import N_COLOURS, Series, standalone, ticks
+from eval.policy_runs import ATTENTION, LEARNED, ORACLE, POLICIES
 from eval.summary import OVERALL, number
 from eval.verdicts import LEAST
 from mmspec import metrics
@@ -24,11 +25,9 @@ PLAIN_FLOOR, BASELINE_FLOOR = 0.97, 0.98
 """Of plain decoding and of the best baseline: no upper bound may be lower."""
 OWN_SHARE, ECE, ENOUGH = 0.02, 0.05, 100
 """Most of a step that a controller may take, and how far its chances may be off, at depths of which it said enough."""
-LABELS = ("P0", "P1", "P2", "P3", "P4", "marginal", "P5", "P6", "P7", "P8", "P9")
-LEARNED, WHOLE = ("P5", "P6", "P7", "P8"), ("P7", "P8")
-"""Policies with a controller, and those whose controller reads all that it can: its time and chances are judged."""
-ATTENTION, ORACLE = "P2", "P9"
-"""The paper's threshold, which is to be beaten where there is something to gain; hindsight, which cannot be."""
+LABELS = (*POLICIES, ORACLE)
+WHOLE = ("P7", "P8")
+"""Policies whose controller reads all that it can: its time and chances are judged."""
 
 Key = tuple[str, int, float, str]
 """Drafter, batch, temperature, data."""

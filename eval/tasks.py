@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmspec.assets import EMBEDDED
 from mmspec.records import Quarantine, Record, RecordError, open_image, read_mmspec
 from mmspec.types import InputError, Request, Target
 
@@ -70,6 +71,18 @@ def data_folder(data: str) -> Path:
     from mmspec import synth
 
     return Path(synth.materialise(split))
+
+
+def data_name(data: str) -> str:
+    """How results name `--data`: without this machine's folders."""
+    return data if data.startswith(("synth:", "hub:")) else Path(data).name
+
+
+def system_text(target: Target, given: str | None = None) -> str:
+    """The system text of a run: as given, else MMSpec's own; none for the embedded target, which never saw one."""
+    if given is not None:
+        return given
+    return "" if target.name == EMBEDDED else MMSPEC_SYSTEM
 
 
 def _from_hub(name: str) -> Path:

@@ -25,15 +25,14 @@ import yaml
 from rich.console import Console
 
 from eval.bench import N_WARMUP, Bench, Method, Result
-from eval.mmspec import open_target
+from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.summary import Contention, clean, figures, hardware, unreliable
-from eval.tasks import MMSPEC_SYSTEM, PLAIN, Dialogues, data_folder, limit_pixels, load_records
+from eval.tasks import PLAIN, Dialogues, data_folder, data_name, limit_pixels, load_records, system_text
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import METHOD_POLICIES, TRAINED, drafter_and_policy, find_device, make_drafter, method_and_policy
 from mmspec.arguments import Parser, at_least, command
-from mmspec.assets import EMBEDDED
 from mmspec.checkpoint import Checkpoint, DraftTree
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import method_names, resolved
@@ -162,8 +161,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     else:
         candidates = of_settings(args, target)
     methods = [Method(PLAIN, NullDrafter(), SkipPolicy()), *(one.method for one in candidates)]
-    system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
-    dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
+    dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine)
     bench = Bench(target, methods, GreedySampler(), args.batch_size, metrics.TIE_GAPS[args.dtype])
     results: list[Result] = []
     contention = Contention()
@@ -183,7 +181,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "best": {key: best[key] for key in candidates[0].facts},
         "tried": rows,
         "settings": {
-            "data": args.data if args.data.startswith("synth:") else Path(args.data).name, "limit": args.limit,
+            "data": data_name(args.data), "limit": args.limit,
             "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "dtype": args.dtype,
             "threads": torch.get_num_threads(),
             "steered_by": args.method_budget if args.method else "fixed" if args.static else args.policy,
@@ -191,9 +189,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "contention": {"other_cores": others, "unreliable": unreliable(others, torch.get_num_threads())},
         "hardware": hardware(target.device),
     }  # fmt: skip
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(out, clean(written))
+    checkpoints.write_json(Path(args.out), clean(written))
     return written
 
 
@@ -229,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("give --ckpt DIR or --method NAME")
     if args.static and (args.method or args.policy != "fixed"):
         raise InputError("--static goes with --ckpt and no --policy: its tree is the same every round")
+    output_folder(Path(args.out).parent)
     args.device = find_device(args.device)
     found = run(args, console)
     console.print(f"best: {found['best']}", highlight=False)

@@ -4,10 +4,11 @@ Computed offline, from one rollout with the largest draft and a cost table.
 
 Because decoding is lossless, what a smaller draft of the same round would have accepted is in the record of the larger
 one: a tree of the `n` best nodes down to level `d` accepts to the deepest level `k <= d` whose node of the accepted
-path is among the first `n` of those no deeper than `d`. The oracle picks `(d, n)` for each round with that known, at
-the price of time that such picks achieve (renewal reward). It bounds policies that shape this drafter's drafts round by
-round, up to one approximation: a shorter round would have begun the next one elsewhere, and rounds there are taken to
-be like these.
+path is among the first `n` of those no deeper than `d`. Of a chain that is exact. Of a tree with branches it is at
+most what the smaller draft accepts: that one has room for nodes which deeper ones had kept out of the record. The
+oracle picks `(d, n)` for each round with that known, at the price of time that such picks achieve (renewal reward). It
+bounds policies that shape this drafter's chains round by round, up to one approximation: a shorter round would have
+begun the next one elsewhere, and rounds there are taken to be like these.
 
 Source: methods, D3 (label 3), D4 and D6 (P9).
 """
@@ -36,7 +37,7 @@ class Outcome:
     depths: tuple[int, ...]
 
     def accepted(self, depth: int, nodes: int) -> int:
-        """Tokens that the tree of the first `nodes` nodes no deeper than `depth` would have accepted."""
+        """Tokens that the first `nodes` of the nodes no deeper than `depth` would have accepted as a tree."""
         found = 0
         for level, index in enumerate(self.path[:depth], start=1):
             if self.rank(index, depth) > nodes:
@@ -51,6 +52,8 @@ class Outcome:
 
 Step = tuple[Outcome, ...]
 """One step of the loop: the outcomes of its active rows."""
+Priced = tuple[Step, "Prices"]
+"""A step and the seconds of its batch."""
 
 
 class Recorder:
@@ -58,13 +61,19 @@ class Recorder:
 
     Args:
         drafter: whose nodes stand best first, as those of dynamic trees and of chains do.
+
+    Attributes:
+        steps: since someone cleared them.
+        rows: of the batch that is decoded, idle ones included.
     """
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.taps = drafter, drafter.taps
         self.steps: list[Step] = []
+        self.rows = 0
 
     def open(self, max_batch: int, max_tokens: int) -> None:
+        self.rows = max_batch
         self.drafter.open(max_batch, max_tokens)
 
     def admit(self, row: int, request: Request, forward: Forward, root: Tensor) -> None:
@@ -87,40 +96,38 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds of a step of `rows` rows.
+    """Seconds of a step of one batch size.
 
     Args:
         verify_s: by nodes a row, the root left out.
         draft_s: by depth.
-        rows: of the batch, idle ones included.
     """
 
     verify_s: tuple[float, ...]
     draft_s: tuple[float, ...]
-    rows: int
 
     @staticmethod
     def of(costs: Costs, rows: int, depth: int, budget: int) -> Prices:
-        """From a cost table, for the largest draft."""
+        """From a cost table, for the largest draft of a batch of `rows`, idle ones included."""
         verify = tuple(costs.verify(rows, 1 + n) for n in range(budget + 1))
-        return Prices(verify, (0.0, *(costs.draft(rows, d) for d in range(1, depth + 1))), rows)
+        return Prices(verify, (0.0, *(costs.draft(rows, d) for d in range(1, depth + 1))))
 
 
-def fixed_rate(steps: Sequence[Step], prices: Prices, depth: int, nodes: int) -> float:
+def fixed_rate(steps: Sequence[Priced], depth: int, nodes: int) -> float:
     """Tokens a second of drafting (depth, nodes) in every step; (0, 0) is plain decoding."""
-    tokens = sum(1 + (row.accepted(depth, nodes) if nodes else 0) for step in steps for row in step)
-    seconds = len(steps) * (prices.verify_s[nodes] + (prices.draft_s[depth] if nodes else 0.0))
+    tokens = sum(1 + (row.accepted(depth, nodes) if nodes else 0) for step, _ in steps for row in step)
+    seconds = sum(prices.verify_s[nodes] + (prices.draft_s[depth] if nodes else 0.0) for _, prices in steps)
     return tokens / seconds
 
 
-def oracle_rate(steps: Sequence[Step], prices: Prices, rounds: int = 30) -> float:
+def oracle_rate(steps: Sequence[Priced], rounds: int = 30) -> float:
     """Tokens a second of the best choice for every step.
 
     Args:
         steps: of the largest draft, at least one.
         rounds: of the fixed point (Dinkelbach's: it rises, and converges faster than linearly).
     """
-    options = [_options(step, prices) for step in steps]
+    options = [_options(step, prices) for step, prices in steps]
     rate = 0.0
     for _ in range(rounds):
         picked = [max(choices, key=lambda c: c[0] - rate * c[1]) for choices in options]

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 from eval.options import DTYPES
-from eval.policies import BASELINES, LEARNED, ORACLE
 from eval.policy_page import render
+from eval.policy_runs import BASELINES, LEARNED, ORACLE
 from eval.policy_tables import (
     break_even,
     headroom_of,
@@ -48,6 +48,7 @@ from eval.policy_tables import (
 )
 from eval.steps import ROOT, Ledger, Step, hardware_line, module, options, perform
 from eval.summary import clean
+from eval.tasks import data_name
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.arguments import Parser, at_least, command
@@ -66,6 +67,7 @@ CONTROLLERS: dict[str, list[str]] = {
     "blind": BLIND,
 }
 """What the controllers of P7 and P8, P5 and P6 differ in."""
+HEAD_FILES = ("head.json", "head.safetensors", "tree.json")
 OPTIONS = {"full": "--controller", "scalars": "--scalars-controller", "blind": "--blind-controller"}
 QUESTIONED = ("P7", "P8")
 """Learned policies that must not be slowed by a head that is always wrong."""
@@ -80,12 +82,14 @@ class Entrant:
         words: that name it to eval.policies.
         recipe: of its controller.
         overrides: of the recipe.
+        files: of its head, which is another drafter once it was trained anew.
     """
 
     name: str
     words: tuple[str, ...]
     recipe: Path
     overrides: tuple[str, ...]
+    files: tuple[Path, ...] = ()
 
 
 def entrants(args: argparse.Namespace) -> list[Entrant]:
@@ -102,7 +106,10 @@ def entrants(args: argparse.Namespace) -> list[Entrant]:
         if name != UNTRAINED and not (Path(folder) / "head.json").is_file():
             raise InputError(f"--heads {name}={folder} holds no head; train one, or say where it is")
         kind = checkpoint.load(heads[first(args)] if name == UNTRAINED else folder).kind
-        found.append(Entrant(name, ("--ckpt", folder), _recipe(kind, args), (f"head.init_from={folder}",)))
+        # The untrained one is made by a step, on which the others depend.
+        own = () if name == UNTRAINED else (Path(folder) / file for file in HEAD_FILES)
+        files = tuple(path for path in own if path.is_file())
+        found.append(Entrant(name, ("--ckpt", folder), _recipe(kind, args), (f"head.init_from={folder}",), files))
     for name in args.methods:
         found.append(Entrant(name, ("--method", name), _recipe(name, args), ()))
     return found
@@ -153,10 +160,8 @@ def _controllers(args: argparse.Namespace, entrant: Entrant, before: tuple[str, 
         words = (sys.executable, str(ROOT / "train/distill.py"), str(entrant.recipe), f"run.name={folder.name}")
         said = (*words, *shared, *answers, *draft, *entrant.overrides, *rounds, *own, *args.set)
         makes = folder / "viskip.safetensors"
-        step = Step(
-            f"controller {entrant.name} {name}", said, makes, after, None, ("run.resume=true",), (entrant.recipe,)
-        )
-        steps.append(step)
+        again, reads = ("run.resume=true",), (entrant.recipe, *entrant.files)
+        steps.append(Step(f"controller {entrant.name} {name}", said, makes, after, None, again, reads))
     return steps
 
 
@@ -164,7 +169,7 @@ def _costs(args: argparse.Namespace, entrant: Entrant, before: tuple[str, ...]) 
     folder = Path(args.out) / "costs" / entrant.name
     words = (sys.executable, "-m", "scripts.measure_costs", *entrant.words, "--offer", args.offer)
     more = ("--max-batch", str(max(args.batches)), "--out", str(folder), "--dtype", args.dtype)
-    return Step(f"costs {entrant.name}", (*words, *more), folder, before)
+    return Step(f"costs {entrant.name}", (*words, *more), folder, before, reads=entrant.files, owns=folder)
 
 
 def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: float) -> list[Step]:
@@ -292,11 +297,12 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     table = clean(table, DIGITS)
     for path in (Path(args.out) / "table.json", results / "policies.json"):
         path.write_text(in_lines(table), encoding="utf-8")
-    if len(args.batches) > 1:
-        for drafter, temperature in dict.fromkeys((row["drafter"], row["temperature"]) for row in table["rows"]):
-            how = (drafter, temperature, args.data)
-            rows = [row for row in table["rows"] if (row["drafter"], row["temperature"], row["data"]) == how]
-            drawn = plot(f"{drafter}, T {temperature:g}, {args.data}", rows)
+    data = data_name(args.data)
+    for drafter, temperature in dict.fromkeys((row["drafter"], row["temperature"]) for row in table["rows"]):
+        how = (drafter, temperature, data)
+        rows = [row for row in table["rows"] if (row["drafter"], row["temperature"], row["data"]) == how]
+        if len({row["batch"] for row in rows}) > 1:
+            drawn = plot(f"{drafter}, T {temperature:g}, {data}", rows)
             (results / "policies" / f"{drafter}_t{temperature:g}.svg").write_text(drawn, encoding="utf-8")
     (results / "policies" / "index.html").write_text(render(table), encoding="utf-8")
     averages = "\n".join(

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.mmspec import output_folder
-from eval.tasks import MMSPEC_SYSTEM, Dialogues, data_folder, limit_pixels, load_records
+from eval.mmspec import open_target, output_folder
+from eval.options import add_records, add_target
+from eval.tasks import Dialogues, data_folder, data_name, limit_pixels, load_records, system_text
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.arguments import Parser, at_least, command
-from mmspec.assets import EMBEDDED
 from mmspec.drafters import recycling
 from mmspec.heads._objective import SteppedHead
 from mmspec.hub import run_folder
@@ -42,7 +42,6 @@ from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine
 from mmspec.sampling import GreedySampler
 from mmspec.static_tree import EAGLE_25, TOKEN_RECYCLING_80, StaticTree, expected_tau, fit
-from mmspec.targets import load_target
 from mmspec.types import Drafter, InputError, Prompt, Request, Round, Target
 
 RANKS = recycling.Config().k
@@ -139,11 +138,10 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     """
     checkpoint = checkpoints.load(args.ckpt, args.target, args.dtype) if args.ckpt else None
     quarantine = Quarantine(None)
-    records = load_records(data_folder(args.data), args.limit, quarantine, max_bad_share=0.05)
-    target = load_target(args.target or (checkpoint.target.name if checkpoint else EMBEDDED), args.dtype, args.device)
+    records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    target = open_target([checkpoint] if checkpoint else [], args.target, args.dtype, args.device)
     limit_pixels(target, None)
-    system = "" if target.name == EMBEDDED else MMSPEC_SYSTEM
-    dialogues = Dialogues(target, records, system, args.max_new_tokens, quarantine)
+    dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine)
     counts = Counts(args.depth)
     if checkpoint is None:
         # With as many nodes as it shall have: the fewer are verified, the less the matrix knows.
@@ -151,7 +149,6 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
         for _ in answers(target, dialogues, CountingRecycler(target, counts), shape, args.batch_size):
             pass
         return target, counts
-    checkpoint.check_target(target)
     head: Any = checkpoint.head(target.dtype).to(target.device)
     if not isinstance(head, SteppedHead):
         raise InputError(f"--ckpt {args.ckpt} is a head of kind {checkpoint.kind}, which drafts no trees of ranks")
@@ -185,16 +182,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--ckpt", metavar="DIR", help="run folder with a head")
     what.add_argument("--method", choices=("recycling",), help="a method without weights")
     add = parser.add_argument
-    add("--target", metavar="NAME", help=f"default: the checkpoint's; without one, {EMBEDDED}")
-    add("--data", default="synth:val", help="synth:val (default), or a folder in MMSpec's layout")
-    add("--limit", type=int, default=60, metavar="N", help="records, taken in turn from the topics (default 60)")
     add("--budget", type=int, metavar="N", help="draft nodes (default: as many as the method's usual tree)")
     add("--depth", type=int, default=6, metavar="D", help="levels (default 6)")
     add("--out", type=Path, metavar="FILE", help="default: static_tree.json in --ckpt; needed with --method")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (default 128)")
+    add_records(parser, "synth:val", 60, 128)
+    add_target(parser)
     add("--batch-size", type=int, default=1, metavar="N", help="requests decoded together (default 1)")
-    add("--dtype", default="float32", help="of target and head (default float32)")
-    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
     args.usual = EAGLE_25 if args.ckpt else TOKEN_RECYCLING_80
     args.budget = args.usual.budget if args.budget is None else args.budget
@@ -222,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "method": args.method or "head",
         "target": Path(target.name).name,
         "fingerprint": target.fingerprint,
-        "data": args.data if args.data.startswith("synth:") else Path(args.data).name,
+        "data": data_name(args.data),
         "trials": int(counts.trials[0]),
     }
     figures = {"expected_tau": expected_tau(tree, rates), "rates": rates, "fitted_to": fitted_to}

@@ -17,7 +17,7 @@ import torch
 from eval import bench as bench_module
 from eval.bench import Bench, Method, Result
 from eval.plots import Series, line_chart, ticks
-from eval.policies import AGAIN, Scored
+from eval.policy_runs import AGAIN, Scored
 from eval.ranks import Ranks
 from eval.report import render
 from eval.report_dependence import joined

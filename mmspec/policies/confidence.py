@@ -32,18 +32,20 @@ class Config:
 
 
 class ConfidencePolicy(FixedPolicy):
-    """See the module. A batch goes on for its surest row."""
+    """See the module. A batch goes on for the surest of the rows that are drafted for."""
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__(parts.depth, parts.budget)
         self.floor = math.log(config.threshold)
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        return replace(super().plan(sensed, remaining), extend=self.extend)
+        plan = super().plan(sensed, remaining)
+        self.drafted = [row for row, nodes in enumerate(plan.budget) if nodes]
+        return replace(plan, extend=self.extend)
 
     def extend(self, level: int, scores: Tensor) -> bool:
-        """Whether any candidate is sure enough."""
-        return scores.max().item() >= self.floor
+        """Whether any candidate is sure enough; what an idle row of the batch would draft means nothing."""
+        return scores[self.drafted].max().item() >= self.floor
 
 
 def make(config: Config, parts: Parts) -> ConfidencePolicy:

@@ -50,7 +50,7 @@ class EmaPolicy(FixedPolicy):
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         full = super().plan(sensed, remaining)
         for row, left in enumerate(remaining):
-            if left > self.left[row]:  # another request
+            if left != self.left[row]:  # another request
                 self.share[row], self.skipped[row] = 1.0, 0
         self.left = list(remaining)
         trusted = [s >= self.config.threshold for s in self.share]
@@ -59,6 +59,7 @@ class EmaPolicy(FixedPolicy):
         return Plan(full.depth if any(budget) else 0, budget)
 
     def observe(self, trace: StepTrace) -> None:
+        self.left = [left - emitted for left, emitted in zip(self.left, trace.emitted)]
         for row, active in enumerate(trace.active):
             if active and trace.plan.budget[row]:
                 share = trace.accepted[row] / trace.plan.depth
