@@ -294,15 +294,27 @@ def test_what_a_frozen_copy_learns_stays_with_it():
 def test_accepting_less_than_the_threshold_skips_a_row_and_it_is_tried_again():
     policy = make_policy("ema", Parts(4, 8), {"threshold": 0.4, "decay": 0.0, "patience": 3})
     policy.open(2, torch.device("cpu"))
-    drafted = []
-    for step in range(12):
-        plan = policy.plan([[]] * 2, [100 - step] * 2)
+    drafted, left = [], [100, 100]
+    for _ in range(12):
+        plan = policy.plan([[]] * 2, left)
         drafted.append(tuple(n > 0 for n in plan.budget))
         policy.observe(StepTrace(plan, (True, True), (3, 0), (4, 1), 9))
+        left = [left[0] - 4, left[1] - 1]
     assert all(first for first, _ in drafted)
     assert [second for _, second in drafted] == [True, False, False, False] * 3
-    policy.plan([[]] * 2, [100, 200])  # row 1 has another request
-    assert policy.share[1] == 1.0
+    for another in (200, 20):  # of row 1: longer than the one before, and shorter than what that one had left
+        policy.observe(StepTrace(policy.plan([[]] * 2, [100, 100]), (True, True), (3, 0), (4, 1), 9))
+        assert policy.share[1] < 0.4
+        policy.plan([[]] * 2, [96, another])
+        assert policy.share[1] == 1.0
+
+
+def test_what_an_idle_row_would_draft_does_not_keep_a_batch_drafting():
+    policy = make_policy("confidence", Parts(6, 6), {"threshold": 0.5})
+    scores = torch.tensor([[0.3, 0.2], [0.9, 0.1]]).log()
+    assert policy.plan([[]] * 2, [100, 100]).extend(1, scores)
+    assert not policy.plan([[]] * 2, [100, 0]).extend(1, scores)
+    assert not policy.plan([[]] * 2, [100, 1]).extend(1, scores), "a token that is decided anyhow is not drafted"
 
 
 def test_copies_have_scores_that_say_how_often_such_copies_were_right():

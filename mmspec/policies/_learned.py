@@ -162,7 +162,7 @@ class LearnedPolicy:
         self.price.among(len(active))
         if not self.asks:
             return self._as_usual(deepest, remaining)
-        fresh = any(now > before for now, before in zip(remaining, self.left))
+        fresh = any(now not in (0, expected) for now, expected in zip(remaining, self.left))
         self.left = list(remaining)
         if self.asleep or deepest < 1:
             self.asleep = 0 if fresh else max(self.asleep - 1, 0)
@@ -269,6 +269,7 @@ class LearnedPolicy:
 
     def observe(self, trace: StepTrace) -> None:
         """Measured times stay out of the decisions."""
+        self.left = [left - emitted for left, emitted in zip(self.left, trace.emitted)]
         tokens, levels = sum(a + 1 for a, active in zip(trace.accepted, trace.active) if active), self.planned
         if self.refines and self.planned:
             seconds, levels = self.refine.seconds(trace.n_nodes, True), self.refine.levels
