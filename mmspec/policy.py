@@ -209,8 +209,9 @@ class AdaptivePolicy(FixedPolicy):
     """The node budget that has paid best of late, plain decoding among the candidates.
 
     For drafters that nobody trained a controller for. Budgets 0, 1, 2, 4, .. are arms of a bandit (`_Arms`). There is
-    one for about each number of active rows (1, 2, 3 to 4, 5 to 8, ..): what pays for few rows need not for many.
-    Measured times stay out of it, so that one table always gives one sequence of plans.
+    one for about each number of active rows (1, 2, 3 to 4, 5 to 8, ..): what pays for few rows need not for many. Idle
+    rows are computed as well, so that few active rows of a large batch pay for all of it. Measured times stay out of
+    it, so that one table always gives one sequence of plans.
 
     Args:
         costs: measured seconds.
@@ -221,24 +222,27 @@ class AdaptivePolicy(FixedPolicy):
         super().__init__(depth, budget)
         self.costs = costs
         self.arms = sorted({0, *(2**i for i in range(budget.bit_length())), budget})
-        self._bandits: dict[int, _Arms] = {}
+        self.rows = 1
+        self._bandits: dict[tuple[int, int], _Arms] = {}
         self._known: dict[tuple[int, int, int], float] = {}
 
+    def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
+        self.rows = max_batch
+
     def _bandit(self, n_active: int) -> _Arms:
-        """Of about so many active rows."""
-        size = (n_active - 1).bit_length()
+        """Of about so many active rows of the batch."""
+        size = self.rows, (n_active - 1).bit_length()
         if size not in self._bandits:
-            costs = [self._cost(n_active, 1 + n, self.max_depth) for n in self.arms]
+            costs = [self._cost(1 + n, self.max_depth) for n in self.arms]
             self._bandits[size] = _Arms([min(n, self.max_depth) for n in self.arms], costs)
         return self._bandits[size]
 
-    def _cost(self, n_active: int, nodes: int, depth: int) -> float:
-        """A round by the table, in plain rounds of as many rows."""
-        cell = n_active, nodes, depth if nodes > 1 else 0
+    def _cost(self, nodes: int, depth: int) -> float:
+        """A round by the table, in plain rounds of the batch."""
+        cell = self.rows, nodes, depth if nodes > 1 else 0
         if cell not in self._known:
-            drafting = self.costs.draft(n_active, max(depth, 1)) if nodes > 1 else 0.0
-            plain = self.costs.verify(n_active, 1)
-            self._known[cell] = (self.costs.verify(n_active, nodes) + drafting) / plain
+            drafting = self.costs.draft(self.rows, max(depth, 1)) if nodes > 1 else 0.0
+            self._known[cell] = (self.costs.verify(self.rows, nodes) + drafting) / self.costs.verify(self.rows, 1)
         return self._known[cell]
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
@@ -251,7 +255,7 @@ class AdaptivePolicy(FixedPolicy):
 
     def observe(self, trace: StepTrace) -> None:
         n_active = sum(trace.active)
-        cost = self._cost(n_active, trace.n_nodes, trace.plan.depth)
+        cost = self._cost(trace.n_nodes, trace.plan.depth)
         self._bandit(n_active).learn(sum(trace.emitted) / n_active, cost)
 
 

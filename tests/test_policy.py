@@ -446,17 +446,33 @@ def test_groups_that_run_empty_are_no_reason_to_draft():
     """Of a batch's last rows a round emits less, whatever its budget: budgets are compared at as many rows."""
     costs, rng = Flat(node=0.06, level=0.0), random.Random(0)
     policy, spent, plain = AdaptivePolicy(costs, 8, 8), 0.0, 0.0
+    policy.open(4, torch.device("cpu"))
     for _ in range(150):
         left = [rng.choice([4, 10, 24]) for _ in range(4)]
-        plain += sum(costs.verify(sum(n > i for n in left), 1) for i in range(max(left)))
+        plain += max(left) * costs.verify(4, 1)
         while any(left):
             plan, active = policy.plan([[]] * 4, left), tuple(n > 0 for n in left)
             right = [int(n > 0 and budget > 0 and rng.random() < 0.02) for n, budget in zip(left, plan.budget)]
             emitted = tuple(min(k + 1, n) for k, n in zip(right, left))
             left = [n - k for n, k in zip(left, emitted)]
-            spent += costs.verify(sum(active), 1 + max(plan.budget))
+            spent += costs.verify(4, 1 + max(plan.budget))
             policy.observe(StepTrace(plan, active, tuple(right), emitted, 1 + max(plan.budget)))
     assert plain / spent > 0.98
+
+
+def test_the_last_row_of_a_large_batch_pays_for_all_of_it():
+    """Half of the drafts come through: alone that pays for a node, beside fifteen idle rows it does not."""
+    for rows, drafted in ((1, True), (16, False)):
+        policy = AdaptivePolicy(Flat(node=0.15, level=0.0), 4, 4)
+        policy.open(rows, torch.device("cpu"))
+        rng, budgets, idle = random.Random(0), [], [0] * (rows - 1)
+        for _ in range(600):
+            plan = policy.plan([[]] * rows, [100, *idle])
+            accepted = next((i for i in range(plan.budget[0]) if rng.random() < 0.5), plan.budget[0])
+            active, got = (True, *map(bool, idle)), (accepted, *idle)
+            policy.observe(StepTrace(plan, active, got, (accepted + 1, *idle), 1 + plan.budget[0]))
+            budgets.append(plan.budget[0])
+        assert (sum(budget > 0 for budget in budgets[300:]) > 150) == drafted, rows
 
 
 class Watching(FixedPolicy):
