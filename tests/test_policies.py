@@ -17,7 +17,7 @@ from mmspec.hindsight import Outcome, Prices, Recorder, fixed_rate, oracle_rate
 from mmspec.loop import generate
 from mmspec.policies import Parts, configure, make_policy, policy_names
 from mmspec.policies._parts import Price
-from mmspec.policies._refine import Refinement
+from mmspec.policies._refine import Refinement, Sureness
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler, make_sampler
 from mmspec.tree import best_of_pool, chain, first_nodes, pruned
@@ -175,7 +175,7 @@ def test_the_first_nodes_of_a_tree_are_what_pruning_the_others_leaves():
 
 
 def refinement(costs, rows=1, per_s=1.0, depth=4, budget=6):
-    return Refinement(costs, rows, depth, budget, Price(per_s / rows, rows))
+    return Refinement(costs, rows, depth, budget, Price(per_s / rows, rows), Sureness())
 
 
 def test_water_fills_columns_while_their_summed_chances_pay_for_a_wider_pass():
@@ -203,7 +203,7 @@ def test_water_fills_columns_while_their_summed_chances_pay_for_a_wider_pass():
 
 def test_a_draft_goes_on_while_a_level_is_worth_its_pass():
     refine = refinement(Flat(verify=1.0, node=0.0, level=0.2))
-    refine.hazard = [40.0, 50.0]  # usually 0.8
+    refine.sure.hazard = [40.0, 50.0]  # usually 0.8
     refine.begin(4, [True])
     assert refine.extend(1, torch.log(torch.tensor([[0.8, 0.1]])))  # 0.9 x 0.8 for 0.2
     assert refine.extend(2, torch.log(torch.tensor([[0.5, 0.1]])))
@@ -242,7 +242,7 @@ def test_the_sharpness_of_honest_scores_stays_where_it_is():
         trees = replace(chain(torch.arange(4).view(1, 4)), scores=torch.log(torch.tensor([[1.0, 0.5, 0.5, 0.5]])))
         kept = refine.prune(trees).tokens.shape[1]
         refine.settle(StepTrace(None, (True,), ((kept - 1) * came,), (1,), kept))
-        seen.append(refine.sharpness)
+        seen.append(refine.sure.sharpness)
     assert 0.9 < sum(seen[1000:]) / len(seen[1000:]) < 1.1
 
 
@@ -254,7 +254,32 @@ def test_sharpness_follows_drafts_that_are_too_sure_and_too_modest():
             trees = replace(chain(torch.arange(4).view(1, 4)), scores=torch.tensor([[0.0, -0.5, -1.0, -1.5]]))
             kept = refine.prune(trees).tokens.shape[1]
             refine.settle(StepTrace(None, (True,), (min(right, kept - 1),), (1,), kept))
-        assert (refine.sharpness > 1.5) if direction > 0 else (refine.sharpness < 0.5)
+        assert (refine.sure.sharpness > 1.5) if direction > 0 else (refine.sure.sharpness < 0.5)
+
+
+@pytest.mark.parametrize("name", ["marginal", "viskip_refined"])
+def test_a_last_small_batch_makes_nobody_forget(name):
+    """Ten requests are eight and two, topic after topic. What batches of eight and of two, greedy and sampled, learn of
+    time in turn is what each learns alone."""
+    target, told = llava(), [1, 0, 20, 12, 4, 1.0, 0.5, 0.3, 0.5, *[0.0] * 8, 1.0, 3.0]
+
+    def policy():
+        return make_policy(name, Parts(4, 8, Flat(node=0.02, level=0.05), controller(target, 4, sure=2.0), width=2))
+
+    def decode(policy, rows, sampled):
+        policy.open(rows, torch.device("cpu"), sampled)
+        for _ in range(5):
+            plan = policy.plan([told] * rows, [100] * rows)
+            accepted = (min(2, plan.depth),) * rows
+            policy.observe(StepTrace(plan, (True,) * rows, accepted, (1,) * rows, 1 + plan.depth))
+        return policy.price.per_s / rows, policy.probing.spent_s
+
+    batches, together = ((8, False), (2, False), (8, True)), policy()
+    found = [[decode(together, *batch) for batch in batches] for _ in range(3)][-1]
+    for batch, (price, spent_s) in zip(batches, found):
+        alone = policy()
+        assert (price, spent_s) == pytest.approx([decode(alone, *batch) for _ in range(3)][-1], rel=0.05)
+        assert spent_s > 15, "three times five rounds, each of which takes more than a second"
 
 
 @pytest.mark.parametrize("depth", [4, 1])
@@ -281,7 +306,7 @@ def test_what_a_frozen_copy_learns_stays_with_it():
     target = llava()
     for name, learned in (
         ("viskip", lambda p: any(any(met.bias) for met in p._met.values())),
-        ("marginal", lambda p: p.probing.spent_s),
+        ("marginal", lambda p: p._paces),
     ):
         policy = make_policy(name, parts(target))
         twin = frozen_copy(policy)

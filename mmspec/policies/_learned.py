@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmspec.policies._parts import Parts, Price, Probing
-from mmspec.policies._refine import Refinement
+from mmspec.policies._refine import Refinement, Sureness
 from mmspec.policies._usual import NEVER, UsualDepth, advantage, expected_seconds
 from mmspec.policy import Records
 from mmspec.types import Evidence, Plan, StepTrace
@@ -46,12 +46,29 @@ class _Met:
     Args:
         usual: how far they have come of late.
         bias: [Dmax] correction of the controller's logits.
+        sure: how sure the drafter's scores are.
         trust: log-odds of what the controller says against what `usual` says.
     """
 
     usual: UsualDepth
     bias: list[float]
+    sure: Sureness
     trust: float = _TRUST / 2
+
+
+@dataclass
+class _Pace:
+    """What was learned at one batch size: the price of time, and how many nodes are usual.
+
+    Args:
+        asks: whether the controller is worth asking.
+    """
+
+    price: Price
+    refine: Refinement
+    probing: Probing
+    usual_nodes: float
+    asks: bool
 
 
 class LearnedPolicy:
@@ -79,7 +96,8 @@ class LearnedPolicy:
         """If a list, each draft's chances of the levels that were observed, and how many were accepted, are added."""
         self._met: dict[bool, _Met] = {}
         """What was learned of drafts, by way of sampling; the batch has no say in it."""
-        self._pays: dict[tuple[int, bool], bool] = {}
+        self._paces: dict[tuple[int, bool], _Pace] = {}
+        """By batch size as well: a last small batch does not make the others forget."""
         self.asks, self.senses = True, True
         self.opened: tuple[int, bool] | None = None
         self.skips, self.nap = 0, self._SLEEP
@@ -98,21 +116,23 @@ class LearnedPolicy:
         self.prior, self.trials = calibration.prior[: self.max_depth], calibration.trials
         self.calibrated = list(zip(calibration.scale.tolist(), calibration.offset.tolist()))
         if sampled not in self._met:
-            self._met[sampled] = _Met(UsualDepth(self.prior), [0.0] * self.max_depth)
+            self._met[sampled] = _Met(UsualDepth(self.prior), [0.0] * self.max_depth, Sureness())
         self.met = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
-        self.usual_nodes, self.probing = float(self.max_budget), Probing(_PROBE_SHARE, self.draft_s[1])
-        seconds = self._reckon()
-        self.price = Price(max((1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)), max_batch)
-        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
-        if self.opened not in self._pays:
-            self._pays[self.opened] = self._worth_asking(max_batch)
-        self.asks = self.senses = self._pays[self.opened]
+        pace = self._paces.get(self.opened)
+        seconds = self._reckon(pace.usual_nodes if pace else self.max_budget)
+        if pace is None:
+            price = Price(max((1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)), max_batch)
+            refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, price, self.met.sure)
+            probing, asks = Probing(_PROBE_SHARE, self.draft_s[1]), self._worth_asking(max_batch)
+            pace = self._paces[self.opened] = _Pace(price, refine, probing, self.max_budget, asks)
+        self.pace, self.price, self.refine, self.probing = pace, pace.price, pace.refine, pace.probing
+        self.asks = self.senses = pace.asks
 
-    def _reckon(self) -> list[float]:
+    def _reckon(self, usual_nodes: float) -> list[float]:
         """Seconds to expect of a round by planned depth, which depths are compared by from now on."""
-        self.reckoned = round(self.usual_nodes)
+        self.usual_nodes = round(usual_nodes)
         seconds = expected_seconds(self.trials, [self.cost(d) for d in range(self.max_depth + 1)])
         self.extra_s = [s - seconds[0] for s in seconds[1:]]
         """Of a draft of each depth, beyond a round without one."""
@@ -145,7 +165,7 @@ class LearnedPolicy:
 
     def nodes(self, depth: int) -> int:
         """Draft nodes to expect in a round."""
-        return min(round(self.usual_nodes), self.offered[depth]) if self.refines else self.offered[depth]
+        return min(self.usual_nodes, self.offered[depth]) if self.refines else self.offered[depth]
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor:
         """What the host needs of each row: see `Records.scalars` and `Deployed.look`."""
@@ -274,9 +294,9 @@ class LearnedPolicy:
         if self.refines and self.planned:
             seconds, levels = self.refine.seconds(trace.n_nodes, True), self.refine.levels
             self.refine.settle(trace)
-            self.usual_nodes += 0.02 * (trace.n_nodes - 1 - self.usual_nodes)
-            if round(self.usual_nodes) != self.reckoned:
-                self._reckon()
+            self.pace.usual_nodes += 0.02 * (trace.n_nodes - 1 - self.pace.usual_nodes)
+            if round(self.pace.usual_nodes) != self.usual_nodes:
+                self._reckon(self.pace.usual_nodes)
         else:
             nodes = min(trace.n_nodes - 1, self.max_budget)
             seconds = self.verify_s[nodes] + self.draft_s[self.planned]

@@ -22,6 +22,18 @@ from mmspec.tree import first_nodes
 from mmspec.types import StepTrace, Tree
 
 
+class Sureness:
+    """What was learned of a drafter's scores; neither the batch nor the machine has a say in it.
+
+    Attributes:
+        sharpness: exponent of the draft's path probabilities that makes them chances of acceptance.
+        hazard: fading sums of chances of a level and of the one before: their ratio is the usual chance of the next.
+    """
+
+    def __init__(self) -> None:
+        self.sharpness, self.hazard = 1.0, [4.0, 5.0]
+
+
 class Refinement:
     """Early exit and pruning of one draft at a time, at the going price of time.
 
@@ -32,6 +44,7 @@ class Refinement:
         rows: of the batch.
         depth, budget: the largest plan.
         price: of time; read here, kept by the policy.
+        sure: of the drafter; learned here, kept by the policy.
     """
 
     _RATE = 0.02
@@ -40,14 +53,10 @@ class Refinement:
     _UNLIKELY = 1e-3
     """Nodes below this chance are not worth a row's place even where a column is free."""
 
-    def __init__(self, costs: Costs, rows: int, depth: int, budget: int, price: Price) -> None:
-        self.price = price
+    def __init__(self, costs: Costs, rows: int, depth: int, budget: int, price: Price, sure: Sureness) -> None:
+        self.price, self.sure = price, sure
         self.verify_s = [costs.verify(rows, 1 + n) for n in range(budget + 1)]
         self.draft_s = [0.0, *(costs.draft(rows, d) for d in range(1, depth + 1))]
-        self.sharpness = 1.0
-        """Exponent of the draft's path probabilities that makes them chances of acceptance."""
-        self.hazard = [4.0, 5.0]
-        """Fading sums of chances of a level and of the one before: their ratio is the usual chance of the next."""
         self.levels = 0
         self.reach: list[int] = []
         """Deepest level of each row that is left to verify; empty where a draft had no scores to prune by."""
@@ -72,14 +81,14 @@ class Refinement:
         A level may pay by those after it alone: verification is often paid for by several nodes at a time.
         """
         reached = [
-            min(sum(math.exp(self.sharpness * s) for s in row), before) if before else 0.0
+            min(sum(math.exp(self.sure.sharpness * s) for s in row), before) if before else 0.0
             for row, before in zip(scores.tolist(), self._before)
         ]
         if level > 1:  # the first level says how sure the root's state is, not how chances go on
-            self.hazard[0] = self._FADE * self.hazard[0] + sum(reached)
-            self.hazard[1] = self._FADE * self.hazard[1] + sum(self._before)
+            self.sure.hazard[0] = self._FADE * self.sure.hazard[0] + sum(reached)
+            self.sure.hazard[1] = self._FADE * self.sure.hazard[1] + sum(self._before)
         self._before = reached
-        usual, gain = self.hazard[0] / self.hazard[1], 0.0
+        usual, gain = self.sure.hazard[0] / self.sure.hazard[1], 0.0
         for deeper in range(level, self.levels):
             if self.next_level is None:
                 reached = [chance * usual for chance in reached]
@@ -103,7 +112,7 @@ class Refinement:
         assert trees.scores is not None
         scores, depths = torch.stack([trees.scores, trees.depths.to(trees.scores.dtype)]).tolist()
         chances = [
-            [math.exp(self.sharpness * s) for s in row[1:]] if active else []
+            [math.exp(self.sure.sharpness * s) for s in row[1:]] if active else []
             for row, active in zip(scores, self.active)
         ]
         widest = trees.tokens.shape[1] - 1
@@ -125,7 +134,7 @@ class Refinement:
         got = sum(a for a, active in zip(trace.accepted, trace.active) if active)
         # Divided by what was known before: a quotient that what came of the draft is in has no mean of zero.
         surprise = (self._expected - got) / (1.0 + self._expected)
-        self.sharpness = min(max(self.sharpness * math.exp(self._RATE * surprise), 0.1), 10.0)
+        self.sure.sharpness = min(max(self.sure.sharpness * math.exp(self._RATE * surprise), 0.1), 10.0)
         self._expected = 0.0
 
     def seconds(self, n_nodes: int, drafted: bool) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mmspec.policies._parts import Parts, Price, Probing
-from mmspec.policies._refine import Refinement
+from mmspec.policies._refine import Refinement, Sureness
 from mmspec.policy import FixedPolicy
 from mmspec.types import Plan, StepTrace
 
@@ -31,6 +31,22 @@ class Config:
     probe_share: float = 0.005
 
 
+@dataclass
+class _Pace:
+    """What was learned at one batch size: the price of time, and of drafts how many there were and what they lost.
+
+    Args:
+        weight, lost_s: fading sums of drafts and of the seconds that they lost.
+    """
+
+    price: Price
+    refine: Refinement
+    probing: Probing
+    drafts: int = 0
+    weight: float = 0.0
+    lost_s: float = 0.0
+
+
 class MarginalPolicy(FixedPolicy):
     """See the module.
 
@@ -44,18 +60,20 @@ class MarginalPolicy(FixedPolicy):
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__(parts.depth, parts.budget)
-        self.costs, self.probing = parts.measured("marginal"), Probing(config.probe_share, 0.0)
-        self.rows = 0
+        self.costs, self.probe_share = parts.measured("marginal"), config.probe_share
+        self._sure: dict[bool, Sureness] = {}
+        """By way of sampling, and `_Pace` by batch size as well: a last small batch does not make the others forget."""
+        self._paces: dict[tuple[int, bool], _Pace] = {}
 
     def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
-        if max_batch == self.rows:
-            return  # what was learned of the drafter stays from one call to the next
-        self.rows = max_batch
-        self.plain_s, self.probing.late_s = self.costs.verify(max_batch, 1), self.costs.draft(max_batch, 1)
-        self.price = Price(1 / self.plain_s, max_batch)
-        self.refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, self.price)
-        self.drafts, self._weight, self._lost_s = 0, 0.0, 0.0
-        self.drafting = False
+        self.plain_s, self.drafting = self.costs.verify(max_batch, 1), False
+        if (max_batch, sampled) not in self._paces:
+            price, sure = Price(1 / self.plain_s, max_batch), self._sure.setdefault(sampled, Sureness())
+            refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, price, sure)
+            probing = Probing(self.probe_share, self.costs.draft(max_batch, 1))
+            self._paces[max_batch, sampled] = _Pace(price, refine, probing)
+        self.pace = self._paces[max_batch, sampled]
+        self.price, self.refine, self.probing = self.pace.price, self.pace.refine, self.pace.probing
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         self.price.among(sum(left > 0 for left in remaining))
@@ -67,13 +85,13 @@ class MarginalPolicy(FixedPolicy):
         return Plan(full.depth, full.budget, self.refine.extend, self.refine.prune)
 
     def _pays(self) -> bool:
-        if self.drafts < self._TRUSTED:
+        if self.pace.drafts < self._TRUSTED:
             return True
         return self._lost() <= 0 or self.probing.due(self._lost())
 
     def _lost(self) -> float:
         """Seconds that a draft loses on average: what it costs beyond a plain round, less what its tokens are worth."""
-        return self._lost_s / self._weight
+        return self.pace.lost_s / self.pace.weight
 
     def observe(self, trace: StepTrace) -> None:
         gain = sum(a for a, active in zip(trace.accepted, trace.active) if active)
@@ -82,12 +100,12 @@ class MarginalPolicy(FixedPolicy):
         lost = None
         if self.drafting:
             loss = seconds - self.plain_s - gain / self.price.per_s
-            if self._weight and self._lost() > 0:
+            if self.pace.weight and self._lost() > 0:
                 lost = loss
             self.refine.settle(trace)
-            self.drafts += 1
-            self._weight = self._FADE * self._weight + 1
-            self._lost_s = self._FADE * self._lost_s + loss
+            self.pace.drafts += 1
+            self.pace.weight = self._FADE * self.pace.weight + 1
+            self.pace.lost_s = self._FADE * self.pace.lost_s + loss
         self.probing.add(seconds, lost)
 
 
