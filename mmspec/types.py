@@ -279,11 +279,13 @@ class Trials:
         chances: [T, Dmax] of each level once the one before is accepted.
         accepted: [T] tokens.
         reach: [T] levels that the drafter had to offer.
+        image: [T] number of the image (or text) that each is of: rounds of one fail and succeed together.
     """
 
     chances: np.ndarray
     accepted: np.ndarray
     reach: np.ndarray
+    image: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ def rounds(n=600, seed=0):
         "scalars": torch.zeros(n, 14),
         "accepted": accepted,
         "explored": torch.zeros_like(accepted, dtype=torch.bool),
+        "image": torch.arange(len(accepted)),
         "reach": torch.full((n,), 3),
         "visual_mass": torch.full((n, 2), 0.25),
         "visual_mass_valid": torch.ones(n, dtype=torch.bool),

@@ -23,7 +23,7 @@ def trials(foreseen, n=400, seed=0):
     """Half the rounds accept nothing, half all four tokens; `foreseen`: it knows which, or claims the contrary."""
     good = np.random.default_rng(seed).random(n) < 0.5
     sure = np.where(good if foreseen else ~good, 0.97, 0.03)
-    return Trials(np.repeat(sure[:, None], 4, 1), np.where(good, 4, 0), np.full(n, 4))
+    return Trials(np.repeat(sure[:, None], 4, 1), np.where(good, 4, 0), np.full(n, 4), np.arange(n))
 
 
 def test_the_advantage_is_what_foresight_is_worth_by_hand():
@@ -41,9 +41,20 @@ def test_the_advantage_is_what_foresight_is_worth_by_hand():
     assert 0 <= shared < gain / 2, "eight rows that share a depth have little to foresee"
 
 
+def test_rounds_of_one_image_are_one_observation_of_the_advantage():
+    """Every round five times over: nothing more is known than was before."""
+    once, n = trials(True, 600), 600
+    five = Trials(*(np.repeat(table, 5, 0) for table in (once.chances, once.accepted, once.reach, once.image)))
+    apart = replace(five, image=np.arange(5 * n))
+    gain, error = advantage(once, COST, 1)
+    assert advantage(five, COST, 1) == pytest.approx((gain, error), rel=1e-6)
+    assert advantage(apart, COST, 1) == pytest.approx((gain, error / 5**0.5), rel=1e-2)
+    assert advantage(five, COST, 4)[1] > 1.3 * advantage(apart, COST, 4)[1], "also where rows share a depth"
+
+
 def test_copies_that_end_early_cost_what_they_have():
     """Half the drafts have two levels at most, and a deeper plan costs no more than these."""
-    some = Trials(np.full((2, 4), 0.5), np.array([1, 2]), np.array([2, 4]))
+    some = Trials(np.full((2, 4), 0.5), np.array([1, 2]), np.array([2, 4]), np.arange(2))
     assert expected_seconds(some, COST) == pytest.approx([1.0, 1.2, 1.4, 1.5, 1.6])
     assert expected_seconds(None, COST) == COST
 
@@ -93,7 +104,9 @@ def test_one_that_does_is_asked():
 
 
 def test_a_drafter_that_never_pays_loses_next_to_nothing_and_is_noticed_when_it_does():
-    never = Told([0.02, 0.0, 0.0, 0.0], Trials(np.full((300, 4), 0.02), np.zeros(300, int), np.full(300, 4)))
+    never = Told(
+        [0.02, 0.0, 0.0, 0.0], Trials(np.full((300, 4), 0.02), np.zeros(300, int), np.full(300, 4), np.arange(300))
+    )
     policy = make_policy("viskip", Parts(4, 4, Flat(level=0.2), never, 1))
     policy.open(1, torch.device("cpu"))
 
@@ -188,7 +201,7 @@ class Moody(Told):
     """Foresees greedy rounds, and none that are sampled, of which fewer tokens are accepted."""
 
     def at(self, sampled):
-        drawn = Trials(np.full((400, 4), 0.1), np.arange(400) % 2, np.full(400, 4))
+        drawn = Trials(np.full((400, 4), 0.1), np.arange(400) % 2, np.full(400, 4), np.arange(400))
         return replace(super().at(False), prior=[0.5, 0.0, 0.0, 0.0], trials=drawn) if sampled else super().at(False)
 
 
@@ -354,7 +367,8 @@ def test_a_controller_of_before_is_loaded_and_asked(tmp_path):
     assert (old.scale.tolist(), old.offset.tolist()) == ([1.0] * 3, [0.0] * 3), "its logits are what they were"
     assert old.prior == pytest.approx(head.prior.tolist(), abs=1e-3)
     ends = torch.tensor([0, 1, 2, 3])
-    again.remember(torch.full((4, 3), 0.5), ends, torch.full((4,), 3), torch.zeros(4))
+    again.remember(torch.full((4, 3), 0.5), ends, torch.full((4,), 3), torch.zeros(4), torch.tensor([7, 7, 9, 9]))
     trials = viskip.Deployed(again, torch.nn.Embedding(5, 6), 5).at(True).trials  # better others than none
     assert trials is not None
     assert (trials.chances.shape, trials.accepted.tolist(), trials.reach.tolist()) == ((4, 3), [0, 1, 2, 3], [3] * 4)
+    assert trials.image.tolist() == [7, 7, 9, 9]

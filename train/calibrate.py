@@ -125,7 +125,8 @@ def remember(controller: nn.Module, judging: Mapping[str, Tensor]) -> None:
     head: Any = controller
     whole = {name: table[~judging["explored"]] for name, table in judging.items()}  # of others more might have come
     if len(whole["accepted"]):
-        head.remember(head.chances(whole), whole["accepted"], whole["reach"], sampled_rounds(whole))
+        ends = whole["accepted"], whole["reach"]
+        head.remember(head.chances(whole), *ends, sampled_rounds(whole), whole["image"])
 
 
 @torch.no_grad()

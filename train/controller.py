@@ -109,6 +109,8 @@ def train_controller(session: Session) -> None:
     keys = rounds["key"].tolist()
     image = {key: session.corpus.samples[key].image_name() or f"text {key}" for key in set(keys)}
     training, validation, judging = _split([image[key] for key in keys], recipe.run.seed)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(image.values()))}
+    rounds["image"] = torch.tensor([numbers[image[key]] for key in keys])
     session.tracker.log(recipe.run.max_steps, {f"viskip/{name}": value for name, value in agreement(rounds).items()})
     config = policy.controller.resolve(target.shape)
     torch.manual_seed(recipe.run.seed)
@@ -157,6 +159,8 @@ def train_controller(session: Session) -> None:
         greedy, drawn = calibrate(chosen, _batch(rounds, validation, target)["rounds"])
         session.tracker.say(f"the controller of step {best.step}, its logits by {greedy:g}, sampled {drawn:g}")
         judges = _batch(rounds, judging, target)["rounds"]
+        if not len(judging):
+            session.tracker.say(f"{len(numbers)} images are too few to judge it by: policies will ask it every round")
         remember(chosen, judges)
         found = reliability(chosen, judges)
         session.tracker.log(plan.log_offset + policy.steps, flat_reliability(found))

@@ -103,9 +103,11 @@ class Said:
 class Head(nn.Module):
     """Survival model of a paired drafter."""
 
-    LATER = ("trial_chances", "trial_accepted", "trial_reach", "trial_sampled", "shift", "scale", "offset")
-    """Controllers of before had no held-out rounds to bring along, which are asked always, or one calibration for both
-    ways of sampling."""
+    LATER = (
+        "trial_chances", "trial_accepted", "trial_reach", "trial_sampled", "trial_image", "shift", "scale", "offset",
+    )  # fmt: skip
+    """Controllers of before had no held-out rounds to bring along, which are asked always, did not say which images
+    these are of, or had one calibration for both ways of sampling."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -131,12 +133,14 @@ class Head(nn.Module):
         self.register_buffer("trial_accepted", torch.full((N_TRIALS,), -1.0))
         self.register_buffer("trial_reach", torch.zeros(N_TRIALS))
         self.register_buffer("trial_sampled", torch.zeros(N_TRIALS))
+        self.register_buffer("trial_image", torch.arange(float(N_TRIALS)))
         # By way of sampling, greedy first. `shift`: the mean round there, in logits beyond the mean round of all.
         self.register_buffer("shift", torch.zeros(2, c.depth))
         # `scale * logit + offset` is the logit of a calibrated chance.
         self.register_buffer("scale", torch.ones(2, c.depth))
         self.register_buffer("offset", torch.zeros(2, c.depth))
         self.trial_sampled: Tensor
+        self.trial_image: Tensor
         self.shift: Tensor
         self.scale: Tensor
         self.offset: Tensor
@@ -181,10 +185,11 @@ class Head(nn.Module):
         hazard = self.look(rounds["last_hidden"], rounds["root_embed"], rounds["scalars"]).hazard
         return (self.scale[bucket] * hazard + self.offset[bucket]).sigmoid()
 
-    def remember(self, chances: Tensor, accepted: Tensor, reach: Tensor, sampled: Tensor) -> None:
-        """Keep what came of held-out rounds: conditional chances [T, Dmax], accepted tokens, offered levels and whether
-        tokens were drawn [T], the first `N_TRIALS` of them."""
+    def remember(self, chances: Tensor, accepted: Tensor, reach: Tensor, sampled: Tensor, image: Tensor) -> None:
+        """Keep what came of held-out rounds: conditional chances [T, Dmax], accepted tokens, offered levels, whether
+        tokens were drawn and of which image they are [T], the first `N_TRIALS` of them."""
         n = min(len(accepted), N_TRIALS)
+        self.trial_image[:n] = image[:n].to(self.trial_image)
         self.trial_chances[:n] = chances[:n]
         self.trial_sampled[:n] = sampled[:n].to(self.trial_sampled)
         self.trial_accepted.fill_(-1.0)[:n] = accepted[:n].to(self.trial_accepted)
@@ -373,7 +378,8 @@ def _trials(head: Head, sampled: int) -> Trials | None:
     mine = mine if bool(mine.any()) else tried
     if not bool(mine.any()):
         return None
-    counts = [_array(table[mine]).astype(int) for table in (head.trial_accepted, head.trial_reach)]
+    tables = head.trial_accepted, head.trial_reach, head.trial_image
+    counts = [_array(table[mine]).astype(int) for table in tables]
     return Trials(_array(head.trial_chances[mine]), *counts)
 
 

@@ -102,7 +102,7 @@ def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float
         rows: drafts that share a depth; held-out rounds are put together at random.
 
     Returns:
-        The mean, and its standard error.
+        The mean, and its standard error, rounds of one image being one observation.
     """
     n, order = len(trials.accepted), np.random.default_rng(0)
     groups = np.arange(n)[:, None] if rows == 1 else np.stack([order.permutation(n) for _ in range(rows)], 1)
@@ -117,5 +117,9 @@ def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float
         chosen = (foreseen - price * planned).argmax(1)
         price = float(got[each, chosen].sum() / spent[each, chosen].sum())
     gains = got[each, chosen] - got[:, usual] - rates[usual] * (spent[each, chosen] - spent[:, usual])
+    # Each round is in `rows` groups; what these gained beyond the mean is its own doing as far as can be known.
+    own = np.bincount(groups.ravel(), np.repeat(gains - gains.mean(), rows), n)
+    of_image = np.bincount(np.unique(trials.image, return_inverse=True)[1], own)
+    many = len(of_image) / max(len(of_image) - 1, 1)
     scale = float(got[:, usual].mean())
-    return float(gains.mean()) / scale, float(gains.std()) / (n / rows) ** 0.5 / scale
+    return float(gains.mean()) / scale, float((many * (of_image**2).sum()) ** 0.5) / n / scale
