@@ -37,6 +37,7 @@ from mmspec.api import find_device, make_drafter
 from mmspec.arguments import Parser, at_least, command
 from mmspec.checkpoint import Checkpoint, write_json
 from mmspec.dependence import blurred, mean_feature, of_conversations
+from mmspec.files import write_text
 from mmspec.loop import all_complete, generate
 from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine, Record, RecordError, open_image
@@ -339,7 +340,7 @@ def write_results(out: Path, result: dict[str, Any], answers: Sequence[Answered]
     write_json(out / "dependence.json", result)
     charts = [chart(result["overall"], list(result["checkpoints"]), "all topics")]
     charts += [chart(rows, list(result["checkpoints"]), topic) for topic, rows in result["topics"].items()]
-    (out / "dependence.svg").write_text(charts[0], encoding="utf-8")
+    write_text(out / "dependence.svg", charts[0])
     title = f"Acceptance by visual dependence: {', '.join(result['checkpoints'])}"
     words = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in DEFINITIONS.items())
     page = (
@@ -348,7 +349,7 @@ def write_results(out: Path, result: dict[str, Any], answers: Sequence[Answered]
         "section{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}</style>"
         f"<h1>{escape(title)}</h1><section>{''.join(charts)}</section><dl>{words}</dl></html>\n"
     )
-    (out / "dependence.html").write_text(page, encoding="utf-8")
+    write_text(out / "dependence.html", page)
 
 
 def chart(rows: Sequence[dict[str, Any]], names: Sequence[str], title: str) -> str:

@@ -42,6 +42,7 @@ from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.api import FREE, TRAINED
 from mmspec.arguments import Parser, at_least, command
+from mmspec.files import write_text
 from mmspec.methods import method_names
 from mmspec.recipe import load
 from mmspec.types import InputError
@@ -208,9 +209,9 @@ def write(args: argparse.Namespace, found: Found) -> str:
     facts = {"commit": checkpoint.git_commit(), "hardware": summary["hardware"], "versions": summary["versions"]}
     checkpoint.write_json(results / f"{name}.json", {**as_json(found), **how, **facts})
     for part, drawn in found.charts.items():
-        (results / f"{name}{part}.svg").write_text(drawn, encoding="utf-8")
+        write_text(results / f"{name}{part}.svg", drawn)
     text = as_markdown(found)
-    (results / f"{name}.md").write_text(text, encoding="utf-8")
+    write_text(results / f"{name}.md", text)
     said = " ".join(map(checkpoint.discreet, args.said))
     return (
         f"## {date.today()} · {TITLES[name]}\n\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 from eval import tables
 from eval.plots import LIGHT, Series, standalone, ticks
+from eval.report_charts import N_DEPTHS
 from eval.summary import OVERALL, number
 from eval.tables import whole
 
@@ -18,7 +19,6 @@ FIGURES = ("mat", "speedup", "speedup_lo", "speedup_hi", "decode_speedup", "deco
            "exact_match", "n_requests")  # fmt: skip
 FACTS = ("tree", "steps")
 """What stands beside a head's name, where it has it."""
-N_DEPTHS = 12
 
 
 def row(label: str, summary: Mapping[str, Any], method: str, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -277,16 +277,17 @@ def read_tuned(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it was tuned for something else than what is to be scored.
     """
+    wanted = settings(args)
     try:
         found: dict[str, Any] = json.loads(Path(args.tuned).read_text("utf-8"))
-        tuned_for, wanted = found["settings"], settings(args)
-        for key in ("drafter", "batch", "temperature", "offer", "dtype"):
-            if tuned_for[key] != wanted[key]:
-                raise InputError(f"--tuned {args.tuned} is for {key} {tuned_for[key]}, not {wanted[key]}; tune anew")
+        tuned_for = {key: found["settings"][key] for key in ("drafter", "batch", "temperature", "offer", "dtype")}
     except FileNotFoundError:
         raise InputError(f"--tuned {args.tuned} does not exist; make it with --tune") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--tuned {args.tuned} is not a file that --tune wrote") from None
+    for key, value in tuned_for.items():
+        if value != wanted[key]:
+            raise InputError(f"--tuned {args.tuned} is for {key} {value}, not {wanted[key]}; tune anew")
     return found
 
 

@@ -6,7 +6,6 @@ talk over gloo, a few words at the start and at the end; with one process nothin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from mmspec.arguments import launched_as
 from mmspec.records import Record
 from mmspec.types import InputError
 
@@ -87,7 +87,7 @@ class Ranks:
 
 def join() -> Ranks:
     """The group that the launcher's variables describe; one process without a launcher."""
-    rank, size, local = (int(os.environ.get(name, usual)) for name, usual in _VARIABLES)
+    rank, size, local = launched_as()
     if size > 1 and not dist.is_initialized():
         # One waits for the other until its share is decoded, however long that takes.
         dist.init_process_group("gloo", timeout=timedelta(days=30))
@@ -105,6 +105,3 @@ def own_device(device: str, ranks: Ranks) -> str:
     if ranks.size > 1 and device == "cuda":
         return f"cuda:{ranks.local % torch.cuda.device_count()}"
     return device
-
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

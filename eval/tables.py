@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.summary import DEFINITIONS, OF_THE_RUN, OVERALL, TOP_LEVEL, interval, number
 from eval.tasks import PLAIN
+from mmspec.files import write_text
 
 MARKDOWN, CSV = "tables.md", "tables.csv"
 INVALID = "INVALID: answers differ from plain decoding's, and not at ties; the speedups say nothing"
@@ -99,8 +100,8 @@ def shown(name: str, figures: Mapping[str, Any]) -> str:
 
 def write(out: Path, summary: Mapping[str, Any]) -> None:
     """Writes `tables.md` and `tables.csv`."""
-    (out / MARKDOWN).write_text(page(summary), encoding="utf-8")
-    (out / CSV).write_text(as_csv([*FACTS, *FIGURES], tidy(summary)), encoding="utf-8")
+    write_text(out / MARKDOWN, page(summary))
+    write_text(out / CSV, as_csv([*FACTS, *FIGURES], tidy(summary)))
 
 
 def _figures(cell: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -19,6 +19,15 @@ PATIENCE_S = 20.0
 """How long a rank above 0 waits for rank 0 to report the error they share."""
 
 
+def launched_as() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from the launcher's variables; (0, 1, 0) without a launcher."""
+    rank, size, local = (int(os.environ.get(name, usual)) for name, usual in _LAUNCHER)
+    return rank, size, local
+
+
+_LAUNCHER = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
 class Parser(argparse.ArgumentParser):
     """Texts keep their lines, and a wrong command line is reported as any other wrong input: in one line, which
     `command` prints."""
@@ -48,7 +57,7 @@ def command(
             try:
                 return work(*args, **kwargs) or 0
             except wrong as error:
-                if int(os.environ.get("RANK", "0")) > 0:
+                if launched_as()[0] > 0:
                     # All ranks find the same fault. The launcher ends the others as soon as one ends, so those above 0
                     # give rank 0 the time to speak; if it did not find the fault, they do.
                     default_signals()

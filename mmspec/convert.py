@@ -31,11 +31,10 @@ from torch import Tensor
 
 from mmspec import checkpoint, safety
 from mmspec.export.engines import ENGINES
+from mmspec.export.layouts import ATTENTION, FEEDFORWARD
 from mmspec.recipe import build_config, import_head
 from mmspec.types import InputError, Target
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 CLOSE = 0.02
 """Relative difference of frozen copies: roundings to 8 bits are 0.004, other targets are around 1."""
 DEPTH, WIDTH, BUDGET = 6, 10, 59
@@ -260,8 +259,8 @@ def _block(source: Source, prefix: str, norms: Mapping[str, str]) -> dict[str, T
     Raises:
         InputError: something is missing, or the layer has biases.
     """
-    state = {f"block.{name}.weight": source.take(f"{prefix}self_attn.{name}.weight") for name in LINEAR}
-    state |= {f"block.mlp.{name}.weight": source.take(f"{prefix}mlp.{name}.weight") for name in MLP}
+    state = {f"block.{name}.weight": source.take(f"{prefix}self_attn.{name}.weight") for name in ATTENTION}
+    state |= {f"block.mlp.{name}.weight": source.take(f"{prefix}mlp.{name}.weight") for name in FEEDFORWARD}
     for theirs, ours in {"post_attention_layernorm": "post_attention_layernorm", **norms}.items():
         state[f"block.{ours}.weight"] = source.take(f"{prefix}{theirs}.weight")
     for name in [name for name in source.tensors if name.startswith(prefix) and name.endswith(".bias")]:
@@ -326,7 +325,7 @@ def _msd(source: Source, target: Target) -> Found:
 
 def _vispec(source: Source, target: Target) -> Found:
     eagle, D = _eagle(source, target, "vispec"), target.shape.hidden_size
-    state = {f"adaptor.{name}.weight": source.take(f"imadpt.{name}.weight") for name in LINEAR[1:]}
+    state = {f"adaptor.{name}.weight": source.take(f"imadpt.{name}.weight") for name in ATTENTION[1:]}
     state["adaptor.query"] = source.take("imadpt.q")
     whole = source.take("img_fc.weight")
     state["inject_state.weight"], state["inject_image.weight"] = whole[:, :D], whole[:, D:]

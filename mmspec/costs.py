@@ -60,13 +60,16 @@ class CostTable:
     def load(path: Path) -> CostTable:
         """Raises ValueError when the file is damaged, or its numbers meant something else."""
         raw = json.loads(path.read_text())
-        if raw.get("schema") != _SCHEMA:
-            raise ValueError(f"{path} has schema {raw.get('schema')}, not {_SCHEMA}: measure it again")
-        tables = [
-            {int(b): {int(k): float(s) for k, s in row.items()} for b, row in raw[name].items()}
-            for name in ("verify_s", "draft_s")
-        ]
-        return CostTable(str(raw["hardware"]), *tables)
+        try:
+            if raw["schema"] != _SCHEMA:
+                raise ValueError(f"{path} has schema {raw['schema']}, not {_SCHEMA}: measure it again")
+            tables = [
+                {int(b): {int(k): float(s) for k, s in row.items()} for b, row in raw[name].items()}
+                for name in ("verify_s", "draft_s")
+            ]
+            return CostTable(str(raw["hardware"]), *tables)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no cost table: measure it again") from error
 
 
 def _lookup(table: Mapping[int, Mapping[int, float]], batch: int, x: int) -> float:

@@ -126,7 +126,7 @@ def run_folder(path: Path | str, target: str | None = None, dtype: str = "float3
             raise
         raise InputError(f"{path} is no folder here, and {error}") from error
     if (snapshot / "head.json").is_file():
-        return _settled(place, snapshot, "", lambda folder: _copy(snapshot, folder, HEAD, place))
+        return _settled(place, snapshot, "", lambda folder: _copy(snapshot, folder, HEAD))
     settings = read_settings(snapshot / "config.json") if (snapshot / "config.json").is_file() else {}
     named = target or _verifier(settings)
     if named is None:
@@ -347,7 +347,7 @@ def _settled(place: Place, snapshot: Path, key: str, fill: Callable[[Path], None
     return folder
 
 
-def _copy(snapshot: Path, folder: Path, patterns: Sequence[str], place: Place) -> None:
+def _copy(snapshot: Path, folder: Path, patterns: Sequence[str]) -> None:
     for path in _files(snapshot, patterns):
         out = folder / path.relative_to(snapshot)
         out.parent.mkdir(parents=True, exist_ok=True)

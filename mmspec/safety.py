@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -149,38 +148,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"{_said(path)} is damaged (not a JSON object); fetch it again")
     check_settings(value, path)
     return value
-
-
-def check_folder(folder: Path, allow: Sequence[str] = ()) -> list[Path]:
-    """Everything in a folder that came from elsewhere, or goes there.
-
-    Args:
-        folder: walked to its last file; itself it may be a link, which its user made.
-        allow: patterns (`*` also spans `/`) of the names that may be in it; empty: any.
-
-    Returns:
-        Its files, by name.
-
-    Raises:
-        InputError: the folder is missing, a file has a name that is not allowed, or is refused by one of the checks
-            above; JSON files are read with `read_settings`' limits.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{_said(folder)} is no folder")
-    files, waiting = [], [folder]
-    while waiting:
-        for path in waiting.pop().iterdir():
-            name = check_name(path.relative_to(folder).as_posix())
-            if path.is_dir() and not path.is_symlink():
-                waiting.append(path)
-                continue
-            if allow and not any(fnmatchcase(name, pattern) for pattern in allow):
-                raise InputError(f"{_said(folder)} has {name!r}, which does not belong there; remove it")
-            check_file(path)
-            if path.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-                read_settings(path)
-            files.append(path)
-    return sorted(files)
 
 
 def _stores(path: Path) -> list[Path]:

@@ -52,6 +52,7 @@ from eval.tasks import data_name
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 from mmspec.arguments import Parser, at_least, command
+from mmspec.files import write_text
 from mmspec.methods import method_names
 from mmspec.targets import load_target
 from mmspec.types import InputError
@@ -296,15 +297,15 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
     (results / "policies").mkdir(parents=True, exist_ok=True)
     table = clean(table, DIGITS)
     for path in (Path(args.out) / "table.json", results / "policies.json"):
-        path.write_text(in_lines(table), encoding="utf-8")
+        write_text(path, in_lines(table))
     data = data_name(args.data)
     for drafter, temperature in dict.fromkeys((row["drafter"], row["temperature"]) for row in table["rows"]):
         how = (drafter, temperature, data)
         rows = [row for row in table["rows"] if (row["drafter"], row["temperature"], row["data"]) == how]
         if len({row["batch"] for row in rows}) > 1:
             drawn = plot(f"{drafter}, T {temperature:g}, {data}", rows)
-            (results / "policies" / f"{drafter}_t{temperature:g}.svg").write_text(drawn, encoding="utf-8")
-    (results / "policies" / "index.html").write_text(render(table), encoding="utf-8")
+            write_text(results / "policies" / f"{drafter}_t{temperature:g}.svg", drawn)
+    write_text(results / "policies" / "index.html", render(table))
     averages = "\n".join(
         f"- {row['drafter']}, {row['data']}, {row['policy']}: {row['over_plain']:.3f} of plain decoding, "
         f"{row['over_P1']:.3f} of P1 (geometric means of {row['n_cells']} cells)"

@@ -30,10 +30,9 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-sys.path.append(str(ROOT / "scripts"))
 
 from eval.options import DTYPES  # noqa: E402
-from eval.steps import PORT, Ledger, Step, perform  # noqa: E402
+from eval.steps import Ledger, Step, launched, module, perform  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
 from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
@@ -160,7 +159,7 @@ def _steps(args: argparse.Namespace, head: Mapping[str, Any], targets: Mapping[s
     score = ("--ckpt", str(folder / "head"), "--target", target, *tree, "--out", str(folder / "eval"), *_scored(args))
     return [
         Step(f"convert {name}", convert, folder / "head" / "head.json"),
-        Step(f"score {name}", _module("eval.mmspec", *score), folder / "eval" / "summary.json", (f"convert {name}",)),
+        Step(f"score {name}", module("eval.mmspec", *score), folder / "eval" / "summary.json", (f"convert {name}",)),
     ]
 
 
@@ -191,12 +190,12 @@ def recipe(args: argparse.Namespace) -> int:
         steps.append(Step("decontaminate", words, Path(settings.data.decontaminated).parent, reads=(args.recipe,)))
         before = ("decontaminate",)
     # A step that is first begun loses the file it makes; of a run that is there already nothing may be lost.
-    train = _launched(args.procs, "train/distill.py", *given, "run.resume=true")
+    train = launched(args.procs, "train/distill.py", *given, "run.resume=true")
     steps.append(Step("train", train, folder, before, reads=(args.recipe,)))
     out = args.out or folder / "mmspec"
     dtype = args.dtype or settings.target.dtype
     words = ("--ckpt", str(folder), "--target", settings.target.name, "--method", "all", "--out", str(out))
-    steps.append(Step("score", _module("eval.mmspec", *words, *_scored(args, dtype)), out / "summary.json", ("train",)))
+    steps.append(Step("score", module("eval.mmspec", *words, *_scored(args, dtype)), out / "summary.json", ("train",)))
     (folder / "on_mmspec").mkdir(parents=True, exist_ok=True)
     for step in steps:
         perform(step, ledger)
@@ -205,18 +204,6 @@ def recipe(args: argparse.Namespace) -> int:
 
 
 # ---- commands ----
-
-
-def _module(name: str, *words: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", name, *words)
-
-
-def _launched(procs: int, script: str, *words: str) -> tuple[str, ...]:
-    """A script on several processes; one needs no launcher."""
-    if procs <= 1:
-        return (sys.executable, str(ROOT / script), *words)
-    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(procs), "--master_port", PORT)
-    return (*launcher, str(ROOT / script), *words)
 
 
 def _device(args: argparse.Namespace) -> tuple[str, ...]:

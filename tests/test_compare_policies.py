@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from eval import policies
 from eval.policy_page import headlines, render
 from eval.policy_tables import break_even, headroom_of, judge, markdown, means, plot, rows_of, skip_quality
+from eval.steps import Ledger
 from mmspec import checkpoint, metrics
 from mmspec.types import InputError
 from scripts import compare_policies as command
@@ -221,6 +223,49 @@ def test_every_cell_is_tuned_before_it_is_scored_and_controllers_share_a_rollout
     assert any(word.startswith("policy.rollouts_from=") and "mine_full" in word for word in shared.words)
 
 
+def test_a_head_that_was_trained_anew_is_another_drafter(head: Path, tmp_path: Path):
+    """Its controller and costs are made again, and all that depends on them; those of others are not."""
+
+    def keys() -> dict[str, str]:
+        ledger = Ledger(tmp_path)
+        steps = steps_of(tmp_path / "out", "--heads", f"mine={head}", "--batches", "1", "--no-untrained")
+        for step in steps:
+            ledger.note(step, done=True)
+        return {step.name: ledger.key(step) for step in steps}
+
+    before = keys()
+    assert keys() == before
+    run_folder(head, llava(dtype="float32", seed=5), checkpoint.DraftTree(3, 2, 5))
+    changed = {name for name, key in keys().items() if key != before[name]}
+    assert changed == {name for name in before if "mine" in name}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--policies", "P0", "P6"], "--policies P6 needs --blind-controller DIR"),
+        (["--batch-size", "4"], "is for batch 1, not 4; tune anew"),
+        (["--offer", "4,1,4"], "is for offer 3,1,3, not 4,1,4"),
+        (["--tuned", "empty.json"], "is not a file that --tune wrote"),
+        (["--tuned", "nowhere.json"], "does not exist; make it with --tune"),
+        (["--out", "empty.json/x/y.json"], "cannot be written"),
+    ],
+)
+def test_scoring_refuses_what_does_not_fit(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before a target is loaded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").write_text("{}")
+    how = {"drafter": "sam", "batch": 1, "temperature": 0.0, "offer": "3,1,3", "dtype": "float32"}
+    (tmp_path / "tuned.json").write_text(json.dumps({"tuned": {"P1": [1, 1]}, "best": "P1", "settings": how}))
+    base = ["--method", "sam", "--offer", "3,1,3", "--tuned", "tuned.json", "--target", "nowhere", "--out", "made.json"]
+    assert policies.main([*base, *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -255,6 +300,15 @@ def test_a_missing_cell_is_named_or_left_out_so_far(head: Path, tmp_path: Path):
     assert table["missing"] == ["mine_b1_t0/short"]
     assert {row["drafter"] for row in table["rows"]} == {"mine"}
     assert "Not scored yet: mine_b1_t0/short." in (tmp_path / "results" / "policies" / "index.html").read_text()
+    two = [word for word in words if word != "1"]
+    two[two.index("--batches") + 1 : two.index("--batches") + 1] = ["1", "4"]
+    assert command.main([*two, "--so-far"]) == 0, "no line can be drawn of one batch size"
+    assert not list((tmp_path / "results").rglob("*.svg"))
+    (tmp_path / "cells" / "mine_b4_t1").mkdir()
+    found = at({**cell(), "hardware": {"cpu": "x", "gpu": None}}, batch=4)
+    (tmp_path / "cells" / "mine_b4_t1" / "short.json").write_text(json.dumps(found))
+    assert command.main([*two, "--so-far"]) == 0
+    assert [path.name for path in (tmp_path / "results").rglob("*.svg")] == ["eagle_t0.svg"]
 
 
 def test_an_entry_of_the_table_is_a_line():

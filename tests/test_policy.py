@@ -13,7 +13,7 @@ import torch
 
 from mmspec import costs as tables
 from mmspec import metrics
-from mmspec.costs import CostTable, hardware, load_or_measure
+from mmspec.costs import CostTable, hardware, load_or_measure, table_path
 from mmspec.drafters.null import NullDrafter
 from mmspec.heads import viskip
 from mmspec.heads.eagle import Config, Head
@@ -399,6 +399,20 @@ def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path):
         seconds = [row[k] for k in sorted(row)]
         assert all(s > 0 for s in seconds)
         assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["[]", "{", '{"schema": 3, "hardware": "x", "verify_s": {}}', '{"schema": 3, "verify_s": [1]}', "3", "null"],
+)
+def test_a_damaged_cost_table_is_measured_again(tmp_path, damaged):
+    target = llava()
+    drafter = Head(Config().resolve(target.shape)).double().drafter(target, 2)
+    path = table_path(tmp_path, target)
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"measure it again|Expecting"):
+        CostTable.load(path)
+    assert load_or_measure(tmp_path, target, drafter, 1, 1, 1) == CostTable.load(path)
 
 
 def test_skip_policy_never_drafts():

@@ -69,6 +69,24 @@ def origin(recipe: Recipe, corpus: Corpus, target: Target) -> Origin:
     return Origin(name, target.fingerprint, recipe.target.arithmetic, target.vocabulary, key)
 
 
+def new_folder(out: Path, what: str) -> None:
+    """Makes the folder that shards go to, or takes one in which nothing was finished.
+
+    Args:
+        out: the folder.
+        what: it is to hold, in words.
+
+    Raises:
+        InputError: it cannot be made, or holds something else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made ({error.strerror}); name a writable folder") from error
+    if any(path.suffix != ".tmp" for path in out.iterdir()):
+        raise InputError(f"--out {out} is not empty and holds no {what}; name another folder")
+
+
 def head_taps(recipe: Recipe, target: Target) -> tuple[int, ...]:
     """The hidden states that the recipe's head reads beside the last, known without building its weights."""
     with torch.device("meta"):
@@ -287,12 +305,7 @@ def _begin(session: Session, settings: Settings) -> Manifest:
         target.shape.hidden_size, shard_tokens,
     )  # fmt: skip
     if not (out / "manifest.json").is_file():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be made ({error.strerror}); name a writable folder") from error
-        if any(path.suffix != ".tmp" for path in out.iterdir()):
-            raise InputError(f"--out {out} is not empty and holds no features; name another folder")
+        new_folder(out, "features")
         wanted.save(out)
         return wanted
     found = read_manifest(out)

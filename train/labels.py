@@ -23,7 +23,7 @@ from mmspec.dependence import Dependence, answer_places
 from mmspec.recipe import build_config
 from mmspec.types import COUNTERFACTUALS, InputError
 from train.dependence import Scale, image_mean, measured
-from train.extract import in_shares, origin
+from train.extract import in_shares, new_folder, origin
 from train.features import Origin, checksum
 from train.session import Session
 
@@ -198,12 +198,7 @@ def _begin(session: Session, out: Path, counterfactual: str) -> Manifest:
         if replace(found, scale=wanted.scale, parts=()) != wanted:
             raise InputError(f"--out {out} holds the dependence of other data, target or way; name another folder")
         return found
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made ({error.strerror}); name a writable folder") from error
-    if any(path.suffix != ".tmp" for path in out.iterdir()):
-        raise InputError(f"--out {out} is not empty and holds no labels; name another folder")
+    new_folder(out, "labels")
     wanted.save(out)
     return wanted
 

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmspec.arguments import launched_as
 from mmspec.recipe import TargetNode
 from mmspec.targets import load_target
 from mmspec.types import InputError, Target
 from train.tracking import Tracker
-from train.world import World, environment
+from train.world import World
 
 if TYPE_CHECKING:
     from mmspec.targets.base import HFTarget
@@ -82,7 +83,7 @@ def load(node: TargetNode, world: World, tracker: Tracker) -> HFTarget:
 
 def _in_turns(world: World, read: Callable[[], HFTarget]) -> HFTarget:
     """One rank of each machine after the other; a fault of one is everybody's."""
-    mine = environment()[2]
+    mine = launched_as()[2]
     target: HFTarget | None = None
     for turn in range(world.largest(mine) + 1):
         fault: str | None = None

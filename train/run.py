@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mmspec import checkpoint
+from mmspec.arguments import launched_as
 from mmspec.recipe import Recipe
 from mmspec.records import Quarantine
 from mmspec.types import InputError
@@ -31,7 +32,7 @@ from train.session import Session, State, begin, finished
 from train.sources import LOST
 from train.stopping import Stopped, Stopper
 from train.tracking import Tracker
-from train.world import World, environment, join
+from train.world import World, join
 
 
 def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | None = None, answer: bool = True) -> int:
@@ -50,7 +51,7 @@ def run(recipe: Recipe, stopper: Stopper, instead: Callable[[Session], None] | N
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     training = instead is None
     if training and finished(recipe):
-        if environment()[0] == 0:
+        if launched_as()[0] == 0:
             print(f"{recipe.folder} is finished; to train on, start a new run with head.init_from={recipe.folder}")
         return 0
     world = join(recipe.target.device)

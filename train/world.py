@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from mmspec.arguments import launched_as
 from mmspec.types import InputError
 
 T = TypeVar("T")
@@ -100,17 +101,9 @@ class World:
         self.largest(0)
 
 
-def environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from the launcher's variables; (0, 1, 0) without a launcher."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)  # type: ignore[return-value]
-
-
-_RANK_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-
-
 def pick_device(wanted: str) -> torch.device:
     """`auto`: this rank's CUDA device where there is one, else the CPU."""
-    local_rank = environment()[2]
+    local_rank = launched_as()[2]
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda", local_rank) if wanted == "cuda" else torch.device(wanted)
@@ -118,7 +111,7 @@ def pick_device(wanted: str) -> torch.device:
 
 def join(device_name: str) -> World:
     """Joins the group that the launcher's variables describe, or makes one of a single process."""
-    rank, size, _ = environment()
+    rank, size, _ = launched_as()
     device = pick_device(device_name)
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(

@@ -158,7 +158,7 @@ class Head(nn.Module):
         """
         table = rounds["scalars"].float()
         self.scalar_mean.copy_(table.mean(0))
-        self.scalar_std.copy_(table.std(0).clamp_min(1e-3))
+        self.scalar_std.copy_(table.std(0, correction=0).clamp_min(1e-3))
         k = torch.arange(1, self.config.depth + 1)
         kept, offered = rounds["accepted"].unsqueeze(1) >= k, rounds["reach"].unsqueeze(1) >= k
         reached = rounds["accepted"].unsqueeze(1) >= k - 1

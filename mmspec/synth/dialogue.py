@@ -1,15 +1,12 @@
 """Conversations of one to three turns about one image: look, think, then write something."""
 
 import random
-from collections.abc import Callable
 
 from mmspec.synth.lexicon import NUMBERS, ROWS, article, counted, listed
 from mmspec.synth.longform import by_rows, describe, item_facts
 from mmspec.synth.questions import Turn
 from mmspec.synth.scene import Scene
 from mmspec.synth.wording import Wording
-
-TurnMaker = Callable[[Scene, random.Random], Turn]
 
 
 def look(scene: Scene, rng: random.Random) -> Turn:
