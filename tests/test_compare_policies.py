@@ -308,7 +308,7 @@ def test_a_missing_cell_is_named_or_left_out_so_far(head: Path, tmp_path: Path):
     found = at({**cell(), "hardware": {"cpu": "x", "gpu": None}}, batch=4)
     (tmp_path / "cells" / "mine_b4_t1" / "short.json").write_text(json.dumps(found))
     assert command.main([*two, "--so-far"]) == 0
-    assert [path.name for path in (tmp_path / "results").rglob("*.svg")] == ["eagle_t0.svg"]
+    assert [path.name for path in (tmp_path / "results").rglob("*.svg")] == ["mine_t0.svg"]
 
 
 def test_an_entry_of_the_table_is_a_line():
