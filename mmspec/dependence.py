@@ -4,8 +4,6 @@ The target reads one conversation twice, with its image and without: image featu
 images, or the image blurred, or image positions hidden from the answer alone, so that what the question took from the
 image stays. Tokens, positions and lengths are the same both times, so all that differs between the two distributions of
 a token is what the image said.
-
-Source: methods, D3, label 2.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ oracle picks `(d, n)` for each round with that known, at the price of time that 
 bounds policies that shape this drafter's chains round by round, up to one approximation: a shorter round would have
 begun the next one elsewhere, and rounds there are taken to be like these.
 
-Source: methods, D3 (label 3), D4 and D6 (P9).
+P9 of `eval.policies`; why so: DESIGN 92.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
-"""Two threads at most, so that parallel test workers do not fight over two cores; the option --golden; a group."""
+"""Two threads at most, so that parallel test workers do not fight over two cores; the option --golden; a group, and
+trainings in it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from train import distill, run
 from train.world import World, join
 
 torch.set_num_threads(1)
@@ -27,3 +31,26 @@ def group() -> Iterator[World]:
     os.environ.update(before)
     yield made
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def train_here(group: World) -> Callable[..., None]:
+    """`train/distill.py WORDS` in the tests' process and group, without the seconds that a process takes to start; it ends
+    with `code`, or the test fails.
+
+    Signal handlers of this process come back, and the group stays.
+    """
+
+    def train(*words: str | Path, code: int = 0) -> None:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_RANK", "0")
+            patch.setenv("WANDB_MODE", "disabled")
+            patch.setattr(run, "join", lambda device: group)
+            patch.setattr(run, "_leave", lambda world: None)
+            found = distill.main(list(map(str, words)))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        assert found == code
+
+    return train

@@ -501,11 +501,3 @@ def test_too_many_bad_records_end_a_run_before_anything_is_loaded(tmp_path: Path
         decontaminate.read_clean(Data([Source(str(data))], max_bad_share=0.3), quarantine)
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 3
     assert len(decontaminate.read_clean(Data([Source(str(data))], max_bad_share=0.4), Quarantine(None))) == 5
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_for_real_targets_require_a_list(path: Path):
-    from mmspec.recipe import load
-
-    recipe = load(path)
-    assert (recipe.data.decontaminated is not None) == (recipe.target.name != "tiny_llava")

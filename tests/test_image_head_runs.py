@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,16 +55,19 @@ def same_curve(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["msd", pytest.param("vispec", marks=pytest.mark.slow)])
-def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split(base: Path, kind: str):
-    whole = run(base, kind, "whole", 0, "optim.micro_batch=4")
+def test_a_run_leaves_a_checkpoint_of_its_target_alone_and_can_be_split(
+    base: Path, kind: str, train_here: Callable[..., None]
+):
+    train_here(*words(base, kind, "whole", "optim.micro_batch=4"))
+    whole = base / "out" / f"{kind}_whole"
     loaded = checkpoint.load(whole)
     assert loaded.kind == kind
     assert loaded.head().config == loaded.config
     with pytest.raises(InputError, match="use its own target"):
         loaded.check_target(tiny.llava(dtype="float32", seed=3))
     # Micro-batches of one sample: half of them see no picture.
-    accumulated = ("optim.micro_batch=1", "optim.accumulate=4")
-    same_curve(whole, run(base, kind, "split", 0, *accumulated))
+    train_here(*words(base, kind, "split", "optim.micro_batch=1", "optim.accumulate=4"))
+    same_curve(whole, base / "out" / f"{kind}_split")
 
 
 @both

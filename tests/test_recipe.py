@@ -13,7 +13,6 @@ from mmspec.losses import LossConfig
 from mmspec.recipe import Recipe, head_kinds, load
 from mmspec.types import InputError
 from tests.training import save_recipe
-from train import distill
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -28,13 +27,7 @@ def test_every_shipped_recipe_loads(recipe: Path):
     loaded = load(recipe)
     assert loaded.run.name == recipe.stem
     assert "train/distill.py" in recipe.read_text().split("\ntarget:")[0]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-def test_every_shipped_recipe_is_planned_offline(recipe: Path, capsys: pytest.CaptureFixture[str]):
-    """Its target's shape is known without weights, and its head fits it."""
-    assert distill.main([str(recipe), "--dry-run"]) == 0
-    assert "memory per process" in capsys.readouterr().out
+    assert (loaded.data.decontaminated is not None) == (loaded.target.name != "tiny_llava"), "real targets need a list"
 
 
 def test_load_returns_plain_objects_with_overrides(path: Path):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,6 @@ from mmspec.types import Request
 from scripts import write_recipes
 from tests import copies
 from tests.training import losses
-from train import distill, run
-from train.world import World
 
 STEPS = 20
 QUICK = (
@@ -50,18 +47,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def alone(group: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs join the tests' process group and leave it as it is; signal handlers of this process come back."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(run, "join", lambda device: group)
-    monkeypatch.setattr(run, "_leave", lambda world: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def changes(recipe: Recipe, target: Path, width: int, places: Path) -> list[str]:
     """What a copy needs changed: places, amounts, and sizes that only the public target has room for."""
     data = places / "data" / "data.json"
@@ -83,7 +68,7 @@ def changes(recipe: Recipe, target: Path, width: int, places: Path) -> list[str]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_copy_trains_and_decodes_losslessly(name: str, places: Path, alone: None):
+def test_a_copy_trains_and_decodes_losslessly(name: str, places: Path, train_here: Callable[..., None]):
     recipe = load(path_of(name))
     # EAGLE-3 reads three different states below the last layer's.
     layers = 3 if recipe.head.kind == "eagle3" else 2
@@ -91,7 +76,7 @@ def test_a_copy_trains_and_decodes_losslessly(name: str, places: Path, alone: No
     if not target.exists():
         copies.save(recipe.target.name, target, layers)
     width = copies.build(recipe.target.name, layers).shape.hidden_size
-    assert distill.main([str(path_of(name)), *changes(recipe, target, width, places)]) == 0
+    train_here(path_of(name), *changes(recipe, target, width, places))
     folder = places / "runs" / name
     curve = losses(folder)
     assert list(curve) == list(range(1, STEPS + 1))

@@ -77,6 +77,7 @@ def test_a_missing_recipe_ends_the_same_way(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_dry_run_needs_no_weights(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    """Its target's shape is known, and its head fits it."""
     assert distill.main([str(recipe), "--dry-run"]) == 0
     said = capsys.readouterr().out
     for words in ("micro_batch:", "parameters, trained", "memory per process", "optimizer state", "disk"):

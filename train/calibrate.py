@@ -6,8 +6,8 @@ nothing, so what the controller brings along of it (`Head.remember`), and its ca
 A rollout of a few thousand rounds is known by heart after some tens of steps; from there on held-out rounds are
 foreseen worse than by the mean of all rounds, and a policy that trusts such chances loses to a fixed draft.
 
-Source: methods, D3 (70/15/15 by image, calibration by temperature). Deviation: the Platt maps
-of the depths are drawn towards one another, as a few hundred held-out rounds do not carry twenty numbers.
+Ways of sampling are calibrated apart. The Platt maps of the depths are drawn towards one another, as a few hundred
+held-out rounds do not carry twenty numbers.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ the rounds does not change it.
 With n tokens committed, the state f_{n-1} has chosen the root x_n, and what is to be drafted is x_{n+1}, x_{n+2}, ..: a
 label is over the `WINDOW` positions n, n+1, .. whose states choose these. Beside it stands that of position n-1, which
 chose the root: the benchmark's own signal, one token early.
-
-Source: methods, D3, labels 1 and 2.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ next tokens owe to the image (distilled from the target, so that neither an atte
 run time); a survival head for the paired drafter, which reads them. MMSpec's ViSkip (arXiv 2603.14989) is a fixed
 threshold on attention mass, read after the draft was paid for; this one is trained, and asked before.
 
-Source: methods, D3. Deviation: attention is what it is, not freed of sinks.
+Attention is what it is, not freed of sinks. Why so: DESIGN 102 to 105 and 121.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ drafts of late say, each weighed by how well it foresaw the rounds just past. A 
 to stay below 2%: the device makes a handful of operations, whose results ride on the step's one transfer; history,
 network and choice are the host's (`heads/viskip.py`, `Deployed`). While nothing pays it sleeps, and costs nothing.
 
-Source: methods, D3 (calibration online) and D4.
+Why so: DESIGN 6, 105 and 115 to 121.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Invariant: everything here depends on chosen candidates and the committed context alone, so no choice changes a token
 (`types.Plan`). Drawn candidates are refused by their drafters.
 
-Source: SMART (arXiv 2604.09731), marginal benefit against marginal cost; methods, D4 and D5. Deviations: the gain of a
+Source: SMART (arXiv 2604.09731), marginal benefit against marginal cost. Deviations: the gain of a
 node is its path's probability, sharpened by what came of earlier drafts; verification is padded to the widest row, so
 what water-filling fills are columns.
 """

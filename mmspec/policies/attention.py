@@ -1,6 +1,6 @@
 """The paper's ViSkip, decided before drafting: a row whose target looks at the image is skipped.
 
-Source: MMSpec (arXiv 2603.14989); methods, D6 (P2).
+P2 of `eval.policies`. Source: MMSpec (arXiv 2603.14989).
 """
 
 from __future__ import annotations

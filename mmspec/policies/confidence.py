@@ -1,6 +1,6 @@
 """Stop a draft where it is no longer sure of itself: after a level whose best path has less than a given probability.
 
-Source: methods, D6 (P4); the dynamic depth of many drafters. Costs are not asked.
+P4 of `eval.policies`: the dynamic depth of many drafters. Costs are not asked.
 """
 
 from __future__ import annotations

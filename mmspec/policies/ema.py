@@ -3,7 +3,7 @@
 Failures come in runs, so this free signal is strong. A skipped row is drafted for again after some rounds, or nothing
 would ever be learned of it.
 
-Source: methods, D2 (9) and D6 (P3).
+P3 of `eval.policies`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The same draft every round: that of the checkpoint or method, or a smaller one.
 
-Source: methods, D6 (P0, and P1 where it was tuned).
+P0 of `eval.policies`, and P1 where it was tuned.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The trained controller, asked before drafting: whether, and how deep.
 
-Source: methods, D6 (P7; P5 and P6 with controllers that read less).
+P7 of `eval.policies`; P5 and P6 with controllers that read less.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The trained controller before drafting, and the draft's own scores while it is made and after: early exit, pruning.
 
-Source: methods, D6 (P8).
+P8 of `eval.policies`.
 """
 
 from __future__ import annotations
