@@ -35,8 +35,8 @@ def group() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def train_here(group: World) -> Callable[..., None]:
-    """`train/distill.py WORDS` in the tests' process and group, without the seconds that a process takes to start; it ends
-    with `code`, or the test fails.
+    """`train/distill.py WORDS` in the tests' process and group, without the seconds that a process takes to start; it
+    ends with `code`, or the test fails.
 
     Signal handlers of this process come back, and the group stays.
     """
