@@ -91,6 +91,12 @@ def as_share(text: str) -> float:
     return value
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What a command that works by a recipe is told: its file, and keys to change (`mmspec.recipe.load`)."""
+    parser.add_argument("recipe", help="YAML file, as in recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+
+
 def add_bad_share(parser: argparse.ArgumentParser) -> None:
     """The option of a command that reads records: how many may be unusable (`Quarantine.check`)."""
     parser.add_argument(

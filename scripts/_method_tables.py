@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from eval.card import NAMES
 from eval.head_tables import as_csv, depth_plot, markdown, row, speedup_plot
 from eval.steps import hardware_line, options, read_json
 from eval.summary import clean
@@ -20,8 +21,7 @@ from eval.tune_tree import parse_tree
 from mmspec import checkpoint
 
 VISKIP, STATIC = "viskip", "eagle"
-HEADS = {"eagle": "EAGLE-2 (dynamic tree)", "eagle3": "EAGLE-3", "medusa": "Medusa", "msd": "MSD", "vispec": "ViSpec",
-         VISKIP: "ViSkip's head alone"}  # fmt: skip
+HEADS = {**NAMES, "eagle": "EAGLE-2 (dynamic tree)", VISKIP: "ViSkip's head alone"}
 STEERED = {f"{STATIC}_static": "EAGLE-1 (static tree)", VISKIP: "ViSkip"}
 FREE = {"sam": "SAM decoding", "lookahead": "Lookahead (trie)", "recycling": "Token Recycling", "pld": "PLD"}
 """Methods without training that MMSpec has, and what they are called in the tables."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmspec import checkpoint as checkpoints
-from mmspec.arguments import Parser, command
+from mmspec.arguments import Parser, at_least, command
 from mmspec.heads import eagle3
 from mmspec.losses import LossConfig
 from mmspec.types import Features, InputError
@@ -247,11 +247,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--side", choices=("ours", "reference"), help=argparse.SUPPRESS)
     add("settings", nargs="?", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name in ("repeats", "threads", "conversations", "steps", "hidden", "inner", "heads", "vocab"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.length < 32:
-        raise InputError(f"--length must be at least 32, got {args.length}")
+    ones = ("repeats", "threads", "conversations", "steps", "hidden", "inner", "heads", "vocab")
+    at_least(args, **dict.fromkeys(ones, 1), length=32)
     if args.hidden % (2 * args.heads):
         raise InputError(f"--hidden must be a multiple of twice --heads={args.heads}, got {args.hidden}")
     return args

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.records import Quarantine  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
@@ -97,8 +97,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         epilog="exit codes: 0 a list, 2 wrong input, 130 interrupted (the same command goes on)",
     )
-    parser.add_argument("recipe", help="YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     parser.add_argument(
         "--benchmark", required=True, metavar="FOLDER", help="mmspec.jsonl and images/, or a split as synth:test"
     )

@@ -38,9 +38,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, at_least, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
-from mmspec.types import InputError  # noqa: E402
 from train.distill import leave, train  # noqa: E402
 
 STORED_AS = ("float32", "bfloat16", "float16", "float8")
@@ -68,18 +67,14 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = Parser(prog="scripts/extract_features.py", description=__doc__)
     add = parser.add_argument
-    add("recipe", help="YAML file, as in recipes/")
-    add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to write; data.features=DIR trains from it")
     add("--dtype", default="", choices=STORED_AS, help="what states are stored as (default: the target's dtype)")
     add("--batch", type=int, default=8, metavar="N", help="conversations in one pass of the target (default: 8)")
     add("--shard-tokens", type=int, default=0, metavar="N", help="tokens per shard (default: as many as 256 MiB hold)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    if arguments.batch < 1:
-        raise InputError(f"--batch must be at least 1, got {arguments.batch}")
-    if arguments.shard_tokens < 0:
-        raise InputError(f"--shard-tokens must not be negative, got {arguments.shard_tokens}")
+    at_least(arguments, batch=1, shard_tokens=0)
     return arguments
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, at_least, command  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.records import Quarantine  # noqa: E402
 from mmspec.targets import load_target  # noqa: E402
@@ -78,13 +78,11 @@ def inspect(recipe: Recipe) -> showing.Inspected:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="scripts/inspect_data.py", description=__doc__)
-    parser.add_argument("recipe", help="YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: data.html in the run folder)")
     parser.add_argument("--samples", type=int, default=16, metavar="N", help="samples to show (default %(default)s)")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.samples < 0:
-        raise InputError(f"--samples must be at least 0, got {arguments.samples}")
+    at_least(arguments, samples=0)
     return arguments
 
 

@@ -26,9 +26,9 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, at_least, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
-from mmspec.types import COUNTERFACTUALS, InputError  # noqa: E402
+from mmspec.types import COUNTERFACTUALS  # noqa: E402
 from train.distill import leave, train  # noqa: E402
 
 
@@ -60,15 +60,13 @@ def _table(rows: list[dict[str, object]]) -> str:
 def _parse() -> argparse.Namespace:
     parser = Parser(prog="scripts/measure_dependence.py", description=__doc__)
     add = parser.add_argument
-    add("recipe", help="YAML file, as in recipes/")
-    add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     add("--counterfactual", choices=COUNTERFACTUALS, default="mean", help="what stands for the image (default: mean)")
     add("--batch", type=int, default=8, metavar="N", help="conversations in one pass of the target (default: 8)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    if arguments.batch < 1:
-        raise InputError(f"--batch must be at least 1, got {arguments.batch}")
+    at_least(arguments, batch=1)
     return arguments
 
 

@@ -26,7 +26,7 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, command  # noqa: E402
 from mmspec.recipe import Recipe, load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train import fits, memory  # noqa: E402
@@ -137,8 +137,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="exit codes: 0 a plan, 1 nothing fits --gpu-gb, 2 wrong input",
     )
     add, usual = parser.add_argument, Assumed()
-    add("recipe", help="YAML file, as in recipes/")
-    add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     add("--gpus", type=int, default=1, help="processes, one a device (default 1)")
     add("--gpu-gb", type=float, metavar="G", help="memory of a device in GiB: look for settings that fit")
     add("--reserve-gb", type=float, default=1.5, metavar="G",

@@ -29,7 +29,7 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 )
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, at_least, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from mmspec.types import InputError  # noqa: E402
 from train.distill import leave, train  # noqa: E402
@@ -70,8 +70,7 @@ def _relaunch(arguments: argparse.Namespace) -> None:
 def _parse() -> argparse.Namespace:
     parser = Parser(prog="scripts/regenerate.py", description=__doc__)
     add = parser.add_argument
-    add("recipe", help="YAML file, as in recipes/")
-    add("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     add("--procs", type=int, default=1, help="processes that share the work (default 1)")
     add("--ckpt", metavar="DIR", help="run folder whose head drafts the answers: short for data.answer_head=DIR")
     add("--method", metavar="NAME", help="method without training that drafts them: short for data.answer_method=NAME")
@@ -80,10 +79,7 @@ def _parse() -> argparse.Namespace:
     )
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    if arguments.compare < 0:
-        raise InputError(f"--compare must not be negative, got {arguments.compare}")
-    if arguments.procs < 1:
-        raise InputError(f"--procs must be at least 1, got {arguments.procs}")
+    at_least(arguments, compare=0, procs=1)
     if arguments.compare and arguments.procs > 1:
         raise InputError(f"--compare times one process, not {arguments.procs}; leave --procs out")
     for key, value in (("answer_head", arguments.ckpt), ("answer_method", arguments.method)):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mmspec.arguments import Parser, command  # noqa: E402
+from mmspec.arguments import Parser, add_recipe, command  # noqa: E402
 from mmspec.files import write_text  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
 from train.distill import leave, train, writing  # noqa: E402
@@ -67,8 +67,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = Parser(prog="scripts/text_twin.py", description=__doc__)
-    parser.add_argument("recipe", help="YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, a conversation each")
     return parser.parse_intermixed_args()
 

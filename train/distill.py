@@ -26,7 +26,7 @@ if __name__ == "__main__":
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
-from mmspec.arguments import Parser, command, default_signals
+from mmspec.arguments import Parser, add_recipe, command, default_signals
 from mmspec.recipe import Recipe, Source, load
 from mmspec.types import InputError
 
@@ -135,8 +135,7 @@ def _dry_run(recipe: Recipe) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="train/distill.py", description=__doc__, epilog=EPILOG)
-    parser.add_argument("recipe", help="YAML file, as in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    add_recipe(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, sizes, memory, disk and hours; train nothing"
     )
