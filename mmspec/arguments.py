@@ -21,11 +21,8 @@ PATIENCE_S = 20.0
 
 def launched_as() -> tuple[int, int, int]:
     """(rank, world size, local rank) from the launcher's variables; (0, 1, 0) without a launcher."""
-    rank, size, local = (int(os.environ.get(name, usual)) for name, usual in _LAUNCHER)
+    rank, size, local = (int(os.environ.get(*one)) for one in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     return rank, size, local
-
-
-_LAUNCHER = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 class Parser(argparse.ArgumentParser):
