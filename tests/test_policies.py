@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -231,6 +232,46 @@ def test_a_level_that_does_not_pay_by_itself_pays_by_those_after_it():
     for others, on in ((0.01, False), (0.5, True)):  # a row of the batch may pay for all
         refine.begin(4, [True, True], [[0.9, 0.4, 0.1, 0.1], [0.9, 0.4, 0.9, 0.9]])
         assert refine.extend(1, torch.log(torch.tensor([[0.9], [others]]))) == on
+
+
+def test_what_a_controller_foresees_decides_how_much_of_a_copy_is_verified():
+    """Scores that say 0.8 of every level, whatever comes; a controller that knows which copies end at once."""
+    refine = refinement(Flat(verify=1.0, node=0.1, level=0.0), depth=4, budget=4)
+    random = torch.Generator().manual_seed(0)
+    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]) * math.log(0.8)
+    trees = replace(chain(torch.arange(5).view(1, 5)), scores=scores)
+    kept: list[tuple[bool, int]] = []
+    for good in (torch.rand(400, generator=random) < 0.5).tolist():
+        refine.begin(4, [True], [[0.95 if good else 0.05] * 4])
+        nodes = refine.prune(trees).tokens.shape[1] - 1
+        kept.append((good, nodes))
+        refine.settle(StepTrace(None, (True,), (nodes if good else 0,), (1,), 1 + nodes))
+    assert refine.sure.trust < -3
+    assert [n for good, n in kept[-100:] if good] == [4] * sum(good for good, _ in kept[-100:])
+    assert [n for good, n in kept[-100:] if not good] == [0] * sum(not good for good, _ in kept[-100:])
+
+
+def test_a_controller_that_foresees_nothing_loses_its_say_over_scores():
+    """Scores that know how far each copy comes; a controller that says 0.5 of every level."""
+    refine = refinement(Flat(verify=1.0, node=0.1, level=0.0), depth=4, budget=4)
+    random = torch.Generator().manual_seed(0)
+    for good in (torch.rand(400, generator=random) < 0.5).tolist():
+        scores = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]) * math.log(0.95 if good else 0.05)
+        refine.begin(4, [True], [[0.5] * 4])
+        nodes = refine.prune(replace(chain(torch.arange(5).view(1, 5)), scores=scores)).tokens.shape[1] - 1
+        refine.settle(StepTrace(None, (True,), (nodes if good else 0,), (1,), 1 + nodes))
+    assert refine.sure.trust > 3
+    assert (nodes == 4) == good
+
+
+def test_a_tree_keeps_its_order_when_levels_are_weighed():
+    """Two candidates of the first level, one below the better; what is said of a level is shared by its nodes."""
+    refine = refinement(Flat(verify=1.0, node=0.0, level=0.0), depth=2, budget=3)
+    refine.sure.trust = -refine._TRUST  # the controller's word, but for a fiftieth
+    refine.begin(2, [True], [[0.5, 0.1]])
+    weighed = refine._weighed([0.6, 0.3, 0.45], [0, 1, 1, 2], [0.5, 0.1])
+    assert weighed == pytest.approx([0.6 * 0.5 / 0.9, 0.3 * 0.5 / 0.9, 0.05], rel=0.15)
+    assert refine._weighed([], [0, 0, 0, 0], [0.0, 0.0]) == [], "an idle row"
 
 
 def test_the_sharpness_of_honest_scores_stays_where_it_is():

@@ -28,10 +28,11 @@ class Sureness:
     Attributes:
         sharpness: exponent of the draft's path probabilities that makes them chances of acceptance.
         hazard: fading sums of chances of a level and of the one before: their ratio is the usual chance of the next.
+        trust: log-odds of the scores against what a controller says of the same levels.
     """
 
     def __init__(self) -> None:
-        self.sharpness, self.hazard = 1.0, [4.0, 5.0]
+        self.sharpness, self.hazard, self.trust = 1.0, [4.0, 5.0], 0.0
 
 
 class Refinement:
@@ -52,12 +53,16 @@ class Refinement:
     _FADE = 0.99
     _UNLIKELY = 1e-3
     """Nodes below this chance are not worth a row's place even where a column is free."""
+    _TRUST = 4.0
+    """Of the log-odds, at most and at least: neither scores nor controller is ever given up."""
 
     def __init__(self, costs: Costs, rows: int, depth: int, budget: int, price: Price, sure: Sureness) -> None:
         self.price, self.sure = price, sure
         self.verify_s = [costs.verify(rows, 1 + n) for n in range(budget + 1)]
         self.draft_s = [0.0, *(costs.draft(rows, d) for d in range(1, depth + 1))]
         self.levels = 0
+        self._levels: list[list[tuple[float, float]]] = []
+        """Of each row and level that was weighed: its chance by the scores and by the controller."""
         self.reach: list[int] = []
         """Deepest level of each row that is left to verify; empty where a draft had no scores to prune by."""
         self._expected = 0.0
@@ -73,7 +78,7 @@ class Refinement:
         """
         self.levels, self.active, self.next_level = depth, active, next_level
         self._before: list[float] = [1.0 if a else 0.0 for a in active]
-        self._expected, self.reach = 0.0, []
+        self._expected, self.reach, self._levels = 0.0, [], []
 
     def extend(self, level: int, scores: Tensor) -> bool:
         """Whether any number of further levels is worth its draft passes and a node more to verify for each.
@@ -108,13 +113,19 @@ class Refinement:
         """The nodes that pay, best first: columns of the padded batch while their summed chances are worth them.
 
         Scores never rise from one column to the next, so a row's best nodes are its first ones, and they are a tree.
+        A draft that is made in one go (a copy, Medusa's) was not asked level by level what a controller foresees of it:
+        its chances are weighed with that here.
         """
         assert trees.scores is not None
         scores, depths = torch.stack([trees.scores, trees.depths.to(trees.scores.dtype)]).tolist()
-        chances = [
+        scored = chances = [
             [math.exp(self.sure.sharpness * s) for s in row[1:]] if active else []
             for row, active in zip(scores, self.active)
         ]
+        if self.next_level is not None:
+            chances = [
+                self._weighed(row, levels, of_row) for row, levels, of_row in zip(scored, depths, self.next_level)
+            ]
         widest = trees.tokens.shape[1] - 1
         best, best_value, gain = 0, -self.price.per_s * self.verify_s[0], 0.0
         for n in range(1, widest + 1):
@@ -123,12 +134,38 @@ class Refinement:
             if value > best_value:
                 best, best_value = n, value
         counts = [sum(chance >= self._UNLIKELY for chance in row[:best]) for row in chances]
-        self._expected = sum(sum(row[:n]) for row, n in zip(chances, counts))
+        self._expected = sum(sum(row[:n]) for row, n in zip(scored, counts))
         self.reach = [int(max(row[: n + 1])) for row, n in zip(depths, counts)]
         return first_nodes(trees, counts)
 
+    def _weighed(self, chances: list[float], depths: Sequence[float], said: Sequence[float]) -> list[float]:
+        """A row's chances, so that each level comes true as often as scores and controller say, each by its trust.
+
+        Args:
+            chances: of the nodes behind the root, by their scores; none of an idle row.
+            depths: of all nodes, the root first.
+            said: [depth], a controller's chance that each level is accepted once the one before is.
+        """
+        mass = [1.0] + [0.0] * int(max(depths))
+        for chance, depth in zip(chances, depths[1:]):
+            mass[int(depth)] += chance
+        weight, factors, levels, mixed = 1 / (1 + math.exp(-self.sure.trust)), [1.0], [], 1.0
+        for before, here, foreseen in zip(mass, mass[1:] if chances else (), said):
+            scored = min(max(here / before, 1e-3), 1 - 1e-3) if before else 1e-3
+            levels.append((scored, foreseen))
+            mixed *= foreseen + weight * (scored - foreseen)
+            factors.append(mixed / here if here else 1.0)
+        self._levels.append(levels)
+        return [chance * factors[int(depth)] for chance, depth in zip(chances, depths[1:])]
+
     def settle(self, trace: StepTrace) -> None:
         """Learn how sure drafts should have been, from a round that `prune` was asked in."""
+        trust = self.sure.trust
+        for levels, accepted, reach in zip(self._levels, trace.accepted, self.reach):
+            for level, (scored, foreseen) in enumerate(levels[: min(accepted + 1, reach)]):
+                right = level < accepted
+                trust += math.log(scored / foreseen if right else (1 - scored) / (1 - foreseen))
+        self.sure.trust = min(max(trust, -self._TRUST), self._TRUST)
         if not 0 < self._expected < math.inf:  # not a number of a head that overflowed
             return
         got = sum(a for a, active in zip(trace.accepted, trace.active) if active)
