@@ -281,6 +281,7 @@ def read_tuned(args: argparse.Namespace) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(Path(args.tuned).read_text("utf-8"))
         tuned_for = {key: found["settings"][key] for key in ("drafter", "batch", "temperature", "offer", "dtype")}
+        found["tuned"]["P1"], found["best"]  # what was scored has the rest as well
     except FileNotFoundError:
         raise InputError(f"--tuned {args.tuned} does not exist; make it with --tune") from None
     except (ValueError, KeyError, TypeError):

@@ -217,7 +217,7 @@ class Scored:
         """The recorded steps of a topic, each with what it costs in its batch."""
         steps = [one for name, some in self.steps.items() if topic in (OVERALL, name) for one in some]
         offer, costs = self.setup.offer, self.setup.costs
-        prices = {rows: Prices.of(costs, rows, offer.depth, offer.budget) for rows, _ in steps}
+        prices = {rows: Prices.of(costs, rows, offer.depth, offer.budget) for rows in {rows for rows, _ in steps}}
         return [(step, prices[rows]) for rows, step in steps]
 
     def figures(self, name: str, other: str = PLAIN, topic: str = OVERALL) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train import distill, run
 from train.world import World, join
 
 torch.set_num_threads(1)
@@ -41,16 +40,20 @@ def train_here(group: World) -> Callable[..., None]:
     Signal handlers of this process come back, and the group stays.
     """
 
+    # Only here: most tests train nothing.
+    from train import distill, run
+
     def train(*words: str | Path, code: int = 0) -> None:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LOCAL_RANK", "0")
-            patch.setenv("WANDB_MODE", "disabled")
-            patch.setattr(run, "join", lambda device: group)
-            patch.setattr(run, "_leave", lambda world: None)
-            found = distill.main(list(map(str, words)))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        assert found == code
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LOCAL_RANK", "0")
+                patch.setenv("WANDB_MODE", "disabled")
+                patch.setattr(run, "join", lambda device: group)
+                patch.setattr(run, "_leave", lambda world: None)
+                assert distill.main(list(map(str, words))) == code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     return train

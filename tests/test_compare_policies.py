@@ -247,6 +247,7 @@ def test_a_head_that_was_trained_anew_is_another_drafter(head: Path, tmp_path: P
         (["--batch-size", "4"], "is for batch 1, not 4; tune anew"),
         (["--offer", "4,1,4"], "is for offer 3,1,3, not 4,1,4"),
         (["--tuned", "empty.json"], "is not a file that --tune wrote"),
+        (["--tuned", "scores.json"], "is not a file that --tune wrote"),
         (["--tuned", "nowhere.json"], "does not exist; make it with --tune"),
         (["--out", "empty.json/x/y.json"], "cannot be written"),
     ],
@@ -258,6 +259,7 @@ def test_scoring_refuses_what_does_not_fit(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.json").write_text("{}")
     how = {"drafter": "sam", "batch": 1, "temperature": 0.0, "offer": "3,1,3", "dtype": "float32"}
+    (tmp_path / "scores.json").write_text(json.dumps({"best": "P1", "settings": how, "rows": []}))
     (tmp_path / "tuned.json").write_text(json.dumps({"tuned": {"P1": [1, 1]}, "best": "P1", "settings": how}))
     base = ["--method", "sam", "--offer", "3,1,3", "--tuned", "tuned.json", "--target", "nowhere", "--out", "made.json"]
     assert policies.main([*base, *words]) == 2

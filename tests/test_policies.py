@@ -21,7 +21,7 @@ from mmspec.policies._parts import Price
 from mmspec.policies._refine import Refinement, Sureness
 from mmspec.policy import FixedPolicy, SkipPolicy
 from mmspec.sampling import GreedySampler, make_sampler
-from mmspec.tree import best_of_pool, chain, first_nodes, pruned
+from mmspec.tree import best_of_pool, chain, first_nodes, from_parents, pruned
 from mmspec.types import InputError, Plan, Request, StepTrace
 from tests.drafters import HEADS, Scripted, known_answers, medusa_head
 from tests.test_policy import Flat
@@ -264,6 +264,37 @@ def test_a_controller_that_foresees_nothing_loses_its_say_over_scores():
     assert (nodes == 4) == good
 
 
+def test_of_a_level_that_was_thinned_nothing_is_learned():
+    """Two candidates of level 1, one of which is not worth verifying; a chain that is cut has the levels before."""
+    refine = refinement(Flat(verify=1.0, node=0.25, level=0.0), depth=2, budget=3)
+    trees = replace(
+        from_parents(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]]), 2),
+        scores=torch.tensor([[1.0, 0.6, 0.2, 0.1]]).log(),
+    )
+    refine.begin(2, [True], [[0.3, 0.9]])
+    assert refine.prune(trees).tokens.shape[1] == 2
+    refine.settle(StepTrace(None, (True,), (0,), (1,), 2))
+    assert refine.sure.trust == 0.0
+    refine.begin(2, [True], [[0.3, 0.1]])
+    assert (
+        refine.prune(replace(chain(torch.arange(3).view(1, 3)), scores=trees.scores[:, [0, 1, 3]])).tokens.shape[1] == 2
+    )
+    refine.settle(StepTrace(None, (True,), (0,), (1,), 2))
+    assert refine.sure.trust == pytest.approx(math.log((1 - 0.6) / (1 - 0.3)))
+
+
+def test_a_draft_that_was_grown_by_what_a_controller_foresees_is_not_weighed_again():
+    refine = refinement(Flat(verify=1.0, node=0.25, level=0.0), depth=2, budget=2)
+    trees = replace(chain(torch.arange(3).view(1, 3)), scores=torch.tensor([[1.0, 0.9, 0.8]]).log())
+    for grown, nodes in ((False, 0), (True, 2)):
+        refine.sure.trust = -refine._TRUST
+        refine.begin(2, [True], [[0.01, 0.01]])
+        if grown:
+            refine.extend(1, torch.tensor([[0.9]]).log())
+        assert refine.prune(trees).tokens.shape[1] == 1 + nodes
+        assert bool(refine._levels) == (not grown)
+
+
 def test_a_tree_keeps_its_order_when_levels_are_weighed():
     """Two candidates of the first level, one below the better; what is said of a level is shared by its nodes."""
     refine = refinement(Flat(verify=1.0, node=0.0, level=0.0), depth=2, budget=3)
@@ -347,7 +378,7 @@ def test_what_a_frozen_copy_learns_stays_with_it():
     target = llava()
     for name, learned in (
         ("viskip", lambda p: any(any(met.bias) for met in p._met.values())),
-        ("marginal", lambda p: p._paces),
+        ("marginal", lambda p: any(pace.probing.spent_s for pace in p._paces.values())),
     ):
         policy = make_policy(name, parts(target))
         twin = frozen_copy(policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -49,7 +50,20 @@ def test_rounds_of_one_image_are_one_observation_of_the_advantage():
     gain, error = advantage(once, COST, 1)
     assert advantage(five, COST, 1) == pytest.approx((gain, error), rel=1e-6)
     assert advantage(apart, COST, 1) == pytest.approx((gain, error / 5**0.5), rel=1e-2)
-    assert advantage(five, COST, 4)[1] > 1.3 * advantage(apart, COST, 4)[1], "also where rows share a depth"
+    alone = Trials(once.chances, once.accepted, once.reach, np.zeros(n))
+    assert advantage(alone, COST, 1) == (gain, math.inf), "one image says nothing of others"
+
+
+@pytest.mark.parametrize(("rows", "each"), [(1, 1), (4, 1), (16, 1), (1, 5), (4, 5)])
+def test_the_error_of_the_advantage_is_how_far_it_is_off(rows, each):
+    """Against the spread over fresh trials: of as many images, with one round each or five that fail together."""
+    found = []
+    for seed in range(60):
+        some = trials(True, 300 // each, seed)
+        whole = Trials(*(np.repeat(table, each, 0) for table in (some.chances, some.accepted, some.reach, some.image)))
+        found.append(advantage(whole, COST, rows))
+    gains, errors = np.array(found).T
+    assert 0.8 * gains.std() < errors.mean() < 1.6 * gains.std(), "rather too large than too small"
 
 
 def test_copies_that_end_early_cost_what_they_have():

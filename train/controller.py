@@ -159,8 +159,9 @@ def train_controller(session: Session) -> None:
         greedy, drawn = calibrate(chosen, _batch(rounds, validation, target)["rounds"])
         session.tracker.say(f"the controller of step {best.step}, its logits by {greedy:g}, sampled {drawn:g}")
         judges = _batch(rounds, judging, target)["rounds"]
-        if not len(judging):
-            session.tracker.say(f"{len(numbers)} images are too few to judge it by: policies will ask it every round")
+        if len({image[keys[row]] for row in judging.tolist()}) < 2:
+            said = "never ask it" if len(judging) else "ask it every round"
+            session.tracker.say(f"{len(numbers)} images are too few to judge it by: policies will {said}")
         remember(chosen, judges)
         found = reliability(chosen, judges)
         session.tracker.log(plan.log_offset + policy.steps, flat_reliability(found))

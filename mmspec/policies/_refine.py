@@ -21,6 +21,9 @@ from mmspec.policy import Costs
 from mmspec.tree import first_nodes
 from mmspec.types import StepTrace, Tree
 
+_Level = tuple[float, float, float]
+"""Chance of a level once the one before is accepted, by the scores and by a controller, and the scores' mass of it."""
+
 
 class Sureness:
     """What was learned of a drafter's scores; neither the batch nor the machine has a say in it.
@@ -61,8 +64,8 @@ class Refinement:
         self.verify_s = [costs.verify(rows, 1 + n) for n in range(budget + 1)]
         self.draft_s = [0.0, *(costs.draft(rows, d) for d in range(1, depth + 1))]
         self.levels = 0
-        self._levels: list[list[tuple[float, float]]] = []
-        """Of each row and level that was weighed: its chance by the scores and by the controller."""
+        self._levels: list[list[_Level]] = []
+        """Of each row, the levels that were weighed and remained."""
         self.reach: list[int] = []
         """Deepest level of each row that is left to verify; empty where a draft had no scores to prune by."""
         self._expected = 0.0
@@ -76,7 +79,7 @@ class Refinement:
             next_level: [B][depth], a controller's chance that each level is accepted once the one before is; None:
                 nobody says.
         """
-        self.levels, self.active, self.next_level = depth, active, next_level
+        self.levels, self.active, self.next_level, self._grown = depth, active, next_level, False
         self._before: list[float] = [1.0 if a else 0.0 for a in active]
         self._expected, self.reach, self._levels = 0.0, [], []
 
@@ -85,11 +88,13 @@ class Refinement:
 
         A level may pay by those after it alone: verification is often paid for by several nodes at a time.
         """
+        self._grown = True
         reached = [
             min(sum(math.exp(self.sure.sharpness * s) for s in row), before) if before else 0.0
             for row, before in zip(scores.tolist(), self._before)
         ]
-        if level > 1:  # the first level says how sure the root's state is, not how chances go on
+        # The first level says how sure the root's state is, not how chances go on; a head that overflowed says nothing.
+        if level > 1 and math.isfinite(sum(reached)):
             self.sure.hazard[0] = self._FADE * self.sure.hazard[0] + sum(reached)
             self.sure.hazard[1] = self._FADE * self.sure.hazard[1] + sum(self._before)
         self._before = reached
@@ -113,8 +118,8 @@ class Refinement:
         """The nodes that pay, best first: columns of the padded batch while their summed chances are worth them.
 
         Scores never rise from one column to the next, so a row's best nodes are its first ones, and they are a tree.
-        A draft that is made in one go (a copy, Medusa's) was not asked level by level what a controller foresees of it:
-        its chances are weighed with that here.
+        A draft that is made in one go (a copy, Medusa's) was not grown by what a controller foresees of its levels: its
+        chances are weighed with that here.
         """
         assert trees.scores is not None
         scores, depths = torch.stack([trees.scores, trees.depths.to(trees.scores.dtype)]).tolist()
@@ -122,7 +127,7 @@ class Refinement:
             [math.exp(self.sure.sharpness * s) for s in row[1:]] if active else []
             for row, active in zip(scores, self.active)
         ]
-        if self.next_level is not None:
+        if self.next_level is not None and not self._grown:
             chances = [
                 self._weighed(row, levels, of_row) for row, levels, of_row in zip(scored, depths, self.next_level)
             ]
@@ -134,6 +139,8 @@ class Refinement:
             if value > best_value:
                 best, best_value = n, value
         counts = [sum(chance >= self._UNLIKELY for chance in row[:best]) for row in chances]
+        for levels, row, places, count in zip(self._levels, scored, depths, counts):
+            _drop_thinned(levels, row[count:], places[count + 1 :])
         self._expected = sum(sum(row[:n]) for row, n in zip(scored, counts))
         self.reach = [int(max(row[: n + 1])) for row, n in zip(depths, counts)]
         return first_nodes(trees, counts)
@@ -149,10 +156,11 @@ class Refinement:
         mass = [1.0] + [0.0] * int(max(depths))
         for chance, depth in zip(chances, depths[1:]):
             mass[int(depth)] += chance
-        weight, factors, levels, mixed = 1 / (1 + math.exp(-self.sure.trust)), [1.0], [], 1.0
+        weight, factors, mixed = 1 / (1 + math.exp(-self.sure.trust)), [1.0], 1.0
+        levels: list[_Level] = []
         for before, here, foreseen in zip(mass, mass[1:] if chances else (), said):
             scored = min(max(here / before, 1e-3), 1 - 1e-3) if before else 1e-3
-            levels.append((scored, foreseen))
+            levels.append((scored, foreseen, here))
             mixed *= foreseen + weight * (scored - foreseen)
             factors.append(mixed / here if here else 1.0)
         self._levels.append(levels)
@@ -162,7 +170,7 @@ class Refinement:
         """Learn how sure drafts should have been, from a round that `prune` was asked in."""
         trust = self.sure.trust
         for levels, accepted, reach in zip(self._levels, trace.accepted, self.reach):
-            for level, (scored, foreseen) in enumerate(levels[: min(accepted + 1, reach)]):
+            for level, (scored, foreseen, _) in enumerate(levels[: min(accepted + 1, reach)]):
                 right = level < accepted
                 trust += math.log(scored / foreseen if right else (1 - scored) / (1 - foreseen))
         self.sure.trust = min(max(trust, -self._TRUST), self._TRUST)
@@ -177,3 +185,17 @@ class Refinement:
     def seconds(self, n_nodes: int, drafted: bool) -> float:
         """Predicted seconds of a round as it was made; `n_nodes` with the root."""
         return self.verify_s[min(n_nodes, len(self.verify_s)) - 1] + (self.draft_s[self.levels] if drafted else 0.0)
+
+
+def _drop_thinned(levels: list[_Level], chances: Sequence[float], depths: Sequence[float]) -> None:
+    """Keeps the levels before the first that lost more than a tenth: its failure says less than what was foreseen.
+
+    Args:
+        levels: of a row, the first one at 0.
+        chances, depths: of its nodes that are not verified, in their order; depth 0 is padding.
+    """
+    lost = [0.0] * (len(levels) + 1)
+    for chance, depth in zip(chances, depths):
+        if 0 < depth <= len(levels):
+            lost[int(depth)] += chance
+    del levels[next((k for k, (_, _, mass) in enumerate(levels) if lost[k + 1] > 0.1 * mass), len(levels)) :]

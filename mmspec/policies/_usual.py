@@ -9,6 +9,7 @@ it has to show its worth before it is asked: on rounds it was not trained on, at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,7 +103,7 @@ def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float
         rows: drafts that share a depth; held-out rounds are put together at random.
 
     Returns:
-        The mean, and its standard error, rounds of one image being one observation.
+        The mean, and its standard error, rounds of one image being one observation: infinite where there is one image.
     """
     n, order = len(trials.accepted), np.random.default_rng(0)
     groups = np.arange(n)[:, None] if rows == 1 else np.stack([order.permutation(n) for _ in range(rows)], 1)
@@ -117,9 +118,12 @@ def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float
         chosen = (foreseen - price * planned).argmax(1)
         price = float(got[each, chosen].sum() / spent[each, chosen].sum())
     gains = got[each, chosen] - got[:, usual] - rates[usual] * (spent[each, chosen] - spent[:, usual])
-    # Each round is in `rows` groups; what these gained beyond the mean is its own doing as far as can be known.
-    own = np.bincount(groups.ravel(), np.repeat(gains - gains.mean(), rows), n)
+    scale, beyond = float(got[:, usual].mean()), gains - gains.mean()
+    # Each round is in `rows` groups, and what these gained beyond the mean is its own doing and that of strangers.
+    own = np.bincount(groups.ravel(), np.repeat(beyond, rows), n)
     of_image = np.bincount(np.unique(trials.image, return_inverse=True)[1], own)
-    many = len(of_image) / max(len(of_image) - 1, 1)
-    scale = float(got[:, usual].mean())
-    return float(gains.mean()) / scale, float((many * (of_image**2).sum()) ** 0.5) / n / scale
+    if len(of_image) < 2:
+        return float(gains.mean()) / scale, math.inf
+    strangers = (rows - 1) * (beyond**2).sum()
+    variance = max(len(of_image) / (len(of_image) - 1) * (of_image**2).sum() - strangers, 0.0)
+    return float(gains.mean()) / scale, float(variance**0.5) / n / scale
