@@ -275,10 +275,10 @@ def test_of_a_level_that_was_thinned_nothing_is_learned():
     assert refine.prune(trees).tokens.shape[1] == 2
     refine.settle(StepTrace(None, (True,), (0,), (1,), 2))
     assert refine.sure.trust == 0.0
+    refine = refinement(Flat(verify=1.0, node=0.25, level=0.0), depth=2, budget=3)
     refine.begin(2, [True], [[0.3, 0.1]])
-    assert (
-        refine.prune(replace(chain(torch.arange(3).view(1, 3)), scores=trees.scores[:, [0, 1, 3]])).tokens.shape[1] == 2
-    )
+    copied = replace(chain(torch.arange(3).view(1, 3)), scores=trees.scores[:, [0, 1, 3]])
+    assert refine.prune(copied).tokens.shape[1] == 2
     refine.settle(StepTrace(None, (True,), (0,), (1,), 2))
     assert refine.sure.trust == pytest.approx(math.log((1 - 0.6) / (1 - 0.3)))
 
