@@ -8,7 +8,7 @@ import math
 from eval import wandb_log
 from eval.tasks import HISTORIES
 from mmspec.api import FREE, METHOD_POLICIES, SHAPED, STATIC, TRAINED, find_device
-from mmspec.arguments import Parser, add_bad_share, as_temperature, at_least
+from mmspec.arguments import Parser, add_bad_share, as_temperature, as_top_p, at_least
 from mmspec.assets import EMBEDDED
 from mmspec.methods import method_names
 from mmspec.types import InputError
@@ -137,7 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="requests decoded together (default: 1)")
     add("--temperature", type=as_temperature, nargs="+", default=[0.0], metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
+    add(
+        "--top-p", type=as_top_p, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)"
+    )
     add(
         "--repetition-penalty",
         type=float,
@@ -225,8 +227,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises InputError, naming the option, its value and what is allowed."""
     at_least(args, batch_size=1, max_new_tokens=1, limit=1, top_k=0, no_repeat_ngram=0, seed=0)
     args.batch_size, args.temperature = list(dict.fromkeys(args.batch_size)), list(dict.fromkeys(args.temperature))
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
     if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
         raise InputError(f"--repetition-penalty must be a positive number (1 is off), got {args.repetition_penalty}")
     for tree in args.tree:

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from eval.claims import Units, claims, divergences
 from eval.references import References
 from eval.tasks import PLAIN
 from mmspec import metrics
+from mmspec.costs import cpu_model
 
 SCHEMA = "mmspec-summary/2"
 OVERALL = "overall"
@@ -272,6 +273,22 @@ def others(busy: Sequence[tuple[float, float] | None]) -> float | None:
     return max(0.0, known[0][0] - sum(own for _, own in known)) if known else None
 
 
+def busiest(rows: Iterable[Mapping[str, Any]], size: int) -> float | None:
+    """Mean cores that other processes kept busy in the worst sitting of a cell; None where the system does not tell.
+
+    Args:
+        rows: lines of the cell, each with its `sitting` and what its process had seen of that by then (`busy`).
+        size: processes, which have the groups in turn.
+    """
+    sittings: dict[Any, dict[int, Any]] = {}
+    for row in sorted(rows, key=lambda row: int(row["group"])):
+        sittings.setdefault(row["sitting"], {})[row["group"] % size] = row["busy"]
+    # Of one that ended before everybody had finished a group nothing is known: who had not would pass for others.
+    whole = max(map(len, sittings.values()), default=0)
+    seen = [others(list(found.values())) for found in sittings.values() if len(found) == whole]
+    return max((cores for cores in seen if cores is not None), default=None)
+
+
 def unreliable(others: float | None, threads: int) -> bool:
     """Whether other work must have slowed the run: it and this process's threads wanted more cores than there are."""
     return others is not None and others > 0.25 and others + threads > (os.cpu_count() or 1) + 0.25
@@ -280,7 +297,7 @@ def unreliable(others: float | None, threads: int) -> bool:
 def hardware(device: torch.device) -> dict[str, Any]:
     """The machine in words that say how fast it is but not whose it is."""
     words: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -349,11 +366,7 @@ def interval(row: Mapping[str, Any]) -> str:
     return f"{row['speedup']:.2f}x{ends}"
 
 
-def _cpu_model() -> str:
-    """The processor's marketing name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def gained(cell: Mapping[str, Any]) -> str:
+    """A gain in acceptance as `+0.031 [+0.010, +0.052]`; alone where it has no interval."""
+    ends = "" if cell["gain_lo"] is None else f" [{cell['gain_lo']:+.3f}, {cell['gain_hi']:+.3f}]"
+    return f"{cell['gain']:+.3f}{ends}"

@@ -33,7 +33,7 @@ from mmspec.methods import HYBRID, make_hybrid, make_method, resolved
 from mmspec.metrics import mat
 from mmspec.policies import Parts, make_policy, policy_names
 from mmspec.policy import AdaptivePolicy, Costs, FixedPolicy, SkipPolicy
-from mmspec.records import RecordError, open_image
+from mmspec.records import count_images, open_image
 from mmspec.sampling import make_sampler
 from mmspec.static_tree import NAMED, StaticTree
 from mmspec.targets import load_target
@@ -182,7 +182,8 @@ class Speculator:
 
         Args:
             prompts: a question, or several; each a text or a list of Hugging Face chat messages.
-            images: pictures or paths: of the one question, or for several one picture or a list of them each.
+            images: pictures or paths: of the one question, or for several one picture, a list of them or None each. As
+                many as the messages have image parts; a text gets its own.
             max_new_tokens: limit of each answer.
             temperature, top_k, top_p, seed: 0 is greedy. Sampled text is a function of prompt, number and seed alone.
             repetition_penalty, no_repeat_ngram_size: as of transformers' generate; 1.0 and 0 are off.
@@ -204,7 +205,7 @@ class Speculator:
             id = str(number)
             try:
                 requests.append(self._request(id, prompt, pictures, max_new_tokens))
-            except (InputError, RecordError, OSError, ValueError) as error:
+            except Exception as error:  # of this prompt alone, as in the loop
                 answers[id] = Output(id, [], "error", 0.0, 0.0, [], error=error_line(error))
         sampler = make_sampler(temperature, top_k, top_p, seed, repetition_penalty, no_repeat_ngram_size)
         outputs = decode(self.target, requests, self.drafter, self.policy, sampler, max_batch, on_emission=on_emission)
@@ -220,12 +221,15 @@ class Speculator:
         return custom_generate(self.target, self.drafter, self.policy, streamer)
 
     def _request(self, id: str, prompt: str | Messages, pictures: Any, max_new_tokens: int) -> Request:
-        listed = list(pictures) if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
+        several = isinstance(pictures, Sequence) and not isinstance(pictures, str)
+        listed = list(pictures) if several else [] if pictures is None else [pictures]
         opened = [p.convert("RGB") if isinstance(p, Image.Image) else open_image(Path(p)) for p in listed]
         messages = prompt
         if isinstance(prompt, str):
             content = [*({"type": "image"} for _ in opened), {"type": "text", "text": prompt}]
             messages = [{"role": "user", "content": content}]
+        if (places := count_images(messages)) != len(opened):  # type: ignore[arg-type]
+            raise InputError(f"{places} images in the messages but {len(opened)} pictures came with them")
         # Two prompts of one text get different noise, the same prompt at the same place the same.
         key = zlib.crc32(f"{id}/{messages}".encode())
         return Request(id, self.target.encode(messages, opened), max_new_tokens, key)  # type: ignore[arg-type]
@@ -266,8 +270,6 @@ def drafter_and_policy(
         shape = NAMED.get(policy) or StaticTree.load(checkpoint.folder / STATIC_TREE)
         return make_drafter(checkpoint, target, sampler, shape=shape), FixedPolicy(shape.depth, shape.budget)
     tree = checkpoint.tree
-    usual = make_drafter(checkpoint, target)
-    drafter = drafter or usual
     if policy == "auto":
         policy = "viskip" if checkpoint.viskip is not None else "fixed"
     if policy in TRAINED and checkpoint.viskip is None:
@@ -275,9 +277,12 @@ def drafter_and_policy(
     costs: Costs | None = None
     if policy in MEASURED:
         # Kept beside the head for every later run, so measured with the drafter as it usually is.
+        usual = make_drafter(checkpoint, target)
+        drafter = drafter or usual
         folder, width = checkpoint.folder / "costs", f"w{tree.width}"
         costs = load_or_measure(folder, target, usual, max_batch, tree.depth, tree.budget, width)
     controller = checkpoint.deployed(target) if policy in TRAINED else None
+    drafter = drafter or make_drafter(checkpoint, target)
     return drafter, make_policy(policy, Parts(tree.depth, tree.budget, costs, controller, tree.width))
 
 

@@ -88,6 +88,14 @@ def as_share(text: str) -> float:
     return value
 
 
+def as_top_p(text: str) -> float:
+    """Type of an option: the probability to sample in, above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """What a command that works by a recipe is told: its file, and keys to change (`mmspec.recipe.load`)."""
     parser.add_argument("recipe", help="YAML file, as in recipes/")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mmspec.api import POLICIES, Answer, Speculator
-from mmspec.arguments import Parser, as_temperature, at_least, command
+from mmspec.arguments import Parser, as_temperature, as_top_p, at_least, command
 from mmspec.assets import EMBEDDED
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import method_names, read_settings
@@ -68,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (default: 256)")
     add("--temperature", type=as_temperature, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="sample among the K best tokens; 0 is off (default)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)")
+    add(
+        "--top-p", type=as_top_p, default=1.0, metavar="P", help="sample in the best P of probability (default: 1, off)"
+    )
     add("--seed", type=int, default=0, help="of the sampling noise (default: 0)")
     add("--compare", action="store_true", help="decode each answer once more without drafting, and compare")
     return parser
@@ -226,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     console = Console()
-    at_least(args, max_new_tokens=1)
+    at_least(args, max_new_tokens=1, top_k=0, seed=0)
     model = load(args)
     chat = Chat(model, args, console)
     # Kernels and threads settle on a throw-away question: the figures of the first answer count like the others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -87,13 +88,27 @@ def _line(points: Mapping[int, float], x: int) -> float:
 
 
 def hardware(target: Target) -> str:
-    """The key of a cost table: device, threads, dtype and torch version."""
+    """The key of a cost table: device, threads, dtype and torch version.
+
+    Of a CPU its model and vector instructions as well: what a wider pass costs differs severalfold with these.
+    """
     if target.device.type == "cuda":
         name = torch.cuda.get_device_name(target.device)
     else:
-        name = f"cpu-{platform.machine()}-{torch.get_num_threads()}t"
+        vectors = torch.backends.cpu.get_cpu_capability()
+        name = f"cpu-{cpu_model()}-{vectors}-{torch.get_num_threads()}t"
     kind = str(target.dtype).removeprefix("torch.")
-    return "-".join([name, kind, "torch" + torch.__version__.split("+")[0]]).replace(" ", "_").replace("/", "_")
+    return re.sub(r"[^\w.-]+", "_", "-".join([name, kind, "torch" + torch.__version__.split("+")[0]]), flags=re.ASCII)
+
+
+def cpu_model() -> str:
+    """The processor's marketing name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @torch.inference_mode()

@@ -18,7 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Args:
         path: the file, in a folder that exists.
     """
-    scratch = path.with_name(f"{path.name}.tmp")
+    # Of this process: two that write one file must not take each other's.
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield scratch
         os.replace(scratch, path)

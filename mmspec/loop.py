@@ -396,9 +396,9 @@ class _Run:
             action = "draft" if nodes else "skip"
             row.rounds.append((action, nodes, n_accepted, kept))
             emitted.append(kept)
-            accepted.append(n_accepted)
+            accepted.append(min(n_accepted, kept))
             if self.on_emission:
-                self.on_emission(Emission(row.request, tuple(row.tokens[-kept:]), min(n_accepted, kept), action))
+                self.on_emission(Emission(row.request, tuple(row.tokens[-kept:]), accepted[-1], action))
             if not row.finish and row.request.cancel is not None and row.request.cancel.is_set():
                 row.finish = "cancelled"
         # Rows that are finished keep nothing: their cache is about to be released.

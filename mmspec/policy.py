@@ -336,9 +336,11 @@ class RecordingPolicy(FixedPolicy):
     ) -> None:
         super().__init__(depth, budget)
         self.embed, self.explore, self._random = embed, explore, random.Random(seed)
-        self._sensed: dict[int, dict[str, Tensor]] = {}
-        self._reach: dict[int, Tensor] = {}
-        self._planned: dict[int, dict[str, Tensor]] = {}
+        self._fresh: list[dict[str, Tensor]] = []
+        """Evidence that is still on the device."""
+        self._known: dict[int, tuple[dict[str, Tensor], int]] = {}
+        """Of each row the latest evidence, and the row's place in it."""
+        self._planned: dict[int, tuple[dict[str, Tensor], int]] = {}
         self._explored = False
         self._rounds: list[dict[str, Tensor]] = []
 
@@ -346,23 +348,32 @@ class RecordingPolicy(FixedPolicy):
         self.history = History(max_batch, device)
 
     def sense(self, evidence: Evidence, rows: Tensor) -> Tensor | None:
-        table = scalars(evidence, self.history.update(evidence, rows))
-        embeds = self.embed(evidence.roots)
-        for i, row in enumerate(rows.tolist()):
-            self._sensed[row] = {
-                "key": evidence.keys[i].clone(),  # the loop's own tensor changes when the row is given away
-                "n_committed": evidence.n_committed[i],
-                "last_hidden": evidence.last_hidden[i].float(),
-                "root": evidence.roots[i],
-                "root_embed": embeds[i].float(),
-                "scalars": table[i],
+        self._fresh.append(
+            {
+                "key": evidence.keys.clone(),  # the loop's own tensor changes when the row is given away
+                "n_committed": evidence.n_committed,
+                "last_hidden": evidence.last_hidden.float(),
+                "root": evidence.roots,
+                "root_embed": self.embed(evidence.roots).float(),
+                "scalars": scalars(evidence, self.history.update(evidence, rows)),
+                "reach": evidence.reach,
+                "row": rows,
             }
-            self._reach[row] = evidence.reach[i]  # of the round that is about to be observed
+        )
         return None
+
+    def _settle(self) -> None:
+        """Evidence to the host: once a round, not once a row, and while the loop has nothing under way."""
+        for table in self._fresh:
+            moved = {name: value.cpu() for name, value in table.items()}
+            for place, row in enumerate(moved["row"].tolist()):
+                self._known[row] = moved, place
+        self._fresh = []
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
         # By the time the outcome of this plan is observed, the evidence for the next one has been sensed already.
-        self._planned = dict(self._sensed)
+        self._settle()
+        self._planned = dict(self._known)
         full = super().plan(sensed, remaining)
         self._explored = self._random.random() < self.explore
         if not self._explored:
@@ -371,13 +382,15 @@ class RecordingPolicy(FixedPolicy):
         return replace(full, depth=depth) if depth else Plan(0, (0,) * len(full.budget))
 
     def observe(self, trace: StepTrace) -> None:
+        self._settle()
         for row, active in enumerate(trace.active):
             if active and trace.plan.budget[row]:
-                seen = {name: value.cpu() for name, value in self._planned[row].items()}
+                (before, place), (after, now) = self._planned[row], self._known[row]
+                # As deep as it was drafted, which may be less than what was planned; nothing at all says nothing.
+                seen = {name: value[place] for name, value in before.items() if name != "row"}
+                seen["reach"] = after["reach"][now]
                 seen["accepted"] = torch.tensor(trace.accepted[row])
                 seen["explored"] = torch.tensor(self._explored)
-                # As deep as it was drafted, which may be less than what was planned; nothing at all says nothing.
-                seen["reach"] = self._reach[row].cpu()
                 if seen["reach"] > 0:
                     self._rounds.append(seen)
 

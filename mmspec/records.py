@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,12 @@ def open_image(path: Path, data: bytes | None = None) -> Image.Image:
         # ValueError, DecompressionBombError, ...): whatever it is, this one record is unusable and the run goes on.
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         raise RecordError(f"image cannot be decoded: {path.name} ({detail})") from None
+
+
+def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Image parts among the content of Hugging Face chat messages."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return sum(part["type"] == "image" for content in contents for part in content)
 
 
 def _parse(raw: bytes) -> Any:

@@ -314,7 +314,7 @@ class StepTrace:
     plan: Plan
     active: tuple[bool, ...]
     accepted: tuple[int, ...]
-    """a per row, bonus excluded, untruncated."""
+    """a per row, bonus excluded; what the end of the answer cut off was not accepted, whatever the target chose."""
     emitted: tuple[int, ...]
     """Tokens kept of this round after truncation at a stop token or a limit."""
     n_nodes: int

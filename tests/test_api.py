@@ -75,6 +75,17 @@ def test_a_picture_that_cannot_be_read_fails_alone(models, picture, tmp_path):
     assert [a.output.finish_reason for a in (answers[1], answers[3])] == ["error", "error"]
 
 
+def test_prompts_that_are_no_prompts_and_pictures_without_a_place_fail_alone(models, picture):
+    blind = [{"role": "user", "content": "What is in the picture?"}]
+    place = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    asked = ["Hi", blind, [{"role": "user"}], {"role": "user"}, place, "What is it?"]
+    answers = models["fixed"].generate(asked, [None, [picture], None, None, [], picture], max_new_tokens=4)
+    assert [a.error is None for a in answers] == [True, False, False, False, False, True]
+    assert "0 images in the messages but 1 pictures came with them" in answers[1].error
+    assert "1 images in the messages but 0 pictures came with them" in answers[4].error
+    assert "KeyError" in answers[2].error
+
+
 def test_the_one_line_form_and_its_refusals(run_folder, picture):
     text = mmspec.generate(run_folder, PROMPTS[0], [picture], max_new_tokens=4)[0].text
     assert (
@@ -131,6 +142,8 @@ def test_chat_drafts_with_a_method(run_folder, picture, tmp_path, capsys):
         ([*words, "--ckpt", str(run_folder)], "--method-settings needs --method"),
         (["--method", "pld", "--policy", "fixed"], "--policy fixed steers a checkpoint's own head"),
         ([*words, "--method", "hybrid"], "hybrid needs a checkpoint"),
+        (["--method", "pld", "--top-p", "1.5"], "argument --top-p: must be above 0 and at most 1, got 1.5"),
+        (["--method", "pld", "--top-k", "-1"], "--top-k must be at least 0, got -1"),
     ):
         assert chat.main(wrong) == 2
         err = capsys.readouterr().err

@@ -95,9 +95,21 @@ def test_answers_are_left_to_later_requests_only_when_told_to(share):
     assert drafter.rows[0].draft(3, 3)[0] == [], "2 stood in a prompt"
 
 
+def test_earlier_answers_are_kept_up_to_a_limit_the_latest_ones_longest():
+    drafter = PromptLookupDrafter(Config(2, 2, 1, share=True, max_shared=40))
+    for start in range(0, 3000, 3):
+        drafter.shared.add([start, start + 1, start + 2])
+        assert sum(len(index.stream) for index in drafter.shared.kept) <= 40 + 2 * 4
+    for start, wanted in ((2997, [2999]), (2997 - 3 * 4, [2989 - 2]), (0, [])):
+        stream = drafter.start()
+        stream.begin([start])
+        stream.extend([start + 1])
+        assert stream.draft(1, 1)[0] == wanted, start
+
+
 def test_the_own_text_comes_first_where_both_know_as_much():
     drafter = PromptLookupDrafter(Config(2, 1, 2, share=True))
-    drafter.shared.extend([1, 2, 3, -1])
+    drafter.shared.add([1, 2, 3])
     stream = drafter.start()
     stream.begin([2, 9])
     stream.extend([2])

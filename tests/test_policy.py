@@ -32,6 +32,7 @@ from mmspec.policy import (
 from mmspec.sampling import GreedySampler, KeyedSampler
 from mmspec.tree import pruned
 from mmspec.types import Calibration, Evidence, Request, StepTrace
+from tests.drafters import Scripted, known_answers
 from tests.tiny import llava, prompt
 
 
@@ -341,11 +342,29 @@ def test_recorded_rounds_are_what_the_loop_did():
     for request, output in zip(wanted, outputs):
         mine = table["key"] == request.key
         drafted = [r for r in output.rounds if r[0] == "draft"]
-        assert table["accepted"][mine].tolist() == [r[2] for r in drafted]
+        assert table["accepted"][mine].tolist() == [min(r[2], r[3]) for r in drafted]
         assert table["n_committed"][mine][0] == len(request.prompt)
         # The state is f_{n-1}: its unembedding chose the root.
         chosen = target.unembed(table["last_hidden"][mine]).argmax(-1)
         assert torch.equal(chosen, table["root"][mine])
+
+
+def test_what_the_end_of_an_answer_cuts_off_was_not_accepted(monkeypatch):
+    target = llava(dtype="float32")
+    wanted = [Request("r", prompt(target, 0, 4), 25, key=1)]
+    plain = generate(target, wanted, NullDrafter(), SkipPolicy(), GreedySampler())
+    truth, tokens = known_answers(wanted, plain), plain[0].tokens
+    # Rounds give six tokens each behind the prefill's one: it stops at a draft token that others follow.
+    end = next(i for i, token in enumerate(tokens) if tokens.index(token) == i > 0 and (i - 1) % 6 < 4)
+    monkeypatch.setattr(target, "stop_ids", frozenset({tokens[end]}))
+    oracle = Scripted(truth, lambda true, depth: true, target.shape.vocab_size)
+    recorder, traces = RecordingPolicy(5, 5, target.embed), []
+    [output] = generate(target, wanted, oracle, recorder, GreedySampler(), traces=traces)
+    assert output.tokens == tokens[: end + 1]
+    assert output.rounds[-1][2] == 5
+    last = traces[-1]
+    assert last.accepted == last.emitted == ((end - 1) % 6 + 1,)
+    assert recorder.rounds()["accepted"].tolist() == [t.accepted[0] for t in traces]
 
 
 def test_a_share_of_recorded_rounds_has_any_depth_and_says_so():
@@ -382,7 +401,7 @@ def test_other_work_on_the_machine_is_no_cost(monkeypatch):
     assert tables._times(target, call, [1, 2, 5], 7) == pytest.approx({1: 1.0, 2: 2.0, 5: 5.0})
 
 
-def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path):
+def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path, monkeypatch):
     table = CostTable("here", {1: {1: 1.0, 5: 2.0}, 4: {1: 2.0, 5: 6.0}}, {1: {1: 0.5, 3: 1.5}, 4: {1: 0.5, 3: 1.5}})
     assert table.verify(1, 3) == pytest.approx(1.5)
     assert table.verify(1, 9) == pytest.approx(3.0)
@@ -395,6 +414,9 @@ def test_cost_tables_interpolate_survive_a_round_trip_and_never_fall(tmp_path):
     measured = load_or_measure(tmp_path, target, drafter, 2, 3, 5)
     assert load_or_measure(tmp_path, target, drafter, 2, 3, 5) == measured
     assert (tmp_path / f"{hardware(target)}.json").is_file()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
+    assert "Z80" in table_path(tmp_path, target).name
+    assert not table_path(tmp_path, target).exists(), "another processor measures for itself"
     for row in (*measured.verify_s.values(), *measured.draft_s.values()):
         seconds = [row[k] for k in sorted(row)]
         assert all(s > 0 for s in seconds)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmspec import safety
+from mmspec.targets import describe_target, load_target, load_vocabulary
 from mmspec.types import InputError
 
 
@@ -151,3 +152,17 @@ def test_settings_that_are_none(tmp_path: Path):
         refused(said, safety.read_settings, path)
     path.write_bytes(b"\xff\xfe")
     refused("is damaged", safety.read_settings, path)
+
+
+@pytest.mark.parametrize("read", [load_target, describe_target, load_vocabulary])
+@pytest.mark.parametrize(
+    "config", [{"model_type": "made_up", "auto_map": {"AutoConfig": "mine.Config"}}, {"model_type": "made_up"}, {}]
+)
+def test_a_target_that_nobody_knows_is_refused_and_its_code_not_run(
+    read: Any, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the code"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused(f"target '{tmp_path}' cannot be loaded: ", read, str(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -18,7 +18,8 @@ from mmspec.sampling import GreedySampler, KeyedSampler
 from mmspec.targets import _static
 from mmspec.targets._static import padded_nodes
 from mmspec.tree import from_parents, root_only
-from tests.drafters import Erratic, drafters, known_answers
+from mmspec.types import Plan
+from tests.drafters import Erratic, drafters, known_answers, make_head
 from tests.families import FAMILIES, build, requests
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -105,6 +106,54 @@ def test_buffers_and_passes_are_kept_for_the_next_run_and_lent_once():
     del again
     gc.collect()
     assert model.open(2, 40).kv is not buffers, "made for another batch"
+
+
+class Overwriting(_static.StaticPass):
+    """Writes the outputs of every pass to one place, as a captured graph does."""
+
+    kept = None
+
+    def compute(self):
+        out = super().compute()
+        if self.kept is None:
+            self.kept = out
+        for name in ("logits", "last_hidden"):
+            getattr(self.kept, name).copy_(getattr(out, name))
+        for tap, states in out.hidden.items():
+            self.kept.hidden[tap].copy_(states)
+        return self.kept
+
+
+class EveryFourth(FixedPolicy):
+    """Drafts after three rounds without a draft."""
+
+    rounds = 0
+
+    def plan(self, sensed, remaining):
+        self.rounds += 1
+        full = super().plan(sensed, remaining)
+        return full if self.rounds % 4 == 0 else Plan(0, (0,) * len(remaining))
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3_small", "vispec"])
+def test_what_is_drafted_after_skips_is_of_each_skip_though_passes_overwrite_their_outputs(kind, monkeypatch):
+    model = at_fixed_shapes(build("llava"))
+    drafter = make_head(kind, model).drafter(model, 3)
+    asked, drafted, propose = requests(model, 2, 24), [], drafter.propose
+
+    def noted(roots, plan):
+        trees = propose(roots, plan)
+        drafted[-1].append(trees.tokens.tolist())
+        return trees
+
+    monkeypatch.setattr(drafter, "propose", noted)
+    for one in (_static.StaticPass, Overwriting):
+        monkeypatch.setattr(_static, "StaticPass", one)
+        model._shelf.clear()
+        drafted.append([])
+        generate(model, asked, drafter, EveryFourth(3, 5), GreedySampler(), 2)
+    assert len(drafted[0]) > 2
+    assert drafted[0] == drafted[1]
 
 
 @pytest.mark.gpu

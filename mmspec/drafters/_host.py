@@ -155,7 +155,7 @@ class HostDrafter:
             return trees
         widest = trees.tokens.shape[1]
         lines = [[self.trust.score(m, k) if k <= n else float("-inf") for k in range(widest)] for m, n in self.drafted]
-        return replace(trees, scores=torch.tensor(lines, dtype=torch.float32).to(roots.device))
+        return replace(trees, scores=upload(lines, roots.device))
 
 
 def pack(roots: Tensor, drafts: Sequence[Draft]) -> Tree:

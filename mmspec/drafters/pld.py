@@ -25,6 +25,7 @@ class Config:
         prefer: "recent" or "first", which earlier occurrence to copy from.
         share: copy from the answers of earlier requests too, where the own text has no n-gram as long. Then how much is
             drafted depends on which requests came before; the text does not.
+        max_shared: tokens of earlier answers to keep, at least the latest half of them; a million take half a gigabyte.
     """
 
     max_ngram: int = 3
@@ -32,6 +33,7 @@ class Config:
     num_pred: int = 10
     prefer: str = "recent"
     share: bool = False
+    max_shared: int = 200_000
 
     @property
     def depth(self) -> int:
@@ -46,8 +48,9 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(f"pld needs 1 <= min_ngram <= max_ngram, got {self.min_ngram} and {self.max_ngram}")
-        if self.num_pred < 1:
-            raise ValueError(f"pld: num_pred must be at least 1, got {self.num_pred}")
+        for name in ("num_pred", "max_shared"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pld: {name} must be at least 1, got {getattr(self, name)}")
         if self.prefer not in PREFER:
             raise ValueError(f"pld: prefer must be one of {', '.join(PREFER)}, got {self.prefer!r}")
 
@@ -57,11 +60,10 @@ class NGramIndex(Stream):
     """Where each n-gram of a growing stream was followed by something.
 
     `after[gram]` is the index of the token behind the first or the latest occurrence of the gram that has one.
-    `shared` holds the answers of requests that have ended, with gaps between them.
     """
 
     config: Config
-    shared: NGramIndex | None = None
+    shared: Answers | None = None
     n_prompt: int = 0
     stream: list[int] = field(default_factory=list)
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class NGramIndex(Stream):
     def close(self) -> None:
         """Leave the answer to later requests."""
         if self.shared is not None:
-            self.shared.extend([*self.stream[self.n_prompt :], -1])
+            self.shared.add(self.stream[self.n_prompt :])
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens; negative ones stand for what can be neither matched nor drafted."""
@@ -108,10 +110,28 @@ class NGramIndex(Stream):
         followed it there; (0, .., 0) without one."""
         for n in range(min(self.config.max_ngram, len(self.stream)), self.config.min_ngram - 1, -1):
             gram = tuple(self.stream[-n:])
-            for index in (self, self.shared):
-                if index is not None and (start := index.after.get(gram)) is not None:
+            for index in (self, *(self.shared.kept if self.shared else ())):
+                if (start := index.after.get(gram)) is not None:
                     return n, index.stream, start
         return 0, (), 0
+
+
+class Answers:
+    """Answers of requests that have ended, with gaps between them: the latest ones, and at most as many before them.
+
+    Args:
+        config: see `Config`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.kept = [NGramIndex(config)]
+        """The newest first; none is ever searched for what to forget."""
+
+    def add(self, answer: Sequence[int]) -> None:
+        if len(self.kept[0].stream) >= self.config.max_shared / 2:
+            self.kept = [NGramIndex(self.config), self.kept[0]]
+        self.kept[0].extend([*answer, -1])
 
 
 class PromptLookupDrafter(HostDrafter):
@@ -123,7 +143,7 @@ class PromptLookupDrafter(HostDrafter):
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
-        self.shared = NGramIndex(self.config) if self.config.share else None
+        self.shared = Answers(self.config) if self.config.share else None
         super().__init__(lambda: NGramIndex(self.config, self.shared))
 
 

@@ -260,7 +260,8 @@ class PairDrafter:
         """Queue the pairs that the round committed: states at the kept nodes with the tokens that followed them."""
         counts = [len(p) for p in round.paths]
         if round.forward.last_hidden.shape[1] == 1:  # a skip: nothing is moved before somebody wants to draft
-            self.skipped.append((self.head.read(round.forward), round.accepted.tokens, counts))
+            # Of its own memory: a captured pass writes its next outputs over these (`targets/_static.py`).
+            self.skipped.append((self.head.read(round.forward).clone(), round.accepted.tokens, counts))
             if len(self.skipped) + max(self.waiting) > _FLUSH:
                 self._settle()
             return

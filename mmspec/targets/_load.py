@@ -50,7 +50,7 @@ def load_target(
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(sorted(kinds))}")
     path = resolve(name)
     with _loading(name):
-        config = AutoConfig.from_pretrained(path)
+        config = _config(path)
         family = family_of(config.model_type)
         options: dict[str, Any] = {}
         if quantize != "none":
@@ -63,6 +63,7 @@ def load_target(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation={"text_config": ATTENTION, "vision_config": "sdpa"},
+            trust_remote_code=False,
             **options,
         )
         processor = family.load_processor(path)
@@ -119,7 +120,7 @@ def describe_target(name: str) -> Description:
         InputError: unsupported family, or files that cannot be found.
     """
     with _loading(name):
-        config = AutoConfig.from_pretrained(resolve(name))
+        config = _config(resolve(name))
     family_of(config.model_type)
     text = config.get_text_config()
     return Description(
@@ -143,19 +144,26 @@ def load_vocabulary(name: str) -> Vocabulary:
     """
     path = resolve(name)
     with _loading(name):
-        config = AutoConfig.from_pretrained(path)
+        config = _config(path)
         tokenizer = family_of(config.model_type).load_processor(path).tokenizer
     return Vocabulary(tokenizer, int(config.image_token_id), fingerprint(vocabulary_of(tokenizer)))
 
 
+def _config(path: str) -> Any:
+    """The config of a folder or Hub id; never by code that came with it, and nobody is asked whether to run that."""
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Says in one line what of a target cannot be found, and nothing else."""
+    """Says in one line what of a target cannot be found or is unknown to transformers, and nothing else."""
     try:
         with _quiet():
             yield
-    except OSError as error:
-        first = str(error).splitlines()[0]
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"target '{name}' cannot be loaded: {first} (give a folder, a Hub id, or tiny_llava)"
         ) from None

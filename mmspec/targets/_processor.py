@@ -36,7 +36,11 @@ class ComposedProcessor:
         template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
         if isinstance(template, Mapping):
             template = template.get("default")
-        return cls(AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path), template)
+        return cls(
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+            AutoImageProcessor.from_pretrained(path, trust_remote_code=False),
+            template,
+        )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         return self.tokenizer.apply_chat_template(list(messages), chat_template=self.chat_template, **options)

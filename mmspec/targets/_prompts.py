@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoProcessor
 
+from mmspec.records import count_images
 from mmspec.targets._marks import locate, mark
 from mmspec.types import InputError, Prompt
 
@@ -27,7 +28,7 @@ class Prompting:
     @classmethod
     def load_processor(cls, path: str) -> Any:
         """The processor of a folder or Hub id: tokenizer, image processor and chat template behind one call."""
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
 
     def limit_pixels(self, least: int, most: int) -> None:
         """Bounds what images are scaled to, in pixels.
@@ -44,9 +45,15 @@ class Prompting:
 
         Args:
             messages: Hugging Face chat messages, content as a list of {type: image} and {type: text, text}.
-            images: PIL images in order of their placeholders.
+            images: PIL images in order of their placeholders; those beyond, as of later turns, are left out.
+
+        Raises:
+            ValueError: the template leaves an image out, or refuses the conversation.
+            InputError: too few images, or content of another kind.
         """
-        return self._encode(self._render(messages, True), images)
+        text = self._render(messages, True)
+        self._check_shown(text, messages)
+        return self._encode(text, images)
 
     def encode_dialogue(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> tuple[Prompt, Tensor]:
         """A finished conversation and, per token, the number of the reply it belongs to.
@@ -61,9 +68,7 @@ class Prompting:
             ValueError: a reply cannot be located exactly, or the template leaves an image out.
         """
         text, replies = locate(messages, self._render, self._stops(), self.name)
-        wanted, shown = _n_images(messages), text.count(self.processor.image_token)
-        if wanted != shown:
-            raise ValueError(f"the chat template of {self.name} shows {shown} images of a conversation with {wanted}")
+        self._check_shown(text, messages)
         prompt = self._encode(text, images)
         ids, numbers = mark(text, replies, self._tokenize, self.name)
         # Expanding an image repeats its placeholder: all other tokens are the same ones in the same order.
@@ -89,6 +94,11 @@ class Prompting:
         except TemplateError as error:
             raise ValueError(f"the chat template of {self.name} refuses the conversation: {error}") from error
         return str(text)
+
+    def _check_shown(self, text: str, messages: Sequence[Mapping[str, Any]]) -> None:
+        wanted, shown = count_images(messages), text.count(self.processor.image_token)
+        if wanted != shown:
+            raise ValueError(f"the chat template of {self.name} shows {shown} images of a conversation with {wanted}")
 
     def _stops(self) -> list[str]:
         """The stop tokens as text, the tokenizer's end of sequence first."""
@@ -120,9 +130,3 @@ class Prompting:
         ids = out["input_ids"][0]
         pixels = {k: v for k, v in out.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
         return Prompt(ids, ids == self.image_token_id, pixels)
-
-
-def _n_images(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Images among the content of messages."""
-    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return sum(part["type"] == "image" for content in contents for part in content)

@@ -128,6 +128,7 @@ class HFTarget(Prompting):
             for row in range(max_batch):
                 kept.kv.set_length(row, 0)
             return self._lend(kept)
+        kept = None  # its buffers go before others are made: a GPU need not hold both
         kv = RaggedKV(s.n_layers, max_batch, s.n_kv_heads, capacity, s.head_dim, self.dtype, self.device)
         cache = Cache(layers=[RaggedLayer(kv, i) for i in range(text.num_hidden_layers)])
         state = HFState(kv, cache, torch.zeros(max_batch, dtype=torch.long, device=self.device), None, mass_layer)
