@@ -28,12 +28,19 @@ from mmspec.hub import HEAD, PAGES, is_repo, listed, look_at
 from mmspec.safety import read_settings
 from mmspec.types import InputError
 
-SECRETS = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}|\bwandb_v\d_\w{20,}|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@|\b[Bb]earer [\w.-]{20,}"
-)
-"""Tokens and passwords by their looks."""
+TOKEN = "a token"
+SECRETS = {
+    "one of Hugging Face": re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}"),
+    "one of GitHub": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"),
+    "one that begins with sk-": re.compile(r"\bsk-[\w-]{20,}"),
+    "one of AWS": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "one of Slack": re.compile(r"\bxox[abprs]-[\w-]{10,}"),
+    "one of W&B": re.compile(r"\bwandb_v\d_\w{20,}"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
+    "a password in an address": re.compile(r"://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@"),
+    "one behind Bearer": re.compile(r"\b[Bb]earer [\w.-]{20,}"),
+}
+"""Tokens and passwords by their looks, by what a finding is called."""
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 """Environment variables whose values must not be in a file, whatever they look like."""
 PRIVATE_HOSTS = re.compile(
@@ -75,7 +82,7 @@ class Finding:
         file: its name in the folder.
         line: counted from 1.
         what: the kind.
-        text: what was found, a secret cut to its beginning.
+        text: what was found; of a token not a letter, for it would be in a log, but which one it is and where.
     """
 
     file: str
@@ -157,7 +164,7 @@ def scan(folder: Path, names: Sequence[str]) -> list[Finding]:
         for number, line in enumerate(_text(folder / name).splitlines(), start=1):
             for what, search in searches:
                 for text in search(line):
-                    found.append(Finding(name, number, what, text[:6] + "..." if what == "a token" else text))
+                    found.append(Finding(name, number, what, f"{text} in {name}:{number}" if what == TOKEN else text))
     return found
 
 
@@ -276,25 +283,25 @@ def _text(path: Path) -> str:
 
 
 def _searches() -> list[tuple[str, Callable[[str], list[str]]]]:
-    """What is looked for, each with a search that gives what it found in a line."""
+    """What is looked for, each with a search that gives what it found in a line, of tokens what they are called."""
 
-    def by(pattern: re.Pattern[str]) -> Callable[[str], list[str]]:
-        return lambda line: [match[0] for match in pattern.finditer(line)]
+    def by(pattern: re.Pattern[str], called: str = "") -> Callable[[str], list[str]]:
+        return lambda line: [called or match[0] for match in pattern.finditer(line)]
 
     # Whatever stands at the root of this machine may begin a path of it.
     tops = sorted({*_TOPS, *(name for name in os.listdir("/") if re.fullmatch(r"[A-Za-z][\w.-]*", name))})
     paths = re.compile(rf"(?<![\w./<~+\\-])/(?:{'|'.join(map(re.escape, tops))})/[^\s\"'<>,;)\]]+|{_WINDOWS}")
-    secrets = [v for k, v in os.environ.items() if SECRET_NAMES.search(k) and len(v) >= 8 and not os.path.isabs(v)]
-    secrets += [token] if (token := get_token()) else []
+    set_here = [(k, v) for k, v in sorted(os.environ.items()) if SECRET_NAMES.search(k)]
+    known = {f"the value of {k}": v for k, v in set_here if len(v) >= 8 and not os.path.isabs(v)}
+    known |= {"that of the Hub's login": token} if (token := get_token()) else {}
+    secrets = SECRETS | {called: re.compile(re.escape(value)) for called, value in known.items()}
     hosts = {socket.gethostname(), socket.gethostname().split(".")[0]} - {"localhost"}
     named = [rf"\b{re.escape(host)}\b" for host in sorted(hosts) if len(host) > 3]
     searches: list[tuple[str, Callable[[str], list[str]]]] = [
-        ("a token", by(SECRETS)),
+        *((TOKEN, by(pattern, called)) for called, pattern in secrets.items()),
         ("a path of this machine", by(paths)),
         ("an address inside a network", by(PRIVATE_HOSTS)),
     ]
     if named:
         searches.append(("this machine's name", by(re.compile("|".join(named)))))
-    if secrets:
-        searches.append(("a token", by(re.compile("|".join(map(re.escape, sorted(set(secrets))))))))
     return searches

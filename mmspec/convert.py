@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +38,8 @@ from mmspec.types import InputError, Target
 
 CLOSE = 0.02
 """Relative difference of frozen copies: roundings to 8 bits are 0.004, other targets are around 1."""
+UNITS = 256
+"""Unit vectors whose logits [UNITS, V] exist at a time."""
 DEPTH, WIDTH, BUDGET = 6, 10, 59
 """Of the tree that a converted head gets: EAGLE-2's for targets of 7 B."""
 
@@ -299,8 +302,10 @@ def _unembedding(source: Source, name: str, target: Target) -> None:
     """Takes the frozen copy of the unembedding."""
 
     def rows(tokens: Tensor) -> Tensor:
-        units = torch.eye(target.shape.hidden_size, dtype=target.dtype, device=target.device)
-        return target.unembed(units)[:, tokens.to(target.device)].T
+        D = target.shape.hidden_size
+        # A target hands out no weights; of all unit vectors at once the logits would be gigabytes.
+        units = (F.one_hot(part, D).to(target.device, target.dtype) for part in torch.arange(D).split(UNITS))
+        return torch.cat([target.unembed(some)[:, tokens.to(target.device)] for some in units]).T
 
     _frozen(source, name, target, rows)
 

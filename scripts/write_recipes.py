@@ -35,6 +35,10 @@ GPUS = 4
 """Devices that the headers' figures are for; a step has 16 conversations on any number of them."""
 CARDS = (24, 40, 80, 141)
 """GB of devices; 4 of them are left to libraries and fragments."""
+RECORDS = 68000
+"""Of each source that are trained on."""
+MIX = "/data/llava/llava_v1_5_mix.json"
+"""Where the commands of headers have their data."""
 COLUMN = 32
 """Where comments stand."""
 
@@ -265,12 +269,12 @@ deepspeed:
   zero_stage: {zero_stage} # {stage}
   bf16: true # fp32 master weights stay in the optimizer
 """
-PICTURES = """\
+PICTURES = f"""\
     - path: data/llava/llava_train.json # LLaVA JSON; images relative to its folder, its images/ or its image/
-      limit: 68000"""
-TEXTS = """\
+      limit: {RECORDS}"""
+TEXTS = f"""\
     - path: data/sharegpt/sharegpt.json # text; the order of both kinds is text_first's business
-      limit: 68000
+      limit: {RECORDS}
 """
 TEXT_FIRST = "  text_first: 0.5 # text alone for half of the steps, then ever more pictures, at last nothing else"
 
@@ -310,7 +314,7 @@ def body(head: str, target: str) -> str:
         run=f"{head}_{target}",
         epochs="head steps of 16: by text_first three passes over the text, one over the pictures"
         if h.text_first
-        else "head steps: four epochs of 68,000 at 16 a step",
+        else f"head steps: four epochs of {RECORDS:,} at 16 a step",
         zero_stage=h.zero_stage,
         stage="the head is small: any stage gives the same curve"
         if h.zero_stage == 1
@@ -354,8 +358,9 @@ def _commands(head: str, target: str) -> list[str]:
     plan = f"  python train/distill.py {name} --dry-run      # sizes, memory and disk; needs no weights"
     if HEADS[head].text_first:
         return [f"{check} --benchmark MMSPEC_FOLDER", train, plan]
-    data = "data.train=/data/llava/llava_v1_5_mix.json"
-    return [f"{check} {data} \\", "      --benchmark MMSPEC_FOLDER", f"{train} {data}", plan]
+    # Not data.train, which would take all of the mix.
+    data = f'  DATA="data.sources=[{{path: {MIX}, limit: {RECORDS}}}]"'
+    return [data, f'{check} "$DATA" --benchmark MMSPEC_FOLDER', f'{train} "$DATA"', plan]
 
 
 def _plan(recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmspec.api import drafter_and_policy
 from mmspec.checkpoint import load
-from mmspec.convert import convert
+from mmspec.convert import Source, _unembedding, convert
 from mmspec.drafters.null import NullDrafter
 from mmspec.loop import generate
 from mmspec.policy import SkipPolicy
@@ -296,6 +296,29 @@ def test_medusa(tmp_path: Path, spelling: str, own: bool):
     compare(tmp_path / "out", lambda f, step: medusa_logits(tensors, f, step, n_blocks), steps=3)
 
 
+def test_a_copy_of_the_unembedding_is_compared_by_a_few_columns_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The logits of all unit vectors at once are gigabytes at a public target's size."""
+    target, asked = llava(), []
+    unembed = target.unembed
+    weight = unembed(torch.eye(D, dtype=torch.float64)).T.contiguous()
+
+    def counted(hidden: Tensor) -> Tensor:
+        asked.append(len(hidden))
+        return unembed(hidden)
+
+    monkeypatch.setattr(target, "unembed", counted)
+    monkeypatch.setattr("mmspec.convert.UNITS", 5)
+    source = Source(publish(tmp_path / "same", {"lm_head.weight": weight}, None))
+    _unembedding(source, "lm_head.weight", target)
+    assert not source.tensors
+    assert (max(asked), sum(asked)) == (5, D)
+    other = Source(publish(tmp_path / "other", {"lm_head.weight": weight.flip(1)}, None))
+    with pytest.raises(InputError, match="is not that of"):
+        _unembedding(other, "lm_head.weight", target)
+
+
 @has("msd")
 @pytest.mark.parametrize("input_norm", [False, True])
 def test_msd(tmp_path: Path, input_norm: bool):
@@ -452,3 +475,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         error = capsys.readouterr().err
         assert said in error
         assert len(error.strip().splitlines()) == 1
+
+
+def test_a_conversion_that_was_cut_short_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights without a tree would be refused from then on, as something that is there already."""
+    save_target(tmp_path / "target")
+    tensors = eagle() | {"embed_tokens.weight": llava(dtype="float32").embed(torch.arange(V))}
+    publish(tmp_path / "in", {name: tensor.float() for name, tensor in tensors.items()}, CONFIG)
+    words = [str(tmp_path / "in"), "--target", str(tmp_path / "target"), "--out", str(tmp_path / "out")]
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmspec.checkpoint.save_tree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            script.main([*words, "--device", "cpu"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / ".out.part").mkdir()  # as one that was killed leaves it
+    (tmp_path / ".out.part" / "static_tree.json").write_text("{}")
+    assert script.main([*words, "--device", "cpu"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "target"]
+    assert not (tmp_path / "out" / "static_tree.json").exists()

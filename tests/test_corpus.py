@@ -18,7 +18,7 @@ from mmspec.records import Quarantine
 from mmspec.types import InputError
 from tests import tiny
 from train import elements
-from train.corpus import Corpus, check_sources, read
+from train.corpus import Corpus, Part, check_sources, read
 from train.elements import raw_records
 from train.sample import Sample
 
@@ -110,12 +110,34 @@ WAYS: dict[str, tuple[str, Callable[[int], Any], Callable[[Path, list[Any]], Pat
 }
 
 
+def test_which_samples_have_a_picture_is_known_without_decoding_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a whole set of embedded pictures that would read every byte, at every start."""
+    records = [llava(number) for number in range(5)]
+    for number in (1, 2):
+        del records[number]["image"]
+        for entry in records[number]["conversations"]:
+            entry["value"] = entry["value"].replace("<image>", "").strip()
+    samples = read_one(write_json(pictures(tmp_path) / "a.json", records)).samples
+    monkeypatch.delattr(Part, "sample")
+    assert samples.pictured.tolist() == [True, False, False, True, True]
+    assert samples.pick([4, 2, 0]).pictured.tolist() == [True, False, True]
+
+
+def test_records_without_their_picture_are_counted_and_the_first_is_named(tmp_path: Path):
+    path = write_json(pictures(tmp_path) / "a.json", [llava(number) for number in range(4)])
+    assert read_one(path).gone == ""
+    for name in ("2.png", "3.png"):
+        (tmp_path / "images" / name).unlink()
+    assert f"(records without their picture: 2, the first {path}:3, 2.png; put back" in read_one(path).gone
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_layout_in_every_file_gives_the_same_conversations(tmp_path: Path, way: str):
     name, record, write = WAYS[way]
     path = write(pictures(tmp_path) / name, [record(number) for number in range(7)])
     corpus = read_one(path)
     assert (len(corpus), corpus.n_read) == (7, 7)
+    assert corpus.samples.pictured.tolist() == [True] * 7
     for number, sample in enumerate(corpus.samples):
         assert (sample.id, sample.topic, sample.line, sample.file) == (f"r{number}", "t", number + 1, path)
         assert [text.replace("\n", "") for text in sample.turns] == ["<image>What is it?", "And <image>?"]

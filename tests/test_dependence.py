@@ -16,7 +16,8 @@ from tests.contract.test_heads import dialogue, taught
 from tests.drafters import HEADS, make_head
 from tests.tiny import image, llava, prompt
 from train import labels
-from train.dependence import CLIP, Measured, Scale
+from train.dependence import CLIP, Measured, Scale, image_mean
+from train.encode import encode, length_limit
 from train.labels import Store, distribution, open_labels, read_manifest, write_store
 from train.sources import Live, open_source
 
@@ -107,7 +108,7 @@ def test_a_weight_is_a_factor_of_every_prediction_of_its_token(kind):
         alone = head.forward(replace(features, weight=weight), target.unembed)
         assert alone.count == whole.count
         total += alone.loss.item()
-    assert total == pytest.approx(float(whole.loss), rel=1e-9)
+    assert total == pytest.approx(whole.loss.item(), rel=1e-9)
     ones = head.forward(replace(features, weight=torch.ones(features.answer.shape)), target.unembed)
     assert float(ones.loss) == pytest.approx(float(whole.loss), rel=1e-12)
 
@@ -186,6 +187,32 @@ def test_the_scale_is_of_conversations_from_the_whole_corpus(tmp_path: Path, mon
     monkeypatch.setattr("train.dependence.SAMPLED", 1)
     with pytest.raises(InputError, match="1 conversations owe nothing"):
         Measured(s)
+
+
+def test_a_picture_that_is_lost_is_left_out_of_the_mean_and_the_scale(
+    session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It was there when it was answered; what was trained since must not be in vain for it."""
+    said: list[str] = []
+    monkeypatch.setattr(session.tracker, "say", said.append)
+    (tmp_path / "images" / "0.png").unlink()
+    (tmp_path / "images" / "3.png").write_text("no picture")
+    limit, kept = length_limit(session.recipe.data, session.target), [1, 2, *range(4, 10)]
+    pairs = [(session.corpus.samples[k], session.prepared.dialogues[k]) for k in kept]
+    prompts = [encode(sample, dialogue, session.target, limit)[0] for sample, dialogue in pairs]
+    assert torch.allclose(image_mean(session), dependence.mean_feature(session.target, prompts), atol=1e-6)
+    [line] = said
+    assert line.startswith("2 of 10 records for the mean image feature can no longer be read, the first r0 (")
+    assert line.endswith("data.json:1): image is missing: 0.png")
+    Measured(session)
+    assert [text.split(" can no")[0] for text in said[1:]] == [
+        "2 of 10 records for the mean image feature",
+        "2 of 10 records for the scale of dependence",
+    ]
+    for picture in (tmp_path / "images").iterdir():
+        picture.write_text("no picture")
+    with pytest.raises(InputError, match=r"10 of 10 records for the mean image feature .*; put their pictures"):
+        image_mean(session)
 
 
 def test_an_interrupted_store_goes_on_and_a_damaged_shard_is_found(

@@ -13,7 +13,7 @@ from mmspec.recipe import Source
 from mmspec.records import Quarantine
 from tests.training import prepare, record, save_data, session
 from train.clock import StepClock
-from train.corpus import read
+from train.corpus import Part, read
 from train.order import Order
 from train.session import Session
 from train.sources import Live, Loader, open_source
@@ -99,6 +99,24 @@ def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path):
         assert torch.equal(prompt.input_ids, other.input_ids)
         assert torch.equal(answer, marks)
         assert all(torch.equal(prompt.pixels[name], other.pixels[name]) for name in prompt.pixels)
+
+
+def test_a_sample_is_decoded_once_for_its_batch_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    s = session(tmp_path, [record(number) for number in range(6)], optim__micro_batch="3")
+    s.prepared = prepare(s)
+    sample, decoded = Part.sample, []
+
+    def counted(part: Part, number: int) -> object:
+        decoded.append(number)
+        return sample(part, number)
+
+    monkeypatch.setattr(Part, "sample", counted)
+    with Loader(s, Live(s, ()), StepClock(s.target.device)) as loader:
+        (batch,) = loader.micro_batches(0)
+        loader.settle()
+    assert len(decoded) == 2 * 3, "of this step and the one that is prepared ahead"
+    assert len(batch.names) == 3
+    assert set(batch.names) <= {f"r{number} (data.json:{number + 1})" for number in range(6)}
 
 
 def mixture(folder: Path, sources: list[Source]) -> Session:

@@ -127,6 +127,23 @@ def test_the_scan_finds(tmp_path, monkeypatch, text, what):
     assert GOOD not in str(raised.value)
 
 
+def test_of_a_found_secret_only_its_name_and_place_are_told(tmp_path, monkeypatch):
+    """Messages end up in logs: six letters of a short password are most of it."""
+    monkeypatch.setenv("SOME_PASSWORD", "xyzzyplugh")
+    (tmp_path / "README.md").write_text("one\nxyzzyplugh and wandb ghp_abcdefghijklmnopqrstuvwx\n")
+    with pytest.raises(InputError, match="2 findings in all") as raised:
+        publish.check(tmp_path)
+    assert "'one of GitHub in README.md:2'" in str(raised.value)
+    with pytest.raises(InputError, match=r"holds a token, 'the value of SOME_PASSWORD in README.md:2'") as again:
+        publish.check(tmp_path, ["one of GitHub in README.md:2"])
+    for message in (str(raised.value), str(again.value)):
+        assert "xyz" not in message
+        assert "ghp" not in message
+        assert "\n" not in message
+    told = ["one of GitHub in README.md:2", "the value of SOME_PASSWORD in README.md:2"]
+    assert publish.check(tmp_path, told) == ["README.md"]
+
+
 def test_the_scan_reads_headers_of_weights_and_lets_harmless_text_pass(tmp_path):
     fine = "</data> https://huggingface.co/home/x 1/2 a/tmp/b .../runs torch 2.13.0+cpu v1.10.3 e543e07a58f9801a\n"
     (tmp_path / "README.md").write_text(fine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_every_shipped_recipe_loads(recipe: Path):
     assert loaded.run.name == recipe.stem
     assert "train/distill.py" in recipe.read_text().split("\ntarget:")[0]
     assert (loaded.data.decontaminated is not None) == (loaded.target.name != "tiny_llava"), "real targets need a list"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_the_commands_of_a_header_train_on_as_many_records_as_the_recipe(recipe: Path):
+    """Hours and epochs are of these: the mix that a command names takes the place of the recipe's data, limits too."""
+    header = recipe.read_text().split("\ntarget:")[0]
+    for data in re.findall(r"data\.\w+=[^\"\n]*mix\.json[^\"\n]*", header):
+        limits = [[source.limit for source in load(recipe, words).data.sources] for words in ([], [data])]
+        assert limits[0] == limits[1], data
+    assert ('"$DATA"' in header) == ("DATA=" in header)
 
 
 def test_load_returns_plain_objects_with_overrides(path: Path):
@@ -79,6 +90,10 @@ def test_yaml_round_trip_keeps_layout(path: Path):
         ("optim.micro_batch=0", ["optim.micro_batch=0", "at least 1"]),
         ("optim.micro_batch=1.5", ["optim.micro_batch"]),
         ("optim.lr=-1", ["optim.lr", "greater than 0"]),
+        ("optim.betas=[0.9,1.0]", ["optim.betas=[0.9, 1.0]", "less than 1"]),
+        ("optim.betas=[0.9]", ["optim"]),  # OmegaConf 2.4 refuses it by itself
+        ("policy.optim.betas=[-0.1,0.9]", ["policy.optim.betas=[-0.1, 0.9]", "at least 0"]),
+        ("policy.optim.weight_decay=-1", ["policy.optim.weight_decay=-1", "at least 0"]),
         ("optim.schedule=cosin", ["optim.schedule", "'cosine'"]),
         ("loss.steps=0", ["loss", "at least 1"]),
         ("run.max_steps=-1", ["run.max_steps", "-1", "at least 0"]),

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from mmspec.recipe import DeepSpeedNode, Optim, load
 from mmspec.types import InputError, Objective
-from tests.training import ALONE, prepare, record, save_recipe, session
+from tests.training import ALONE, prepare, record, save_data, save_recipe, save_target, session
 from train import saved
 from train.clock import StepClock
+from train.corpus import Part
 from train.fit import Fit, Lost, MicroBatch, Plan, Trainee, find
 from train.saved import Reader
 from train.session import begin
@@ -372,6 +373,42 @@ def test_a_micro_batch_that_lost_everything_still_runs(tmp_path: Path):
             assert micro.count == 0
             assert len(micro.lost) == 2
             assert int((micro.make()["answer"] > 0).sum()) == 3
+
+
+# ---- between phases ----
+
+
+def test_a_run_killed_between_its_phases_says_nothing_twice(
+    tmp_path: Path, train_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    """First behind the last measurement of the head, then before the controller has saved a step."""
+    data = save_data(tmp_path, [record(number) for number in range(6)])
+    target, folder = save_target(tmp_path / "target"), tmp_path / "out" / "t"
+    path = save_recipe(tmp_path / "r.yaml", target, data, tmp_path / "out", trackers=[])
+    words = (path, "policy.kind=learned", "policy.controller.counterfactual=mean", "run.resume=true")
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    for place in ("train.head.checkpoint.save_head", "train.controller.Order"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, killed)
+            with pytest.raises(Killed):
+                train_here(*words)
+    sample, decoded = Part.sample, []
+
+    def counted(part: Part, number: int) -> object:
+        decoded.append(number)
+        return sample(part, number)
+
+    monkeypatch.setattr(Part, "sample", counted)
+    train_here(*words)
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("accept/tau", "viskip/rank_correlation_0"):
+        assert sum(name in entry for entry in entries) == 1, name
+    assert [entry["step"] for entry in entries if "viskip/loss" in entry] == [5, 6, 7, 8]
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 2
+    assert len(decoded) <= 6, "steps name their samples without decoding them"
 
 
 # ---- the same run, split otherwise ----

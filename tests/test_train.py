@@ -23,12 +23,12 @@ from mmspec.records import Quarantine
 from mmspec.types import InputError, Output
 from tests import tiny
 from tests.training import ALONE, prepare, record, save_data, save_recipe, session
-from train import calibrate, controller, distill, regenerate, visual
+from train import calibrate, controller, distill, regenerate, run, visual
 from train.corpus import check_sources, read
 from train.encode import encode
 from train.engine import engine_settings, learning_rate
 from train.estimate import target_facts
-from train.measure import marked
+from train.measure import held_out, marked
 from train.order import Order, deal
 from train.session import begin, finished
 from train.stopping import Stopped, Stopper
@@ -259,6 +259,24 @@ def test_too_many_bad_records_stop_the_run(tmp_path: Path):
         prepare(s)
 
 
+def test_held_out_prompts_that_cannot_be_used_are_counted(tmp_path: Path):
+    """Tau of a few prompts that are left must not pass for that of all that were asked for."""
+    records = [record(number) for number in range(5)]
+    records[2]["conversations"][0]["value"] = "w1 " * 300
+    records[3] = FLAWS["no conversation"]
+    s = session(tmp_path, records, run__eval_prompts="64")
+    (tmp_path / "images" / "1.png").unlink()
+    (tmp_path / "images" / "4.png").write_text("no picture")
+    data = held_out(s.recipe, s.target, s.world)
+    assert [request.id for request in data.requests] == ["r0"]
+    assert data.described == "1 prompts (4 left out)"
+    (tmp_path / "images" / "0.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"run\.eval_data=.*: none of its 5 prompts can be read"):
+        held_out(s.recipe, s.target, s.world)
+    all_of_them = held_out(session(tmp_path / "whole", [record(0)]).recipe, s.target, s.world)
+    assert all_of_them.described == "1 prompts"
+
+
 def test_given_answers_are_used_as_they_are(tmp_path: Path):
     s = session(tmp_path, [record(0), record(1, turns=2)], data__answers="given")
     assert prepare(s).dialogues[1].answers == s.corpus.samples[1].answers
@@ -385,19 +403,66 @@ def test_a_share_of_a_rollout_is_sampled_and_calibration_is_told_by_temperature(
     assert calibrate.reliability(network, {name: table[:0] for name, table in held_out.items()}) == []
 
 
-def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labels(tmp_path: Path):
-    records = [record(number) for number in range(4)]
-    s = session(tmp_path, records, policy__kind="learned", policy__rollouts="4")
-    replace(s.state, recipe=s.recipe.as_dict()).save(s.folder)
-    controller._take_rounds(s, s.folder, 0)
-    for change, said in (
-        ({"head__init_from": str(tmp_path / "another")}, "no run of the same data, seed, drafter"),
+def test_no_two_sampled_turns_share_their_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Noise is drawn by seed, key and position: keys are those of the whole rollout, not of a chunk."""
+    wanted = {"policy__kind": "learned", "policy__rollouts": "12", "policy__sampled_share": "1"}
+    s = session(tmp_path, [record(number) for number in range(12)], **wanted)
+    s.prepared = prepare(s)
+    decode, keys = controller.generate, []
+
+    def noted(target: Any, requests: Any, *rest: Any, **more: Any) -> Any:
+        keys.extend(request.key for request in requests)
+        return decode(target, requests, *rest, **more)
+
+    monkeypatch.setattr(controller, "generate", noted)
+    controller.rollout(s, eagle.Head(eagle.Config().resolve(s.target.shape)).eval().requires_grad_(False))
+    assert len(controller._chunks(s)) == 3
+    assert sorted(keys) == list(range(12))
+    assert set(controller._gather(s)["key"].tolist()) <= set(range(12))
+
+
+LEARNED = {"policy__kind": "learned", "policy__rollouts": "4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"head__init_from": "another"}, "was made with head.init_from=None, not another"),
+        ({"optim__lr": "0.5"}, r"was made with optim.lr=0.001, not 0.5; set it so, or leave policy.rollouts_from out"),
+        ({"loss__steps": "1"}, "was made with loss.steps=2, not 1"),
+        ({"target__dtype": "bfloat16"}, "was made with target.dtype=float32, not bfloat16"),
+        ({"data__max_new_tokens": "9"}, "was made with data.max_new_tokens=8, not 9"),
+        ({"optim__micro_batch": "2"}, "processes x optim.micro_batch x optim.accumulate=4, not 2"),
+        ({"policy__controller__depth": "3"}, "was made with policy.controller.depth=2, not 3"),
         ({"policy__controller__n_mass": "2"}, "has labels of policy.controller.n_mass=1"),
         ({"policy__controller__counterfactual": "mean"}, "has labels of policy.controller.counterfactual=none"),
-    ):
-        other = session(tmp_path, records, policy__kind="learned", policy__rollouts="4", **change)
-        with pytest.raises(InputError, match=said):
-            controller._take_rounds(other, s.folder, 0)
+    ],
+)
+def test_rounds_are_taken_only_from_a_run_of_the_same_drafter_with_the_same_labels(
+    tmp_path: Path, change: dict[str, str], said: str
+):
+    """A controller must not learn what became of another head's drafts."""
+    records = [record(number) for number in range(4)]
+    s = session(tmp_path, records, **LEARNED)
+    replace(s.state, recipe=s.recipe.as_dict()).save(s.folder)
+    other = session(tmp_path, records, **LEARNED, **change)
+    with pytest.raises(InputError, match=said):
+        controller._take_rounds(other, s.folder, 0)
+
+
+def test_rounds_are_taken_for_any_controller_that_reads_less(tmp_path: Path):
+    records = [record(number) for number in range(4)]
+    s = session(tmp_path, records, **LEARNED)
+    replace(s.state, recipe=s.recipe.as_dict()).save(s.folder)
+    reads = {"policy__controller__reads": "scalars", "policy__controller__n_mass": "0"}
+    trains = {"policy__steps": "9", "policy__optim__lr": "0.1", "policy__controller__width": "8"}
+    split = {"optim__micro_batch": "2", "optim__accumulate": "2", "data__answer_batch": "2"}
+    taken = {"run__name": "u", "policy__rollouts_from": str(s.folder)}
+    controller._take_rounds(session(tmp_path, records, **LEARNED, **reads, **trains, **split, **taken), s.folder, 0)
+    with pytest.raises(InputError, match="has no complete rollout: chunk-00000"):
+        controller._take_rounds(session(tmp_path, records, **LEARNED, **taken), s.folder, 1)
+    with pytest.raises(InputError, match="nowhere is no run of the same data"):
+        controller._take_rounds(s, tmp_path / "nowhere", 0)
 
 
 def test_rounds_of_one_image_stay_in_one_part_of_the_split():
@@ -486,6 +551,52 @@ def test_resuming_with_another_recipe_is_refused(path: Path):
     with pytest.raises(InputError, match="2 processes x micro_batch 4"):
         begin(load(path, ["run.resume=true"]), 1)
     assert begin(load(path, ["run.resume=true", "run.eval_every=7"]), 2)[1]
+
+
+def test_a_run_that_cannot_go_on_for_lack_of_a_picture_names_it(tmp_path: Path):
+    """So that it can be put back: the head that was trained so far is worth it."""
+    data = save_data(tmp_path, [record(number) for number in range(4)])
+    path = save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs", trackers=[])
+    recipe = load(path, ["run.resume=true", "data.max_bad_share=0.5"])
+    state = begin(recipe, 1)[0]
+    state.data = read_all(data).digest
+    state.save(recipe.folder)
+    for number in (2, 3):
+        (tmp_path / "images" / f"{number}.png").unlink()
+    with pytest.raises(InputError, match=rf"without their picture: 2, the first {data}:3, 2.png; put back") as error:
+        run._open(recipe, ALONE, Stopper(), True)
+    assert "start over without run.resume=true" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class _OfTwo(World):
+    """One of two ranks; `theirs` is what the other one has read."""
+
+    theirs: Any = None
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> Any:
+        return [value, self.theirs] if self.first else [self.theirs, value]
+
+
+def test_ranks_that_read_other_data_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What one of them alone quarantines would shift all its indices."""
+    data = save_data(tmp_path, [record(number) for number in range(4)])
+    path = save_recipe(tmp_path / "r.yaml", "tiny_llava", data, tmp_path / "runs")
+    recipe, strict = load(path, ["data.max_bad_share=0.5"]), load(path)
+    first, second = (_OfTwo(rank, 2, ALONE.device, None) for rank in (0, 1))
+    whole = read_all(data).digest
+    monkeypatch.setattr(_OfTwo, "theirs", (whole, ""))
+    for world in (first, second):
+        assert run._read_together(recipe, Quarantine(None), world).digest == whole
+    (tmp_path / "images" / "2.png").unlink()
+    for world in (first, second):
+        with pytest.raises(InputError, match=r"rank 1 has not read the data that rank 0 has \(records or"):
+            run._read_together(recipe, Quarantine(None), world)
+    with pytest.raises(InputError, match=r"rank 1 has not read the data that rank 0 has \(1 of 4 records"):
+        run._read_together(strict, Quarantine(None), second)
 
 
 def test_a_rank_above_zero_leaves_the_word_to_rank_zero(monkeypatch: pytest.MonkeyPatch, capsys: Any):

@@ -16,7 +16,7 @@ from tests.contract.test_heads import dialogue
 from tests.test_dependence import naive
 from tests.tiny import llava, prompt
 from train import controller
-from train.visual import Labels, agreement
+from train.visual import Labels, agreement, mass_layers
 
 LEARNED = {"policy__kind": "learned", "policy__rollouts": "6", "data__max_new_tokens": "12"}
 
@@ -35,7 +35,7 @@ def test_a_label_is_the_mean_divergence_where_the_next_four_tokens_are_chosen(tm
     s, head = rolled(tmp_path, way)
     controller.rollout(s, head)
     rounds = controller._gather(s)
-    mean = controller.image_mean(s)
+    mean, layers = controller.image_mean(s), mass_layers(s.target.shape.n_layers, 1)
     checked = 0
     for turn in [turn for chunk in controller._chunks(s) for turn in chunk]:
         rows = (rounds["key"] == turn.index).nonzero().flatten()
@@ -44,16 +44,19 @@ def test_a_label_is_the_mean_divergence_where_the_next_four_tokens_are_chosen(tm
         marks = torch.cat([torch.zeros(n_prompt), torch.ones(len(tokens))]).long()
         other = answered(s, turn, tokens, blur=True)[0] if way == "blur" else whole
         unseen = s.target.teacher([other], [marks], instead=mean if way == "mean" else None, hidden=way == "knockout")
-        seen = s.target.teacher([whole], [marks])
+        seen = s.target.teacher([whole], [marks], mass_layers=layers)
+        mass = seen.visual_mass[0]
         kl, _, changed = naive(s.target.unembed(seen.last_hidden[0]), s.target.unembed(unseen.last_hidden[0]))
         for row in rows.tolist():
             n = int(rounds["n_committed"][row])
             places = list(range(n, min(n + 4, len(whole) - 1)))
-            assert bool(rounds["dependence_valid"][row]) == bool(places)
+            assert bool(rounds["dependence_valid"][row]) == bool(rounds["visual_mass_valid"][row]) == bool(places)
             assert float(rounds["dependence_now"][row]) == pytest.approx(float(kl[n - 1]), abs=1e-4)
             if places:
                 assert float(rounds["dependence"][row]) == pytest.approx(float(kl[places].mean()), abs=1e-4)
                 assert bool(rounds["changed"][row]) == bool(changed[places].any())
+                # Of the same states: that of the last token chose none that was emitted.
+                assert rounds["visual_mass"][row].tolist() == pytest.approx(mass[places].mean(0).tolist(), abs=1e-5)
                 checked += 1
     assert checked > 6
     assert rounds["dependence"].max() > 1e-3, "an image matters to this target"

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmspec import checkpoint
+from mmspec.files import replacing
 from mmspec.heads.viskip import NO_COUNTERFACTUAL
 from mmspec.loop import all_complete, generate
 from mmspec.methods import make_method
@@ -34,18 +36,18 @@ from train.encode import length_limit
 from train.fit import Fit, MicroBatch, Plan, Trainee, find
 from train.order import Order
 from train.placement import uneven
-from train.session import Session, flat, read_state
+from train.session import FREE_TO_CHANGE, Session, flat, read_state
 from train.stopping import Stopped
 from train.visual import Labels, agreement, mass_layers
 
 CHUNK_BATCHES = 2
 """Requests per chunk, in decoding batches: what a stop may have to compute again."""
-ROLLOUT = (
-    "target.name", "head.init_from", "run.seed", "run.max_steps", "policy.method", "policy.depth", "policy.width",
-    "policy.budget", "policy.controller.depth", "policy.rollouts", "policy.rollout_batch", "policy.sampled_share",
-    "policy.explore",
-)  # fmt: skip
-"""Keys that a rollout depends on."""
+OF_CONTROLLER = ("run.name", "run.out", "policy.kind", "policy.steps", "policy.optim.", "policy.controller.")
+"""How keys begin that say nothing of the drafter, nor of what it offers."""
+OFFERED = "policy.controller.depth"
+"""The exception: rounds are drafted as deep as the controller is asked about."""
+STATISTICS = ("scalars", "accepted", "reach", "temperature")
+"""Columns that a controller's statistics are of; the states, which fill gigabytes, are none of them."""
 LABELS = {"policy.controller.n_mass": 0, "policy.controller.counterfactual": NO_COUNTERFACTUAL}
 """Keys of labels, and what they are where a controller needs none."""
 SAMPLED = 1.0
@@ -107,15 +109,19 @@ def train_controller(session: Session) -> None:
     recipe, target, policy = session.recipe, session.target, session.recipe.policy
     rounds = _gather(session)
     keys = rounds["key"].tolist()
-    image = {key: session.corpus.samples[key].image_name() or f"text {key}" for key in set(keys)}
+    image: dict[int, str] = {}
+    ids: dict[int, str] = {}
+    for key in set(keys):
+        # Decoded once, here: steps name their samples thousands of times.
+        sample = session.corpus.samples[key]
+        image[key], ids[key] = sample.image_name() or f"text {key}", sample.id
     training, validation, judging = _split([image[key] for key in keys], recipe.run.seed)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(image.values()))}
     rounds["image"] = torch.tensor([numbers[image[key]] for key in keys])
-    session.tracker.log(recipe.run.max_steps, {f"viskip/{name}": value for name, value in agreement(rounds).items()})
     config = policy.controller.resolve(target.shape)
     torch.manual_seed(recipe.run.seed)
     controller = checkpoint.build_controller(config)
-    controller.fit_statistics({name: table[training] for name, table in rounds.items()})  # type: ignore[operator]
+    controller.fit_statistics({name: rounds[name][training] for name in STATISTICS})  # type: ignore[operator]
     plan = Plan(
         phase="controller",
         steps=policy.steps,
@@ -131,10 +137,13 @@ def train_controller(session: Session) -> None:
     if recipe.run.resume and fit.restore(find(plan, session.world, session.tracker.say)):
         session.tracker.say(f"resumed at controller step {fit.step} of {policy.steps}")
     session.world.lead(lambda: best.forget(fit.step))
+    if not fit.step:
+        # As of the first step: a run that was killed before it saved one takes this back with it.
+        session.tracker.log(plan.log_offset + 1, {f"viskip/{name}": value for name, value in agreement(rounds).items()})
     order = Order([1.0] * len(training), recipe.run.seed)
 
     def names(rows: Tensor) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(session.corpus.samples[key].id for key in rounds["key"][rows].tolist()))
+        return tuple(dict.fromkeys(ids[key] for key in rounds["key"][rows].tolist()))
 
     def batches(step: int) -> Sequence[MicroBatch]:
         world, optim = session.world, policy.optim
@@ -196,21 +205,42 @@ def _take_rounds(session: Session, other: Path, n_chunks: int) -> None:
     Raises:
         InputError: it is not of the same data, seed, drafter and draft, or does not have the labels that are wanted.
     """
-    found, mine = read_state(other), flat(session.recipe.as_dict())
-    theirs = flat(found.recipe) if found is not None and found.data == session.state.data else {}
-    if any(theirs.get(key) != mine[key] for key in ROLLOUT):
-        raise InputError(
-            f"policy.rollouts_from={other} is no run of the same data, seed, drafter and draft; leave it out"
-        )
+    found, recipe = read_state(other), session.recipe.as_dict()
+    if found is None or found.data != session.state.data:
+        raise InputError(f"policy.rollouts_from={other} is no run of the same data; leave it out")
+    theirs, mine = _drafted_by(found.recipe, found.world_size), _drafted_by(recipe, session.world.size)
+    for key in sorted(set(theirs) | set(mine)):
+        if theirs.get(key) != mine.get(key):
+            raise InputError(
+                f"policy.rollouts_from={other} was made with {key}={theirs.get(key)}, not {mine.get(key)}; set it so, "
+                "or leave policy.rollouts_from out"
+            )
     for key, none in LABELS.items():
-        wanted, there = mine[key], theirs.get(key, none)
+        wanted, there = flat(recipe)[key], flat(found.recipe).get(key, none)
         if wanted not in (none, there):
             raise InputError(f"policy.rollouts_from={other} has labels of {key}={there}; set it so, or to {none}")
     for number in range(n_chunks):
         source = _path(other / "rollout", number)
         if not source.is_file():
             raise InputError(f"policy.rollouts_from={other} has no complete rollout: {source.name} is missing")
-        shutil.copy(source, _path(session.folder / "rollout", number))
+        # A chunk that is there counts as complete, and a later start may take no rounds, but decode what is missing.
+        with replacing(_path(session.folder / "rollout", number)) as scratch:
+            shutil.copy(source, scratch)
+
+
+def _drafted_by(recipe: dict[str, Any], n_processes: int) -> dict[str, Any]:
+    """What a rollout depends on beside its data, by key: the settings of target, drafter and draft, and the batch of a
+    head that is trained, however it is split.
+
+    Args:
+        n_processes: that the run was started with.
+    """
+    every = flat(recipe)
+    found = {key: value for key, value in every.items() if not key.startswith(OF_CONTROLLER) or key == OFFERED}
+    if every.get("run.max_steps"):
+        batch = n_processes * every["optim.micro_batch"] * every["optim.accumulate"]
+        found["processes x optim.micro_batch x optim.accumulate"] = batch
+    return {key: value for key, value in found.items() if key not in FREE_TO_CHANGE}
 
 
 def _chunks(session: Session) -> list[list[Turn]]:
@@ -222,8 +252,13 @@ def _chunks(session: Session) -> list[list[Turn]]:
     ]
     random.Random(f"rollout/{session.recipe.run.seed}").shuffle(turns)
     turns = turns[: session.recipe.policy.rollouts]
-    size = session.recipe.policy.rollout_batch * CHUNK_BATCHES
+    size = _chunk_size(session)
     return [turns[start : start + size] for start in range(0, len(turns), size)]
+
+
+def _chunk_size(session: Session) -> int:
+    """Turns of a chunk; the last one may have less."""
+    return session.recipe.policy.rollout_batch * CHUNK_BATCHES
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -239,12 +274,14 @@ def _temperature(session: Session, number: int) -> float:
 def _roll(session: Session, drafter: Any, labels: Labels, chunk: Sequence[Turn], number: int) -> dict[str, Tensor]:
     """Decodes chunk `number` with the largest tree and labels its rounds."""
     recipe, target, temperature = session.recipe, session.target, _temperature(session, number)
+    # Keys are places in the whole rollout: noise is drawn by key, and no two sampled turns may share theirs.
+    asked = dict(enumerate(chunk, start=number * _chunk_size(session)))
     requests: list[Request] = []
-    for place, turn in enumerate(chunk):
+    for key, turn in asked.items():
         prompt = _prompt(session, turn)
         if prompt is not None:
             room = length_limit(recipe.data, target) - len(prompt)
-            requests.append(Request(str(place), prompt, min(recipe.data.max_new_tokens, room), place))
+            requests.append(Request(str(key), prompt, min(recipe.data.max_new_tokens, room), key))
     depth = max(recipe.policy.depth, recipe.policy.controller.depth)
     seed = f"depths/{recipe.run.seed}/{number}"
     recorder = RecordingPolicy(depth, recipe.policy.budget, target.embed, recipe.policy.explore, seed)
@@ -265,12 +302,12 @@ def _roll(session: Session, drafter: Any, labels: Labels, chunk: Sequence[Turn],
     labels.begin(rounds)
     for request, output in zip(requests, outputs):
         rows = (rounds["key"] == request.key).nonzero().flatten()
-        blurred = _prompt(session, chunk[request.key], blur=True) if labels.way == "blur" else None
+        blurred = _prompt(session, asked[request.key], blur=True) if labels.way == "blur" else None
         whole = _continued(request.prompt, output.tokens)
         unseen = _continued(blurred, output.tokens) if blurred is not None else None
         labels.fill(rounds, rows, whole, len(request.prompt), unseen)
     # Seen again as the key of the whole rollout: all rounds of one conversation fall on one side of a split.
-    rounds["key"] = torch.tensor([chunk[int(key)].index for key in rounds["key"]])
+    rounds["key"] = torch.tensor([asked[int(key)].index for key in rounds["key"]])
     # The root's embedding is looked up when it is needed; states are kept in the precision they were computed in.
     del rounds["root_embed"]
     return {**rounds, "last_hidden": rounds["last_hidden"].to(target.dtype)}
@@ -294,12 +331,26 @@ def _prompt(session: Session, turn: Turn, blur: bool = False) -> Prompt | None:
 
 
 def _gather(session: Session) -> dict[str, Tensor]:
-    """All rounds of all chunks, in order of the chunks."""
+    """All rounds of all chunks, in order of the chunks. One chunk at a time is held beside what is joined."""
     paths = [_path(session.folder / "rollout", number) for number in range(len(_chunks(session)))]
-    parts = [part for part in (load_file(str(path)) for path in paths) if len(part["accepted"])]
-    if not parts:
+    counts = {path: n for path in paths if (n := _n_rounds(path))}
+    if not counts:
         raise InputError("the rollout has no drafted round to train the controller on; set policy.kind=fixed")
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rounds: dict[str, Tensor] = {}
+    start = 0
+    for path, n in counts.items():
+        for name, column in load_file(str(path)).items():
+            if name not in rounds:
+                rounds[name] = column.new_zeros(sum(counts.values()), *column.shape[1:])
+            rounds[name][start : start + n] = column
+        start += n
+    return rounds
+
+
+def _n_rounds(path: Path) -> int:
+    """Of a chunk, by the header of its file."""
+    with safe_open(str(path), framework="pt") as file:
+        return int(file.get_slice("accepted").get_shape()[0])
 
 
 def _split(images: Sequence[str], seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,12 +48,14 @@ class Part:
         layout: `data.sources.format`.
         rows: [n] of the usable ones, ascending.
         turns: [n] int32, how many each has.
+        pictured: [n] bool, whether each has a picture.
     """
 
     table: Table
     layout: str | None
     rows: NDArray[np.int64]
     turns: NDArray[np.int32]
+    pictured: NDArray[np.bool_]
 
     def line(self, number: int) -> int:
         """Where `rows[number]` stands in its file: the later, the further down."""
@@ -112,12 +114,17 @@ class Samples(Sequence[Sample]):
         """How many turns each has, [len] int32, without decoding any."""
         return np.concatenate([np.zeros(0, np.int32), *(part.turns for part in self.parts)])
 
+    @property
+    def pictured(self) -> NDArray[np.bool_]:
+        """Which have a picture, [len] bool, without decoding any."""
+        return np.concatenate([np.zeros(0, np.bool_), *(part.pictured for part in self.parts)])
+
     def pick(self, kept: Sequence[int]) -> Samples:
         """These alone, in their order here."""
         chosen, parts, start = np.sort(np.asarray(kept, dtype=np.int64)), [], 0
         for part, end in zip(self.parts, self._ends):
-            inside = chosen[(chosen >= start) & (chosen < end)]
-            parts.append(replace(part, rows=part.rows[inside - start], turns=part.turns[inside - start]))
+            mine = chosen[(chosen >= start) & (chosen < end)] - start
+            parts.append(replace(part, rows=part.rows[mine], turns=part.turns[mine], pictured=part.pictured[mine]))
             start = end
         return Samples(parts)
 
@@ -139,6 +146,7 @@ class Corpus:
         n_read: records read, the quarantined included.
         digest: hash of the conversations and of the sizes of their pictures.
         removed: how many more there were that `train.decontaminate` left out, by rule.
+        missing: records that are quarantined because a picture is not there, and which.
     """
 
     samples: Samples
@@ -146,9 +154,18 @@ class Corpus:
     n_read: int
     digest: str
     removed: Mapping[str, int] = field(default_factory=dict)
+    missing: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def gone(self) -> str:
+        """What of the pictures may have made this another corpus than before, for an error message; "" for nothing."""
+        if not self.missing:
+            return ""
+        n = len(self.missing)
+        return f" (records without their picture: {n}, the first {self.missing[0]}; put back what was there)"
 
 
 def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
@@ -159,32 +176,35 @@ def read(sources: Sequence[Source], quarantine: Quarantine) -> Corpus:
             of them is usable.
     """
     parts: list[Part] = []
+    missing: list[str] = []
     n_read, digest = 0, hashlib.sha256()
     for source in sources:
         table = open_source(source)
-        rows, turns = array("q"), array("i")
+        rows, turns, pictured = array("q"), array("i"), array("b")
         for row, found in _rows(table, source):
             n_read += 1
             try:
                 sample = _usable(found, table, source)
             except RecordError as error:
                 quarantine.add(table.file, found.line, record_id(found.record), str(error))
+                if isinstance(error, _Missing):
+                    missing.append(f"{table.file}:{found.line}, {error.picture}")
                 continue
             rows.append(row)
             turns.append(len(sample.turns))
+            pictured.append(bool(sample.pictures))
             sizes = [picture.size() for picture in sample.pictures]
             said = [sample.id, sample.system, sample.turns, sample.answers, sizes, found.sizes]
             digest.update(json.dumps(said).encode())
-        parts.append(
-            Part(table, source.format, np.frombuffer(rows, dtype=np.int64), np.frombuffer(turns, dtype=np.int32))
-        )
+        held = np.frombuffer(rows, np.int64), np.frombuffer(turns, np.int32), np.frombuffer(pictured, np.bool_)
+        parts.append(Part(table, source.format, *held))
     samples = Samples(parts)
     if not samples:
         most = next(iter(quarantine.reasons()), "there are none")
         places = ", ".join(source.path for source in sources)
         raise InputError(f"no usable record among the {n_read} of {places} (most often: {most})")
     weights = np.repeat([source.weight for source in sources], [len(part.rows) for part in parts])
-    return Corpus(samples, weights, n_read, digest.hexdigest()[:16])
+    return Corpus(samples, weights, n_read, digest.hexdigest()[:16], missing=missing)
 
 
 def open_source(source: Source) -> Table:
@@ -294,6 +314,14 @@ def _rows(table: Table, source: Source) -> Iterator[tuple[int, Row]]:
         raise InputError(f"data source {source.path}: no record has the topic {source.topic!r}; it has: {has}")
 
 
+class _Missing(RecordError):
+    """A picture that is not there."""
+
+    def __init__(self, picture: str) -> None:
+        super().__init__(f"image is missing: {picture}")
+        self.picture = picture
+
+
 def _usable(found: Row, table: Table, source: Source) -> Sample:
     """The sample of a scanned row. Raises RecordError."""
     if found.fault:
@@ -305,5 +333,5 @@ def _usable(found: Row, table: Table, source: Source) -> Sample:
         except OSError as error:
             raise RecordError(f"image name is no path: {picture.name[:60]} ({error.strerror})") from error
         if not there:
-            raise RecordError(f"image is missing: {picture.name}")
+            raise _Missing(picture.name)
     return sample

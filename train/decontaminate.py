@@ -147,8 +147,8 @@ def apply(corpus: Corpus, path: Path) -> Corpus:
     listing = load(path)
     if (listing.corpus, listing.n_samples) != (corpus.digest, len(corpus)):
         raise InputError(
-            f"data.decontaminated={path} was made for other data (digest {listing.corpus}, not {corpus.digest}); "
-            f"make it again with `{command(listing.benchmark)}`"
+            f"data.decontaminated={path} was made for other data (digest {listing.corpus}, not {corpus.digest})"
+            f"{corpus.gone}; make it again with `{command(listing.benchmark)}`"
         )
     out = {entry.index: entry.rule for entry in listing.removed}
     if not out:

@@ -32,7 +32,7 @@ from mmspec.dependence import (
 from mmspec.records import RecordError
 from mmspec.types import Features, InputError, Prompt
 from train.corpus import Picture, Sample
-from train.encode import encode, length_limit
+from train.encode import encode, length_limit, shown
 from train.placement import uneven
 from train.session import Session
 
@@ -78,7 +78,8 @@ class Measured:
         session: with its answers. Every rank must make one, as the scale is measured by all together.
 
     Raises:
-        InputError: there are images, and no answer that was looked at owes anything to one.
+        InputError: there are images, and none can be read any more, or no answer that was looked at owes anything to
+            one.
     """
 
     def __init__(self, session: Session) -> None:
@@ -86,7 +87,7 @@ class Measured:
         self._instead = image_mean(session)
         every = sorted(session.prepared.dialogues)
         n = min(len(every), SAMPLED)
-        records = [every[k * len(every) // n] for k in range(n)]
+        records = _readable(session, [every[k * len(every) // n] for k in range(n)], "the scale of dependence")
         found: list[Tensor] = []
         if self._instead is not None:
             # Every rank measures all of them: passes of a sharded target are every rank's.
@@ -95,8 +96,9 @@ class Measured:
         self._scale = Scale.of(torch.cat(found) if found else torch.zeros(0))
         if self._instead is not None and not self._scale.mean > 0:
             raise InputError(
-                f"loss.dependence={self._w:g}: the answers of {n} conversations owe nothing to their images; measure "
-                "all with scripts/measure_dependence.py and set data.dependence, or set loss.dependence=0"
+                f"loss.dependence={self._w:g}: the answers of {len(records)} conversations owe nothing to their "
+                "images; measure all with scripts/measure_dependence.py and set data.dependence, or set "
+                "loss.dependence=0"
             )
 
     def weigh(self, features: Features, prompts: Sequence[Prompt], answers: Sequence[Tensor], pack: int) -> Features:
@@ -122,9 +124,16 @@ class BlurredPicture(Picture):
 
 
 def image_mean(session: Session) -> Tensor | None:
-    """The mean feature [W] fp32 of the images of the first `IMAGES` conversations with one. Every rank must call."""
-    shown = (k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures)
-    with_image = list(islice(shown, IMAGES))
+    """The mean feature [W] fp32 of the images of the first `IMAGES` conversations with one; None: none has any.
+
+    Every rank must call. Images that are lost since they were answered are left out.
+
+    Raises:
+        InputError: on every rank, where all of them are.
+    """
+    pictured = session.corpus.samples.pictured
+    some = list(islice((k for k in sorted(session.prepared.dialogues) if pictured[k]), IMAGES))
+    with_image = _readable(session, some, "the mean image feature")
     mine = with_image[session.world.rank :: session.world.size]
     with uneven(session.target):
         total, n = feature_sum(session.target, (encoded[0] for encoded in _encoded(session, mine)))
@@ -154,13 +163,43 @@ def measured(
         yield some, of_conversations(session.target, prompts, answers, instead, unseen, way == "knockout")
 
 
+def _readable(session: Session, records: Sequence[int], what: str) -> list[int]:
+    """Those whose pictures can still be opened, the same on every rank; how many cannot is said.
+
+    Every rank must call, and opens its share: one that failed alone would leave the others waiting for it.
+
+    Args:
+        what: they are read for.
+
+    Raises:
+        InputError: on every rank, where none is left.
+    """
+    world = session.world
+    lost: dict[int, str] = {}
+    for record in records[world.rank :: world.size]:
+        sample = session.corpus.samples[record]
+        try:
+            for picture in shown(sample, session.prepared.dialogues[record]):
+                picture.open()
+        except RecordError as error:
+            lost[record] = f"{sample.id} ({sample.file}:{sample.line}): {error}"
+    everywhere = {record: reason for part in world.gather(lost) for record, reason in part.items()}
+    if everywhere:
+        first = everywhere[min(everywhere)]
+        said = f"{len(everywhere)} of {len(records)} records for {what} can no longer be read, the first {first}"
+        if len(everywhere) == len(records):
+            raise InputError(f"{said}; put their pictures back")
+        session.tracker.say(said)
+    return [record for record in records if record not in everywhere]
+
+
 def _encoded(session: Session, records: Iterable[int], blur: bool = False) -> Iterator[tuple[Prompt, Tensor]]:
     limit = length_limit(session.recipe.data, session.target)
     for record in records:
         sample = session.corpus.samples[record]
         try:
-            shown = blurred_sample(sample) if blur else sample
-            yield encode(shown, session.prepared.dialogues[record], session.target, limit)
+            seen = blurred_sample(sample) if blur else sample
+            yield encode(seen, session.prepared.dialogues[record], session.target, limit)
         except (RecordError, ValueError) as error:
             raise InputError(
                 f"record {sample.id} ({sample.file}:{sample.line}) could be read when it was answered: {error}"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 overrides: any recipe key, later ones win
-  data.train=PATH            train on this file, folder or hub:org/name (short for one entry of data.sources)
+  data.train=PATH            train on all of this file, folder or hub:org/name (short for one entry of data.sources)
   data.features=DIR          the target's states from scripts/extract_features.py instead of computing them
   head.init_from=DIR         start from the head of this run folder
   head.lora.rank=N           with it, train low-rank adapters alone; what is saved is merged

@@ -85,7 +85,7 @@ def train_head(session: Session) -> nn.Module:
         session.tracker.log(step, {"accept/tau": result.tau, **topics})
         columns = ("prompt", "answer", "tau")
         session.tracker.table(step, "samples", columns, result.samples)
-        session.tracker.say(f"step {step}: tau {result.tau:.2f} on {recipe.run.eval_prompts} of {recipe.run.eval_data}")
+        session.tracker.say(f"step {step}: tau {result.tau:.2f} on {validation.described} of {recipe.run.eval_data}")
 
     def evaluate(step: int) -> None:
         every = recipe.run.eval_every
@@ -106,7 +106,9 @@ def train_head(session: Session) -> nn.Module:
         try:
             fit.run(loader.micro_batches, METRICS, evaluate, lambda metrics: _shown(metrics, session))
             fit.save()
-            score(recipe.run.max_steps)
+            # A run that was killed after this measurement comes by once more, and has it already.
+            if not session.world.lead(lambda: session.tracker.logged(recipe.run.max_steps, "accept/tau")):
+                score(recipe.run.max_steps)
         except Stopped:
             save()
             raise
@@ -116,7 +118,8 @@ def train_head(session: Session) -> nn.Module:
 
 def _image_means(session: Session, source: FeatureSource, head: BlindHead) -> Tensor:
     """What a vision-blind twin reads at image positions; the same on every rank. Every rank must call."""
-    shown = (k for k in sorted(session.prepared.dialogues) if session.corpus.samples[k].pictures)
+    pictured = session.corpus.samples.pictured
+    shown = (k for k in sorted(session.prepared.dialogues) if pictured[k])
     total, n = torch.zeros(head.means.shape, dtype=torch.float64), 0
     for record in islice(shown, LOOKED_AT):
         sums, more = image_means(source.batch([record]).features(), head.taps)

@@ -16,7 +16,7 @@ from mmspec.policy import FixedPolicy
 from mmspec.recipe import Recipe, Source
 from mmspec.records import Quarantine, RecordError
 from mmspec.sampling import GreedySampler
-from mmspec.types import Output, Request, Target
+from mmspec.types import InputError, Output, Request, Target
 from train.corpus import IMAGE_MARK, read
 from train.placement import uneven
 from train.stopping import Stopped, Stopper
@@ -42,7 +42,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This rank's share of the held-out prompts, and all of their topics."""
+    """This rank's share of the held-out prompts, and what all ranks' are."""
 
     requests: tuple[Request, ...]
     questions: tuple[str, ...]
@@ -50,10 +50,23 @@ class HeldOut:
     """Of this rank's prompts, "" where a record has none."""
     all_topics: tuple[str, ...]
     """Of all ranks', without ""."""
+    n_prompts: int
+    """Of all ranks."""
+    n_left_out: int
+    """Records that cannot be used, or whose prompts are too long."""
+
+    @property
+    def described(self) -> str:
+        """How many prompts these are, in words."""
+        return f"{self.n_prompts} prompts" + (f" ({self.n_left_out} left out)" if self.n_left_out else "")
 
 
 def held_out(recipe: Recipe, target: Target, world: World) -> HeldOut:
-    """First turns of `run.eval_data`, every `world.size`-th for this rank; unreadable ones are left out."""
+    """First turns of `run.eval_data`, every `world.size`-th for this rank. Every rank must call.
+
+    Raises:
+        InputError: on every rank, where nothing of it can be used.
+    """
     corpus = read([Source(recipe.run.eval_data, limit=recipe.run.eval_prompts)], Quarantine(None))
     requests, questions, topics = [], [], []
     for index in range(world.rank, len(corpus), world.size):
@@ -66,8 +79,15 @@ def held_out(recipe: Recipe, target: Target, world: World) -> HeldOut:
             requests.append(Request(sample.id, prompt, recipe.run.eval_max_new_tokens, index))
             questions.append(sample.turns[0].replace(IMAGE_MARK, "").strip())
             topics.append(sample.topic)
+    n_prompts = int(world.sum([len(requests)])[0])
+    if not n_prompts:
+        raise InputError(
+            f"run.eval_data={recipe.run.eval_data}: none of its {corpus.n_read} prompts can be read within "
+            f"{target.max_length} tokens; name other data"
+        )
     everywhere = tuple(sorted({sample.topic for sample in corpus.samples} - {""}))
-    return HeldOut(tuple(requests), tuple(questions), tuple(topics), everywhere)
+    n_left_out = corpus.n_read - n_prompts
+    return HeldOut(tuple(requests), tuple(questions), tuple(topics), everywhere, n_prompts, n_left_out)
 
 
 def measure(

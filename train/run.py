@@ -135,7 +135,8 @@ def _open(recipe: Recipe, world: World, stopper: Stopper, training: bool) -> Ses
         quarantine.add(**entry)
     if state.data not in (None, corpus.digest):
         raise InputError(
-            f"run.resume: the data of {recipe.folder} has changed since; start over without run.resume=true"
+            f"run.resume: the data of {recipe.folder} has changed since{corpus.gone}; start over without "
+            "run.resume=true"
         )
     target = placement.load(recipe.target, world, tracker)
     state.data, state.wandb_id = corpus.digest, tracker.wandb_id or state.wandb_id
@@ -170,10 +171,28 @@ def _begin(recipe: Recipe, world: World, training: bool) -> tuple[State, bool]:
 
 
 def _read_together(recipe: Recipe, quarantine: Quarantine, world: World) -> Corpus:
-    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once. With the instructions."""
+    """Rank 0 reads first, so that a synthetic corpus is made once and a fault is found once. With the instructions.
+
+    Raises:
+        InputError: on every rank. The data are wrong, or a rank has read others than rank 0: its indices would be those
+            of other samples.
+    """
     corpus: list[Corpus] = []
     world.lead(lambda: corpus.append(read_clean(recipe.data, quarantine)))
-    return instructed(corpus[0] if corpus else read_clean(recipe.data, quarantine), recipe.data)
+    fault = ""
+    if not world.first:
+        try:
+            corpus.append(read_clean(recipe.data, quarantine))
+        except InputError as error:
+            fault = str(error)
+    found = world.gather((corpus[0].digest if corpus else "", fault))
+    for rank, (digest, said) in enumerate(found):
+        if digest != found[0][0]:
+            raise InputError(
+                f"rank {rank} has not read the data that rank 0 has ({said or 'records or pictures differ'}); see "
+                "that every machine can read the same files, and start again"
+            )
+    return instructed(corpus[0], recipe.data)
 
 
 def _data_summary(session: Session) -> str:

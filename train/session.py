@@ -38,10 +38,10 @@ FREE_TO_CHANGE = {
     "data.answer_method", "data.pack", "data.workers", "loss.chunk", "target.device",
     "target.placement", "run.trackers", "run.peak_tflops", "loss.recompute",
     "optim.micro_batch", "optim.accumulate", "policy.optim.micro_batch", "policy.optim.accumulate",
-    "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param",
+    "deepspeed.zero_stage", "deepspeed.offload_optimizer", "deepspeed.offload_param", "policy.rollouts_from",
 }  # fmt: skip
 """Recipe keys that do not change what is learned, so a resumed run may change them. How the global batch is split among
-processes, passes and ZeRO's shares is free; its size is not."""
+processes, passes and ZeRO's shares is free; its size is not. Rounds that are taken are those that would be decoded."""
 
 
 @dataclass

@@ -317,8 +317,7 @@ class Loader:
         weights = corpus.weights[self.usable]
         if text_first is None:
             return Order(weights, run.seed)
-        pictured = [bool(corpus.samples[index].pictures) for index in self.usable]
-        return Curriculum(weights, pictured, run.seed, run.max_steps, text_first)
+        return Curriculum(weights, corpus.samples.pictured[self.usable], run.seed, run.max_steps, text_first)
 
     def __enter__(self) -> Loader:
         return self
@@ -371,8 +370,9 @@ class Loader:
         return [(self.source.batch(records), tuple(map(self._name, records))) for records in chosen]
 
     def _name(self, record: int) -> str:
-        sample = self.session.corpus.samples[record]
-        return f"{sample.id} ({sample.file.name}:{sample.line})"
+        # The sample is not decoded for this: it may hold megabytes of pictures.
+        file, line = self.session.corpus.samples.place(record)
+        return f"{self.session.prepared.entry(record)['id']} ({Path(file).name}:{line})"
 
     def _make(self, step: int, number: int, batch: FeatureBatch) -> dict[str, Any]:
         self.clock.enter("data")

@@ -76,6 +76,12 @@ class Tracker:
                 file.write(json.dumps({"step": step, **dict(zip(columns, row))}, ensure_ascii=False) + "\n")
         self._tell(lambda sink: sink.table(step, name, columns, rows))
 
+    def logged(self, step: int, name: str) -> bool:
+        """Whether a record of a step has a scalar."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if self.record and path.is_file() else []
+        return any(entry["step"] == step and name in entry for entry in map(json.loads, lines))
+
     def settle(self) -> None:
         """What was logged is on disk: a checkpoint must not outlast the curve that led to it."""
         path = self.folder / "metrics.jsonl"

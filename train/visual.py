@@ -1,7 +1,7 @@
 """Labels of a round: what its next tokens owe to the image, by the target's attention and by counterfactual dependence.
 
 Invariant: a label is of the tokens that a rollout emitted, from the target alone; which drafter, policy or batch made
-the rounds does not change it.
+the rounds does not change it. The state of the last token is in none: it chose no token that was emitted.
 
 With n tokens committed, the state f_{n-1} has chosen the root x_n, and what is to be drafted is x_{n+1}, x_{n+2}, ..: a
 label is over the `WINDOW` positions n, n+1, .. whose states choose these. Beside it stands that of position n-1, which
@@ -91,7 +91,8 @@ class Labels:
         n = rounds["n_committed"][rows]
         seen = self.target.teacher([whole], [marks], mass_layers=self.layers)
         if seen.visual_mass is not None:
-            mass = seen.visual_mass[0].cpu()
+            # Without the last state, as below.
+            mass = seen.visual_mass[0, :-1].cpu()
             rounds["visual_mass"][rows], rounds["visual_mass_valid"][rows] = ahead(mass, n)
             rounds["visual_mass_now"][rows] = mass[n - 1]
         if self.depends and (blurred is not None or self.way != "blur"):

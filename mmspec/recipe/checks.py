@@ -143,13 +143,6 @@ def _check_start(head: HeadNode) -> None:
 
 def _check_numbers(recipe: Recipe) -> None:
     at_least: list[tuple[str, float | None, float]] = [
-        ("optim.micro_batch", recipe.optim.micro_batch, 1),
-        ("optim.accumulate", recipe.optim.accumulate, 1),
-        ("optim.warmup", recipe.optim.warmup, 0),
-        ("optim.clip", recipe.optim.clip, 0),
-        ("optim.weight_decay", recipe.optim.weight_decay, 0),
-        ("policy.optim.micro_batch", recipe.policy.optim.micro_batch, 1),
-        ("policy.optim.accumulate", recipe.policy.optim.accumulate, 1),
         ("policy.depth", recipe.policy.depth, 1),
         ("policy.width", recipe.policy.width, 1),
         ("policy.budget", recipe.policy.budget, 1),
@@ -172,6 +165,10 @@ def _check_numbers(recipe: Recipe) -> None:
         ("run.save_every", recipe.run.save_every, 0),
         ("run.keep", recipe.run.keep, 1),
     ]
+    optims = (("optim", recipe.optim), ("policy.optim", recipe.policy.optim))
+    for node, optim in optims:
+        at_least += [(f"{node}.{key}", getattr(optim, key), 1) for key in ("micro_batch", "accumulate")]
+        at_least += [(f"{node}.{key}", getattr(optim, key), 0) for key in ("warmup", "clip", "weight_decay")]
     at_least += [
         (f"data.instructions[{i}].max_new_tokens", instruction.max_new_tokens, 1)
         for i, instruction in enumerate(recipe.data.instructions)
@@ -180,12 +177,15 @@ def _check_numbers(recipe: Recipe) -> None:
     for key, value, low in at_least:
         if value is not None and value < low:
             raise InputError(f"{key}={value} must be at least {low:g}")
-    above: list[tuple[str, float]] = [("optim.lr", recipe.optim.lr), ("policy.optim.lr", recipe.policy.optim.lr)]
+    above: list[tuple[str, float]] = [(f"{node}.lr", optim.lr) for node, optim in optims]
     above += [("head.lora.alpha", recipe.head.lora.alpha)]
     above += [(f"data.sources[{i}].weight", source.weight) for i, source in enumerate(recipe.data.sources)]
     for key, value in above:
         if not value > 0:
             raise InputError(f"{key}={value} must be greater than 0")
+    for node, optim in optims:
+        if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+            raise InputError(f"{node}.betas={list(optim.betas)} must be two numbers, each at least 0 and less than 1")
     shares = [("sampled_share", recipe.policy.sampled_share), ("explore", recipe.policy.explore)]
     for name, share in shares:
         if not 0 <= share <= 1:

@@ -157,7 +157,8 @@ class Data:
     """A folder of scripts/measure_dependence.py, for `loss.dependence`; empty: a second pass of the target at every
     step, with the mean image feature in place of the image's."""
     max_length: int | None = None
-    """Longer conversations are quarantined; default: the target's context."""
+    """Of a conversation, in tokens; default: the target's context. Text beyond it is cut off, later turns that do not
+    fit are left out, and a record whose first prompt does not is quarantined."""
     text_first: float | None = None
     """Share of the steps that see samples without a picture alone, as in 0.5; from there on the probability that a
     sample has one rises to 1 at the last step. None: samples come as their weights say."""
@@ -221,8 +222,8 @@ class PolicyNode:
     """Share of its rounds that are drafted to any depth, none included, instead of the whole: a controller's own rounds
     begin after such ones."""
     rollouts_from: str | None = None
-    """Take the rounds of this run folder, of the same data and draft, instead of decoding: for a controller that reads
-    something else."""
+    """Take the rounds of this run folder, of the same data, drafter and draft, instead of decoding: for a controller
+    that reads something else."""
     steps: int = 300
     """Optimizer steps of the controller."""
     controller: Any = None
