@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eval.meters import Meter
-from eval.tasks import PLAIN, Dialogues, Task
+from eval.tasks import PLAIN, Dialogues, Task, image_of
 from mmspec import metrics
 from mmspec.heads.viskip import Deployed
 from mmspec.loop import all_complete, generate
@@ -43,7 +43,7 @@ class Result:
     """One request decoded by one method.
 
     Args:
-        id, topic, image: of the record; `image` is its file's name, or the id for a text-only record.
+        id, topic, image: of the record; for `image` see `tasks.image_of`.
         turn: 1-based.
         method: name.
         output: what the loop returned.
@@ -179,7 +179,7 @@ class Bench:
                     Result(
                         id=record.id,
                         topic=record.topic,
-                        image=record.image.name if record.image else record.id,
+                        image=image_of(record),
                         turn=task.turn,
                         method=method.name,
                         output=output,

@@ -45,7 +45,7 @@ class Work:
         system: text.
         quarantine: of this process.
         rows: where results go and come from.
-        facts: of the run, for every line.
+        facts: of the run and of this sitting, for every line.
         costs: folder of measured costs.
         console: for the progress bar.
         noted: ids of records that are in the quarantine.
@@ -75,13 +75,11 @@ class Decoded:
     Args:
         names: of the methods, plain decoding first, the primary last.
         how: their settings.
-        busy: see `Contention.busy`.
     """
 
     cell: Cell
     names: list[str]
     how: dict[str, Any]
-    busy: tuple[float, float] | None
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
@@ -93,7 +91,7 @@ def decode(work: Work, cell: Cell) -> Decoded:
     """Warm up, then decode everything that is not known yet, writing each group as soon as it is done.
 
     Raises:
-        InputError: more than `--max-bad-share` of the records turned out unusable.
+        InputError: more than `--max-bad-share` of the records turned out unusable; and see `Rows.check_costs`.
     """
     args, (batch, temperature) = work.args, cell
     bench, methods, how = _bench(work, cell)
@@ -109,24 +107,28 @@ def decode(work: Work, cell: Cell) -> Decoded:
     label = "decoding" if len(cells(args)) == 1 else f"batch {batch}, T = {temperature:g}"
     running = Running(work.console, dialogues.n_turns, names[-1], label)
     recall = partial(work.rows.recall, cell, names)
+    costs = {method.name: method.facts.get("costs") for method in methods}
     known: set[int] = set()
 
     def remembered(number: int, group: Any) -> list[Result] | None:
         results = recall(number, group)
-        if results is not None:
+        if results is None:
+            work.rows.check_costs(cell, costs)
+        else:
             known.add(number)
         return results
 
     def on_group(group: list[Result]) -> None:
         if group[0].group not in known:
-            work.rows.append(clean(as_row(result, facts[result.method])) for result in group)
+            busy = {"busy": contention.busy()}
+            work.rows.append(clean(as_row(result, facts[result.method] | busy)) for result in group)
         work.quarantine.check(work.n_read, args.max_bad_share)
         running.update(group, dialogues.n_turns, work.quarantine.count)
 
     with running.progress:
         bench.run(dialogues, on_group, remembered)
     work.quarantine.check(work.n_read, args.max_bad_share)
-    return Decoded(cell, names, how, contention.busy())
+    return Decoded(cell, names, how)
 
 
 def _bench(work: Work, cell: Cell) -> tuple[Bench, list[Method], dict[str, Any]]:

@@ -29,6 +29,8 @@ BOUNDS = (0.001, 0.01, 0.1, 1.0)
 """Nats between the levels of visual dependence, of which there is one more."""
 LEVELS = ("under 0.001", "to 0.01", "to 0.1", "to 1", "1 and more")
 DEFINITIONS = {
+    "asks": "whether the controller is asked at all here; where it would not repay its own time, drafts have the depth "
+    "that has paid best of late, nothing is foreseen, and plans and regret are that rule's",
     "foreseen": "mean number of draft tokens that the controller expects to be accepted of the draft that it plans",
     "plan": "depth of the draft that the controller decides on before anything is drafted; 0 is a skip",
     "calibration": "stated chance of each level, once the one before is accepted, against how often that came true",
@@ -51,13 +53,14 @@ class Decision:
     Args:
         depth: levels to draft; 0 is a skip.
         nodes: draft nodes that such a draft has.
-        chances: of each level, once the one before is accepted; None where it did not look (it slept, or there was
-            nothing left to draft).
+        chances: of each level, once the one before is accepted; None where it did not look.
+        unseen: why it did not: "not asked", "asleep" or "nothing to draft"; "" where it did.
     """
 
     depth: int
     nodes: int
     chances: tuple[float, ...] | None
+    unseen: str = ""
 
     @property
     def foreseen(self) -> float | None:
@@ -100,6 +103,7 @@ class Answered:
         decisions: of its rounds.
         asked: the rounds with the largest draft, and what the controller would have done in them.
         kl: [n] visual dependence of every token, None where nothing in the data has an image.
+        own_s: seconds of `output` that were the controller's own.
     """
 
     task: Task
@@ -107,6 +111,7 @@ class Answered:
     decisions: list[Decision]
     asked: list[Asked]
     kl: Tensor | None
+    own_s: float
 
 
 def figures(answers: Sequence[Answered], policy: LearnedPolicy, tree: DraftTree) -> dict[str, Any]:

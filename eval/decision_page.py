@@ -34,8 +34,8 @@ def collect(target: Target, answers: Sequence[Answered]) -> list[dict[str, Any]]
 
     Returns:
         Dicts of `topic, id, turn, question, image (data URI or ""), mat, n_tokens, cut, rounds`; a round has
-        `number, plan, nodes, foreseen, none (stated chance that nothing is accepted), accepted, tokens`; a token has
-        `text, css, title`.
+        `number, plan, nodes, foreseen, unseen (why nothing is), none (stated chance that nothing is accepted),
+        accepted, tokens`; a token has `text, css, title`.
     """
     first = [next(members) for _, members in groupby(answers, key=lambda answer: answer.task.record.topic)]
     return [_sample(target, answer) for answer in first]
@@ -69,7 +69,7 @@ def _rounds(answer: Answered, tokens: Sequence[Mapping[str, Any]]) -> Iterator[d
             return
         foreseen, chances = decision.foreseen, decision.chances
         entry: dict[str, Any] = {
-            "number": number_, "plan": decision.depth, "nodes": nodes, "foreseen": foreseen,
+            "number": number_, "plan": decision.depth, "nodes": nodes, "foreseen": foreseen, "unseen": decision.unseen,
             "none": None if chances is None else 1 - chances[0], "accepted": accepted, "kept": emitted,
         }  # fmt: skip
         entry["title"] = title = _words(entry)
@@ -83,10 +83,10 @@ def _words(entry: Mapping[str, Any]) -> str:
     """A round in a sentence."""
     what = f"round {entry['number']}: "
     if not entry["plan"]:
-        none = "asleep" if entry["none"] is None else f"chance that nothing is accepted {entry['none']:.0%}"
+        none = entry["unseen"] or f"chance that nothing is accepted {entry['none']:.0%}"
         return f"{what}no draft ({none})"
-    foreseen = "" if entry["foreseen"] is None else f", {entry['foreseen']:.1f} foreseen"
-    return f"{what}{entry['plan']} levels, {entry['nodes']} nodes planned{foreseen}, {entry['accepted']} accepted"
+    foreseen = entry["unseen"] or f"{entry['foreseen']:.1f} foreseen"
+    return f"{what}{entry['plan']} levels, {entry['nodes']} nodes planned, {foreseen}, {entry['accepted']} accepted"
 
 
 def _token(answer: Answered, token: Mapping[str, Any], at: int, depth: int, title: str) -> dict[str, str]:
@@ -102,14 +102,19 @@ def _token(answer: Answered, token: Mapping[str, Any], at: int, depth: int, titl
 
 def words(result: Mapping[str, Any]) -> list[str]:
     """The result in a few lines."""
-    row, quality = result["topics"][OVERALL], result["skips"]["planned"]
+    row, quality, who = result["topics"][OVERALL], result["skips"]["planned"], decider(result)
     plan = "plain decoding" if not row["best_depth"] else f"depth {row['best_depth']} always"
+    expects = (
+        f"of a draft that it makes the controller expects {number(row['foreseen'])} tokens, and "
+        f"{number(row['accepted'])} are accepted"
+    )
+    if not result["asks"]:
+        expects = "the controller is not asked here, as it would not repay its own time: drafts have their usual depth"
     said = [
         f"{result['n_requests']} requests, {row['rounds']} rounds, MAT {number(row['mat'])}, "
         f"{number(100 * row['skip_rate'], 1)}% of them skipped",
-        f"of a draft that it makes the controller expects {number(row['foreseen'])} tokens, and "
-        f"{number(row['accepted'])} are accepted",
-        f"rate by the cost table: controller {number(row['controller'])}x plain decoding, best fixed choice ({plan}) "
+        expects,
+        f"rate by the cost table: {who} {number(row['controller'])}x plain decoding, best fixed choice ({plan}) "
         f"{number(row['best_fixed'])}x, hindsight {number(row['hindsight'])}x, regret {number(row['regret'], 3)}",
         f"skips: precision {number(quality['precision'])}, recall {number(quality['recall'])} of rounds of which "
         "nothing would have been accepted",
@@ -118,7 +123,16 @@ def words(result: Mapping[str, Any]) -> list[str]:
         said.append(
             f"{result['n_differing']} requests left out: their two answers differ (ties of the target's logits)"
         )
+    if result["n_short"]:
+        said.append(
+            f"{result['n_short']} requests left out: their answers are over before a round that could be judged"
+        )
     return said
+
+
+def decider(result: Mapping[str, Any]) -> str:
+    """Whose plans are judged: where the controller is not asked, those of the rule that stands in for it."""
+    return "controller" if result["asks"] else "usual depth"
 
 
 def write(path: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
@@ -137,6 +151,7 @@ def render(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> s
     return template(TEMPLATE, number=number).render(
         result=result,
         said=words(result),
+        who=decider(result),
         overall=result["topics"][OVERALL],
         samples=samples,
         reliability=[(line.name, line.css) for line in lines],

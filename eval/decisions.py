@@ -9,7 +9,8 @@ or cut short is known too, and its foresight, its choices and the best choices i
 rounds. Seconds are those of the cost table, measured here and kept beside the head; up to `--max-batch` requests
 together they say up to where drafting pays. Beside the page, the figures as JSON under the same name.
 
-Invariant: no figure here is a measured speedup, and rounds that a request's last token cut short are not judged.
+Invariant: no figure here is a measured speedup, and rounds that a request's last token cut short are not judged; an
+answer that has no other rounds is left out, and counted.
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.policy_runs import Timed
 from eval.summary import clean, hardware, versions
-from eval.tasks import Dialogues, Task, data_folder, data_name, limit_pixels, load_records, system_text
+from eval.tasks import (
+    Dialogues,
+    Task,
+    check_left_out,
+    data_folder,
+    data_name,
+    limit_pixels,
+    load_records,
+    system_text,
+)
 from mmspec import checkpoint as checkpoints
 from mmspec.api import drafter_and_policy, find_device
 from mmspec.arguments import Parser, at_least, command
@@ -61,10 +71,15 @@ class Steered(Timed):
         self.decisions: list[Decision] = []
 
     def plan(self, sensed: Sequence[Sequence[float]], remaining: Sequence[int]) -> Plan:
-        looks = self.learned.asks and not self.learned.asleep and max(remaining) > 1
+        if max(remaining) < 2:
+            unseen = "nothing to draft"
+        elif not self.learned.asks:
+            unseen = "not asked"
+        else:
+            unseen = "asleep" if self.learned.asleep else ""
         made = super().plan(sensed, remaining)
-        chances = tuple(self.learned.said[0]) if looks else None
-        self.decisions.append(Decision(made.depth, self.learned.offered[made.depth], chances))
+        chances = None if unseen else tuple(self.learned.said[0])
+        self.decisions.append(Decision(made.depth, self.learned.offered[made.depth], chances, unseen))
         return made
 
 
@@ -123,14 +138,14 @@ class Decoder:
 
     def answer(self, task: Task) -> tuple[Answered | None, str]:
         """A request and its text; None where its two answers differ (a tie of the target's logits)."""
-        self.steered.decisions = []
+        self.steered.decisions, self.steered.own_s = [], 0.0
         output = self._decode(task, self.drafter, self.steered)
         again = self._decode(task, self.recorder, self.shadow)
         text = self.target.decode(output.tokens)
         if again.tokens != output.tokens:
             return None, text
         kl = None if self.instead is None else self._dependence(task, output.tokens)
-        return Answered(task, output, self.steered.decisions, self.shadow.asked, kl), text
+        return Answered(task, output, self.steered.decisions, self.shadow.asked, kl, self.steered.own_s), text
 
     def _decode(self, task: Task, drafter: Drafter, policy: Policy) -> Output:
         [output] = all_complete(generate(self.target, [task.request], drafter, policy, GreedySampler(), max_batch=1))
@@ -155,6 +170,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     path = Path(args.out)
     quarantine = Quarantine(output_folder(path.parent) / f"{path.stem}.quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    n_read = len(records) + quarantine.count
     target = open_target([loaded], args.target, args.dtype, args.device)
     limit_pixels(target, None)
     system = system_text(target)
@@ -164,20 +180,27 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     shown = [record for record in records if record.image is not None][:IMAGES]
     decoder = Decoder(target, drafter, policy, mean_feature(target, (alone(target, record) for record in shown)))
     answers: list[Answered] = []
-    differing = 0
+    differing = short = 0
     for [task] in track(dialogues.groups(1), "decoding", total=dialogues.n_turns, console=console):
         answered, text = decoder.answer(task)
         dialogues.answer(task, text)
-        differing += answered is None
-        answers += [answered] if answered is not None and answered.asked else []
+        if answered is None:
+            differing += 1
+        elif answered.asked:
+            answers.append(answered)
+        else:
+            short += 1
+    check_left_out(quarantine, n_read, args.max_bad_share)
     if not answers:
         raise InputError(f"no usable record in {args.data} has an answer that takes more than one round")
     result = {
         "schema": SCHEMA,
+        "asks": bool(policy.asks),
         **figures(answers, policy, loaded.tree),
-        "control_share": decoder.steered.own_s / sum(answer.output.latency_s for answer in answers),
+        "control_share": sum(one.own_s for one in answers) / sum(one.output.latency_s for one in answers),
         "n_requests": len(answers),
         "n_differing": differing,
+        "n_short": short,
         "settings": {
             "checkpoint": loaded.folder.resolve().name, "head": loaded.kind, "tree": loaded.tree.__dict__,
             "target": Path(target.name).name, "fingerprint": target.fingerprint, "dtype": args.dtype,

@@ -30,9 +30,20 @@ from torch import Tensor
 from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.plots import Series, standalone
-from eval.summary import clean, hardware, versions
-from eval.tasks import Dialogues, Task, data_folder, data_name, limit_pixels, load_records, system_text
+from eval.summary import clean, gained, hardware, versions
+from eval.tasks import (
+    Dialogues,
+    Task,
+    check_left_out,
+    data_folder,
+    data_name,
+    image_of,
+    limit_pixels,
+    load_records,
+    system_text,
+)
 from mmspec import checkpoint as checkpoints
+from mmspec import metrics
 from mmspec.api import find_device, make_drafter
 from mmspec.arguments import Parser, at_least, command
 from mmspec.checkpoint import Checkpoint, write_json
@@ -59,7 +70,6 @@ from mmspec.types import (
 PROGRAM = "eval.dependence"
 SCHEMA = "mmspec-dependence/1"
 N_DECILES = 10
-RESAMPLES = 1000
 IMAGES = 256
 """Images of the data that the mean feature is taken of."""
 NOT_OFFERED, REJECTED, ACCEPTED = -1, 0, 1
@@ -70,7 +80,8 @@ DEFINITIONS = {
     "zeros": "share of those tokens whose dependence is exactly 0",
     "offered": "tokens of whose place the draft had candidates, all before it being right",
     "acceptance": "accepted / offered",
-    "gain": "acceptance of the first checkpoint less that of this one, with a 95% bootstrap interval over records",
+    "gain": "acceptance of the first checkpoint less that of this one, with a 95% bootstrap interval over images; of "
+    "one image there is none",
 }
 
 
@@ -79,7 +90,7 @@ class Answered:
     """One request, decoded by every checkpoint.
 
     Args:
-        id, topic: of its record.
+        id, topic, image: of its record; for `image` see `tasks.image_of`.
         kl: [n] dependence of the generated tokens behind the first.
         outcomes: by checkpoint, of the same tokens.
         turn: of the record.
@@ -88,6 +99,7 @@ class Answered:
 
     id: str
     topic: str
+    image: str
     kl: Tensor
     outcomes: dict[str, Tensor] = field(default_factory=dict)
     turn: int = 1
@@ -170,43 +182,38 @@ def table(answers: Sequence[Answered], names: Sequence[str], seed: int = 0) -> d
 
 def _rows(members: Sequence[tuple[Answered, Tensor]], names: Sequence[str], seed: int) -> list[dict[str, Any]]:
     rows = []
-    records = list(dict.fromkeys(answer.id for answer, _ in members))
-    index = {record: k for k, record in enumerate(records)}
-    draws = _draws(len(records), seed)
+    images = [answer.image for answer, _ in members]
     for decile in range(N_DECILES):
         kl = torch.cat([answer.kl[place == decile] for answer, place in members])
         row: dict[str, Any] = {"decile": decile + 1, "tokens": len(kl)}
         if len(kl):
             row |= {"dependence": float(kl.mean()), "from": float(kl.min()), "to": float(kl.max())}
-        counts = {name: torch.zeros(len(records), 2, dtype=torch.float64) for name in names}
-        for answer, place in members:
-            for name in names:
-                found = answer.outcomes[name][place == decile]
-                counts[name][index[answer.id]] += torch.tensor([(found == ACCEPTED).sum(), (found >= REJECTED).sum()])
-        row["checkpoints"] = {name: _cell(counts[name], counts[names[0]], draws) for name in names}
+        counts = {
+            name: _counts([answer.outcomes[name][place == decile] for answer, place in members]) for name in names
+        }
+        row["checkpoints"] = {name: _cell(counts[name], counts[names[0]], images, seed) for name in names}
         rows.append(row)
     return rows
 
 
-def _cell(mine: Tensor, first: Tensor, draws: Tensor) -> dict[str, Any]:
-    """Figures of one checkpoint in one decile; counts [records, 2] are accepted and offered."""
-    accepted, offered = mine.sum(0).tolist()
+def _counts(outcomes: Sequence[Tensor]) -> list[list[float]]:
+    """How many tokens of each answer were accepted, and how many were offered."""
+    return [[float((found >= least).sum()) for found in outcomes] for least in (ACCEPTED, REJECTED)]
+
+
+def _cell(mine: list[list[float]], first: list[list[float]], images: Sequence[str], seed: int) -> dict[str, Any]:
+    """Figures of one checkpoint in one decile; see `_counts`, and for the images `metrics.contrast`."""
+    accepted, offered = map(sum, mine)
     cell: dict[str, Any] = {"offered": int(offered), "acceptance": accepted / offered if offered else None}
-    if mine is not first and offered and first[:, 1].sum():
-        again, base = draws @ mine, draws @ first
-        usable = (again[:, 1] > 0) & (base[:, 1] > 0)
-        gains = (base[:, 0] / base[:, 1] - again[:, 0] / again[:, 1])[usable]
-        lo, hi = gains.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        whole = first.sum(0)
-        cell |= {"gain": float(whole[0] / whole[1]) - accepted / offered, "gain_lo": lo, "gain_hi": hi}
+    if mine is not first and offered and sum(first[1]):
+        gain, _ = metrics.contrast([*first, *mine], images, _gain, 0.0, seed=seed)
+        cell |= {"gain": gain.value, "gain_lo": gain.lo, "gain_hi": gain.hi}
     return cell
 
 
-def _draws(n: int, seed: int) -> Tensor:
-    """How often each of n records is drawn in each resample, [RESAMPLES, n] float64."""
-    chosen = torch.randint(0, max(n, 1), (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64)
-    return counts.scatter_add_(1, chosen, torch.ones(chosen.shape, dtype=torch.float64))
+def _gain(totals: Tensor) -> Tensor:
+    """The ratio of the first two of four totals [..., 4] less that of the others."""
+    return metrics.ratio(totals[..., :2]) - metrics.ratio(totals[..., 2:])
 
 
 class Decoder:
@@ -249,7 +256,8 @@ class Decoder:
         blind = [] if self.instead is not None or self.hidden else [other]
         [measured] = of_conversations(self.target, [whole], [marks], self.instead, blind, self.hidden)
         record = task.record
-        return Answered(record.id, record.topic, measured.kl[1:], found, task.turn, tokens), tokens
+        kl = measured.kl[1:]
+        return Answered(record.id, record.topic, image_of(record), kl, found, task.turn, tokens), tokens
 
 
 def longer(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
@@ -272,6 +280,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = output_folder(Path(args.out))
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     read = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    n_read = len(read) + quarantine.count
     records = [record for record in read if record.image is not None]
     if not records:
         raise InputError(f"--data {args.data} has no record with an image: nothing depends on one")
@@ -292,6 +301,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         dialogues.answer(task, target.decode(tokens))
         differing += answered is None
         answers += [answered] if answered is not None and len(answered.kl) else []
+    check_left_out(quarantine, n_read, args.max_bad_share)
     if not answers:
         raise InputError(f"no usable record in {args.data} has an answer of more than one token")
     result = {
@@ -309,7 +319,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(target.device),
     }  # fmt: skip
-    write_results(out, clean(result), answers)
+    result = clean(result)
+    write_results(out, result, answers)
     return result
 
 
@@ -369,8 +380,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["overall"]:
         cells = [row["checkpoints"][name] for name in names]
         words = "  ".join("-".rjust(22) if c["acceptance"] is None else f"{c['acceptance']:22.3f}" for c in cells)
-        last = cells[-1]
-        gain = f"{last['gain']:+.3f} [{last['gain_lo']:+.3f}, {last['gain_hi']:+.3f}]" if "gain" in last else ""
+        gain = gained(cells[-1]) if "gain" in cells[-1] else ""
         console.print(f"{row['decile']:>6}  {row.get('dependence', 0):7.4f}   {words}   {gain}", highlight=False)
 
 

@@ -292,6 +292,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--batch-size {odd[0]} does not divide {max(sizes)}: groups could not be compared")
     if args.experiment == "batch" and (len(sizes) < 2 or "fixed" not in args.policies):
         raise InputError("batch needs two values of --batch-size at least, and fixed among --policies")
+    if args.experiment == "latency" and sizes[0] != 1:
+        raise InputError(f"latency compares single requests first; add 1 to --batch-size {' '.join(map(str, sizes))}")
     if args.experiment == "text_only" and len(sizes) != 1:
         raise InputError("text_only takes one --batch-size")
     _tree(args)

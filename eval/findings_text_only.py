@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.dependence import chart
 from eval.findings_runs import Found, Run, shown, speedup_table
-from eval.summary import OVERALL
+from eval.summary import OVERALL, gained
 from eval.tasks import PLAIN
 from eval.verdicts import MARGIN, Claim, estimate, family, totals
 
@@ -63,7 +63,7 @@ def found(run: Run, heads: Mapping[str, str], dependence: Mapping[str, Any], see
 
 def gains(dependence: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, float]]:
     """Acceptance that the first checkpoint has over the second, with its interval, by decile; without those in which
-    nothing was offered."""
+    nothing was offered, or that has none."""
     rows = []
     for row in dependence["overall"]:
         cell = row["checkpoints"][names[1]]
@@ -95,12 +95,8 @@ def decile_table(dependence: Mapping[str, Any], deciles: Sequence[Mapping[str, f
     for row in dependence["overall"]:
         cells = [row["checkpoints"][name]["acceptance"] for name in names]
         gain = by.get(row["decile"])
-        said = "-" if gain is None else _gain(gain)
+        said = "-" if gain is None else gained(gain)
         kl = row.get("dependence")
         accepted = ["-" if cell is None else shown(cell) for cell in cells]
         lines.append([str(row["decile"]), "-" if kl is None else shown(kl, 4), *accepted, said])
     return lines
-
-
-def _gain(row: Mapping[str, float]) -> str:
-    return f"{row['gain']:+.3f} [{row['gain_lo']:+.3f}, {row['gain_hi']:+.3f}]"

@@ -7,10 +7,10 @@ Requests are decoded with the largest draft in every round, a chain, while the c
 depths are chosen again on paper, at the costs of this machine, and each way of choosing is compared with the best
 single depth: by the controller before the draft; by the draft's own scores while it is made, level by level; by both;
 and with all outcomes known. Scores are made honest, alone and together with the controller, by a logistic fit on the
-requests of the other half. A policy's own time is not counted: `eval.policies` measures what it leaves of these gains.
+images of the other half. A policy's own time is not counted: `eval.policies` measures what it leaves of these gains.
 
 Invariant: no figure here is a measured speedup; a shorter round would have begun the next one elsewhere, and rounds
-there are taken to be like these.
+there are taken to be like these. Rounds of one image are alike: they are fitted on and drawn together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ from eval import tables
 from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.summary import clean, hardware
-from eval.tasks import Dialogues, data_folder, data_name, limit_pixels, load_records, system_text
+from eval.tasks import (
+    Dialogues,
+    check_left_out,
+    data_folder,
+    data_name,
+    image_of,
+    limit_pixels,
+    load_records,
+    system_text,
+)
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import find_device, make_drafter
@@ -56,13 +65,13 @@ class Round:
     """A draft of all levels, and what was said of it.
 
     Args:
-        request: number of its request.
+        image: that it is about (`tasks.image_of`).
         foreseen: [D] the controller's chance of each level once the one before is accepted.
         scores: [D] the draft's own log-probability of its tokens up to each level.
         accepted: levels.
     """
 
-    request: int
+    image: str
     foreseen: tuple[float, ...]
     scores: tuple[float, ...]
     accepted: int
@@ -82,7 +91,7 @@ class Listener:
         self.learned = learned
         self.max_depth, self.max_budget = learned.max_depth, learned.max_depth
         self.rounds: list[Round] = []
-        self.request = 0
+        self.image = ""
         self._scores: tuple[float, ...] = ()
 
     def open(self, max_batch: int, device: torch.device, sampled: bool = False) -> None:
@@ -107,7 +116,7 @@ class Listener:
         # A draft that the end of the answer made shorter is none to compare depths on.
         if trace.plan.depth == self.max_depth and len(self._scores) == self.max_depth:
             said = tuple(self.learned.said[0])
-            self.rounds.append(Round(self.request, said, self._scores, trace.accepted[0]))
+            self.rounds.append(Round(self.image, said, self._scores, trace.accepted[0]))
         self.learned.observe(trace)
 
 
@@ -115,13 +124,14 @@ class Paper:
     """Depths chosen again for recorded rounds.
 
     Args:
-        rounds: at least two requests' worth.
+        rounds: of at least two images.
         cost_s: [D + 1] seconds of a round by depth.
     """
 
     def __init__(self, rounds: Sequence[Round], cost_s: Sequence[float]) -> None:
         self.cost_s, self.depth = np.array(cost_s), len(cost_s) - 1
-        self.requests = np.array([r.request for r in rounds])
+        self.images = np.unique([r.image for r in rounds], return_inverse=True)[1]
+        """[R] numbers of their images."""
         self.accepted = np.array([r.accepted for r in rounds])
         self.foreseen = np.array([r.foreseen for r in rounds]).clip(_SURE, 1 - _SURE)
         paths = np.array([r.scores for r in rounds])
@@ -181,7 +191,7 @@ class Paper:
         return depths
 
     def fitted(self, *inputs: np.ndarray) -> np.ndarray:
-        """[R, D] chances by a logistic fit of their log-odds and the level, on the requests of the other half.
+        """[R, D] chances by a logistic fit of their log-odds and the level, on the images of the other half.
 
         Args:
             inputs: [R, D] chances each.
@@ -190,7 +200,7 @@ class Paper:
         columns += [np.broadcast_to(row, self.seen.shape) for row in np.eye(self.depth)]
         features, out = np.stack(columns, -1), np.empty(self.seen.shape)
         for half in (0, 1):
-            mine = self.requests % 2 == half
+            mine = self.images % 2 == half
             here = self.seen & ~mine[:, None]
             out[mine] = _logistic(features[mine] @ _newton(features[here], self.right[here]))
         return out.clip(_SURE, 1 - _SURE)
@@ -201,7 +211,7 @@ class Paper:
         return -float(said[self.seen].sum()) / len(self.accepted)
 
     def gain(self, depths: np.ndarray) -> metrics.Interval:
-        """Over the best single depth, as a ratio of tokens a second; requests are drawn."""
+        """Over the best single depth, as a ratio of tokens a second; images are drawn."""
         columns = []
         for some in (depths, self.single()):
             columns += [(1 + np.minimum(self.accepted, some)).tolist(), self.cost_s[some].tolist()]
@@ -209,7 +219,7 @@ class Paper:
         def statistic(totals: Tensor) -> Tensor:
             return totals[..., 0] / totals[..., 1] / (totals[..., 2] / totals[..., 3])
 
-        return metrics.contrast(columns, self.requests.tolist(), statistic, 1.0)[0]
+        return metrics.contrast(columns, self.images.tolist(), statistic, 1.0)[0]
 
 
 def _logistic(x: np.ndarray) -> np.ndarray:
@@ -265,21 +275,21 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     limit_pixels(target, None)
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    n_read, noted = len(records) + quarantine.count, set[str]()
     result: dict[str, Any] = {"temperatures": {}}
     for temperature in args.temperature:
         sampler = make_sampler(temperature, seed=args.seed)
         drafter, policy = make_drafter(loaded, target), LearnedPolicy(Parts(depth, depth, costs, controller, 1))
         listener = Listener(policy)
-        dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine)
+        dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine, noted=noted)
         shown = f"decoding at T = {temperature:g}"
         for [task] in track(dialogues.groups(1), shown, total=dialogues.n_turns, console=console):
+            listener.image = image_of(task.record)
             [output] = all_complete(generate(target, [task.request], drafter, listener, sampler))
             dialogues.answer(task, target.decode(output.tokens))
-            listener.request += 1
-        if len({r.request for r in listener.rounds}) < 2:
-            raise InputError(
-                f"fewer than two requests had a draft of all {listener.max_depth} levels; give more --data"
-            )
+        check_left_out(quarantine, n_read, args.max_bad_share)
+        if len({r.image for r in listener.rounds}) < 2:
+            raise InputError(f"fewer than two images had a draft of all {listener.max_depth} levels; give more --data")
         cost_s = [policy.cost(d) for d in range(listener.max_depth + 1)]
         rows = figures(listener.rounds, cost_s)
         result["temperatures"][f"{temperature:g}"] = {"rounds": len(listener.rounds), "cost_s": cost_s, "rows": rows}

@@ -12,7 +12,7 @@ from typing import Any
 from eval import tables
 from eval.plots import LIGHT, Series, standalone, ticks
 from eval.report_charts import N_DEPTHS
-from eval.summary import OVERALL, number
+from eval.summary import OVERALL, gained, number
 from eval.tables import whole
 
 FIGURES = ("mat", "speedup", "speedup_lo", "speedup_hi", "decode_speedup", "decode_speedup_lo", "decode_speedup_hi",
@@ -144,8 +144,7 @@ def gains(found: Mapping[str, Any], twin: str) -> str:
         entry = found[OVERALL][place]
         cell = entry["checkpoints"][twin]
         if "gain" in cell:
-            span = f"[{cell['gain_lo']:+.3f}, {cell['gain_hi']:+.3f}]"
-            words.append(f"decile {entry['decile']} {cell['gain']:+.3f} {span}")
+            words.append(f"decile {entry['decile']} {gained(cell)}")
     return ", ".join(words) or "nothing was offered"
 
 

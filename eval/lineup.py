@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from eval.bench import Method
 from eval.options import ALL
 from eval.tasks import PLAIN
 from mmspec import checkpoint as checkpoints
-from mmspec.api import FREE, STATIC, STATIC_TREE, TRAINED, drafter_and_policy, make_drafter, method_and_policy
+from mmspec.api import (
+    FREE,
+    MEASURED,
+    STATIC,
+    STATIC_TREE,
+    TRAINED,
+    drafter_and_policy,
+    make_drafter,
+    method_and_policy,
+)
 from mmspec.checkpoint import Checkpoint, DraftTree
 from mmspec.drafters.null import NullDrafter
 from mmspec.methods import HYBRID, Settings, method_names, resolved
@@ -238,12 +248,13 @@ def make_methods(
             ckpt, drafter = (head.checkpoint, drafters[head.name]) if head else (None, None)
             pair = method_and_policy(kind, target, mine, ckpt, drafter, budget, batch_size, table)
             said = (facts[head.name] if head else NO_HEAD) | {"drafter": kind}
-            add(label, *pair, {"drafter": kind, "policy": budget, **_placeless(resolved(kind, mine))}, said)
+            add(label, *pair, {"drafter": kind, "policy": budget, **without_places(resolved(kind, mine))}, said)
     lone = sum(not set(TRAINED).isdisjoint(head.policies) for head in heads) == 1
     for head in heads:
         for policy in head.policies:
             pair = drafter_and_policy(head.checkpoint, target, policy, batch_size, drafters[head.name], sampler)
-            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]), facts[head.name])
+            said = facts[head.name] | (_priced(pair[1]) if policy in MEASURED else {})
+            add(_label(head, policy, lone), *pair, _described(head.checkpoint, policy, pair[1]), said)
     return methods, settings
 
 
@@ -273,15 +284,34 @@ def _facts(ckpt: Checkpoint) -> dict[str, Any]:
     return {"drafter": ckpt.kind, "drafter_hash": file_hash(path), "params": params}
 
 
+def _priced(decides: Any) -> dict[str, str]:
+    """A hash of the costs that a policy of `MEASURED` decides by, for the lines of its results: by others its plans are
+    others, and they lie beside the head, where any command may measure them again."""
+    table = json.dumps(asdict(decides.costs), sort_keys=True)
+    return {"costs": hashlib.sha256(table.encode()).hexdigest()[:16]}
+
+
+def named_files(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes of the files that a method's settings name, each under its setting."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found[key] = named_files(value)
+        elif isinstance(value, str) and Path(value).is_file():
+            found[key] = file_hash(Path(value))
+    return found
+
+
 def file_hash(path: Path) -> str:
     """The first 16 digits of a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _placeless(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without this machine's folder names."""
-    return {
-        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for key, value in settings.items()
-    }
+def without_places(value: Any) -> Any:
+    """Settings without this machine's folder names, all the way down: of a file its name."""
+    if isinstance(value, Mapping):
+        return {key: without_places(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(part) for part in value]
+    return Path(value).name if isinstance(value, str) and "/" in value else value

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +29,16 @@ from rich.console import Console
 from eval import report, tables, wandb_log
 from eval.bench import Result
 from eval.cells import Decoded, Work, cells, decode
-from eval.lineup import Head, check_frozen, check_hybrids, choose_heads, choose_methods, file_hash, kind_of
+from eval.lineup import (
+    Head,
+    check_frozen,
+    check_hybrids,
+    choose_heads,
+    choose_methods,
+    file_hash,
+    kind_of,
+    named_files,
+)
 from eval.options import ALL, PROGRAM, build_parser, check_arguments
 from eval.ranks import Ranks, join, leave, own_device
 from eval.references import References, load_references
@@ -37,9 +47,9 @@ from eval.samples import collect
 from eval.summary import (
     DEFINITIONS,
     OF_THE_RUN,
+    busiest,
     clean,
     hardware,
-    others,
     show,
     summarise,
     unreliable,
@@ -133,21 +143,23 @@ def _score(
     rows = ranks.agree(lambda: Rows(own, [out / REQUESTS] if ranks.size > 1 else [], run_id, args.resume))
     if not ranks.first:
         quarantine = Quarantine(listed)
+    sitting = {"sitting": ranks.gather(time.time())[0]}
     work = Work(
         args, ranks, target, heads, named, given, ranks.mine(records), n_read, system, quarantine, rows,
-        row_facts(run_id, target, args), out / METHOD_COSTS, console,
+        row_facts(run_id, target, args) | sitting, out / METHOD_COSTS, console,
     )  # fmt: skip
     decoded = [ranks.agree(partial(decode, work, cell)) for cell in cells(args)]
-    busy = ranks.gather([one.busy for one in decoded])
     reasons = sum(map(Counter, ranks.gather(quarantine.reasons())), Counter[str]())
+    check_all(reasons, n_read, args.max_bad_share, listed)
     if not ranks.first:
         return {}
-    results = gather_rows(out, ranks, decoded, records)
+    lines = gather_rows(out, ranks, decoded, records)
+    results = {cell: [from_row(row) for row in some] for cell, some in lines.items()}
     if not any(results.values()):
         raise InputError(f"no usable record in {args.data}: all were quarantined, see {listed}")
     swept = [
-        cell_summary(one, results[one.cell], args, ranks, references, [seen[place] for seen in busy])
-        for place, one in enumerate(decoded)
+        cell_summary(one, results[one.cell], args, ranks, references, busiest(lines[one.cell], ranks.size))
+        for one in decoded
     ]
     first = {key: value for key, value in swept[0].items() if key not in ("batch_size", "temperature")}
     whole = {
@@ -162,7 +174,7 @@ def _score(
         "cells": swept,
     }
     shown = results[decoded[0].cell]
-    write_results(out, clean(whole), collect(target, records, shown, whole["primary"]))
+    write_results(out, clean(whole), clean(collect(target, records, shown, whole["primary"])))
     announce(whole, out, console)
     if args.wandb is not None:
         console.print(wandb_log.log(out, clean(whole), args.wandb or None), soft_wrap=True, highlight=False)
@@ -175,14 +187,31 @@ def cell_summary(
     args: argparse.Namespace,
     ranks: Ranks,
     references: References | None,
-    busy: Sequence[tuple[float, float] | None],
+    others: float | None,
 ) -> dict[str, Any]:
-    """The entry of a cell under `cells`; `busy` is of each process, see `Contention.busy`."""
+    """The entry of a cell under `cells`; `others` are the cores that other processes kept busy, see `busiest`."""
     batch, temperature = one.cell
     summary = summarise(results, one.names, one.names[-1], batch, args.seed, references)
-    idle = others(busy)
-    contention = {"other_cores": idle, "unreliable": unreliable(idle, torch.get_num_threads() * ranks.size)}
+    contention = {"other_cores": others, "unreliable": unreliable(others, torch.get_num_threads() * ranks.size)}
     return {"batch_size": batch, "temperature": temperature, **summary, "contention": contention}
+
+
+def check_all(reasons: Counter[str], n_read: int, max_bad_share: float, listed: Path) -> None:
+    """The check of `decode` once more, for all processes together: each has compared its own bad records with all.
+
+    Args:
+        reasons: why records are unusable, and how often.
+        n_read, max_bad_share: see `Quarantine.check`.
+        listed: where they are.
+
+    Raises:
+        InputError: see `Quarantine.check`.
+    """
+    whole = Quarantine(None)  # counts them; they are listed already
+    for reason in reasons.elements():
+        whole.add("", 0, "", reason)
+    whole.path = listed
+    whole.check(n_read, max_bad_share)
 
 
 def begin(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
@@ -223,8 +252,8 @@ def _short(value: Any) -> str:
 
 def gather_rows(
     out: Path, ranks: Ranks, decoded: Sequence[Decoded], records: Sequence[Record]
-) -> dict[Cell, list[Result]]:
-    """Everyone's lines in one file, in the order of cells, records, turns and methods; and the results by cell."""
+) -> dict[Cell, list[dict[str, Any]]]:
+    """Everyone's lines in one file, in the order of cells, records, turns and methods; and the same by cell."""
     paths = [out / REQUESTS]
     if ranks.size > 1:
         paths += [out / f"requests.{rank}.jsonl" for rank in range(ranks.size)]
@@ -235,9 +264,9 @@ def gather_rows(
     def key(row: Mapping[str, Any]) -> tuple[int, int, int, int]:
         return order[row["batch"], row["temperature"]], place[row["id"]], row["turn"], names[row["method"]]
 
-    found: dict[Cell, list[Result]] = {one.cell: [] for one in decoded}
+    found: dict[Cell, list[dict[str, Any]]] = {one.cell: [] for one in decoded}
     for row in merge(paths, out / REQUESTS, key):
-        found[row["batch"], row["temperature"]].append(from_row(row))
+        found[row["batch"], row["temperature"]].append(row)
     return found
 
 
@@ -262,6 +291,7 @@ def identify(
             for head in heads
         },
         "methods": dict(methods),
+        "files": {name: named_files(how) for name, how in methods.items()},
         "records": asked.hexdigest()[:16],
         "processes": ranks.size,
         "hardware": hardware(target.device),

@@ -15,7 +15,15 @@ from torch import Tensor
 from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target
 from eval.summary import OVERALL, Contention, figures
-from eval.tasks import PLAIN, Dialogues, data_folder, limit_pixels, load_records, system_text
+from eval.tasks import (
+    PLAIN,
+    Dialogues,
+    check_left_out,
+    data_folder,
+    limit_pixels,
+    load_records,
+    system_text,
+)
 from eval.tune_tree import parse_tree
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
@@ -177,6 +185,7 @@ class Scored:
     ):
         quarantine, self.args, self.setup = Quarantine(None), args, setup
         records = load_records(data_folder(data), limit, quarantine, args.max_bad_share)
+        n_read = len(records) + quarantine.count
         if mixed:
             records = [replace(record, topic=OVERALL) for record in records]
         dialogues = Dialogues(setup.target, records, system_text(setup.target), args.max_new_tokens, quarantine)
@@ -197,6 +206,7 @@ class Scored:
             self.recorder.steps.clear()
         contention = Contention()
         bench.run(dialogues, self._take)
+        check_left_out(quarantine, n_read, args.max_bad_share)
         self.other_cores = contention.cores()
         self.methods = methods
 

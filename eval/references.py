@@ -49,7 +49,7 @@ def load_references(folder: Path) -> References | None:
     if facts.is_file():
         found |= _facts(facts)
     if references.is_file():
-        for number, line in enumerate(references.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(references.read_bytes().splitlines(), start=1):
             if line.strip():
                 key, score = _reference(line, f"{references}, line {number}")
                 found[key] = score
@@ -97,15 +97,22 @@ METRICS: dict[str, Callable[[Sequence[str], str], float]] = {"gqa": gqa, "vqa": 
 
 
 def _facts(path: Path) -> dict[tuple[str, int], Callable[[str], float]]:
-    """The share of a turn's facts that an answer contains."""
+    """The share of a turn's facts that an answer contains. Raises InputError where they are none."""
     # Only here: a real data folder must not pay for importing the renderer.
     from mmspec.synth import Fact, check
 
     by_turn: dict[tuple[str, int], list[Any]] = {}
-    for id, entries in json.loads(path.read_text(encoding="utf-8")).items():
-        for entry in entries:
-            fact = Fact(**entry)
-            by_turn.setdefault((id, fact.turn + 1), []).append(fact)
+    try:
+        for id, entries in json.loads(path.read_bytes()).items():
+            for entry in entries:
+                fact = Fact(**entry)
+                check(fact, "")  # or it would raise when the first answer is scored
+                by_turn.setdefault((id, fact.turn + 1), []).append(fact)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} holds no facts ({type(error).__name__}: {error}); of each id give a list of turn, kind and "
+            f"expected, or remove the file and use {REFERENCES_FILE}"
+        ) from None
 
     def scored(facts: Sequence[Any]) -> Callable[[str], float]:
         return lambda text: sum(check(fact, text) for fact in facts) / len(facts)
@@ -113,7 +120,7 @@ def _facts(path: Path) -> dict[tuple[str, int], Callable[[str], float]]:
     return {key: scored(facts) for key, facts in by_turn.items()}
 
 
-def _reference(line: str, where: str) -> tuple[tuple[str, int], Callable[[str], float]]:
+def _reference(line: bytes, where: str) -> tuple[tuple[str, int], Callable[[str], float]]:
     try:
         entry = json.loads(line)
         key = str(entry["id"]), int(entry.get("turn", 1))

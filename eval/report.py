@@ -21,7 +21,7 @@ from typing import Any
 from eval import report_charts as charts
 from eval import report_views as views
 from eval.report_dependence import FOLDER, N_LEVELS, Dependence, joined, load
-from eval.summary import SCHEMA, interval, number
+from eval.summary import SCHEMA, gained, interval, number
 from eval.tasks import PLAIN
 from mmspec.arguments import Parser, command
 from mmspec.checkpoint import write_json
@@ -80,7 +80,7 @@ def render(
     temperatures = list(dict.fromkeys(cell["temperature"] for cell in cells))
     names = [name for name in seen if name != PLAIN]
     largest = max(cell["batch_size"] for cell in cells)
-    return template(TEMPLATE, number=number, interval=interval, label=views.label).render(
+    return template(TEMPLATE, number=number, interval=interval, gained=gained, label=views.label).render(
         summary=summary,
         cells=[_cell(cell, seen) for cell in cells],
         seen=seen,

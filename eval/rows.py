@@ -33,7 +33,7 @@ def as_row(result: Result, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         result: of one request and method.
-        facts: of the run, the cell and the method: `run_id`, `batch`, `temperature`, `drafter`, ...
+        facts: of the run, its sitting, the cell and the method: `run_id`, `batch`, `temperature`, `drafter`, ...
     """
     output, match = result.output, result.match
     rounds = [
@@ -114,6 +114,7 @@ class Rows:
     def __init__(self, path: Path, earlier: Sequence[Path] = (), run_id: str = "", resume: bool = False) -> None:
         self.path = path
         self._groups: dict[tuple[Cell, int], list[dict[str, Any]]] = {}
+        self._costs: dict[tuple[Cell, str], str | None] = {}
         if not resume:
             path.unlink(missing_ok=True)
             return
@@ -121,7 +122,9 @@ class Rows:
         for row in (*mine, *(row for other in earlier for row in read(other))):
             if row.get("run_id") != run_id:
                 raise InputError(f"{path} holds results of another run; leave out --resume, or give another --out")
-            self._groups.setdefault(((row["batch"], row["temperature"]), row["group"]), []).append(row)
+            cell = row["batch"], row["temperature"]
+            self._groups.setdefault((cell, row["group"]), []).append(row)
+            self._costs[cell, row["method"]] = row.get("costs")
         # Cut what was torn off, so that the next append starts a line of its own.
         if path.is_file():
             _replace(path, mine)
@@ -133,6 +136,23 @@ class Rows:
         if set(wanted) != set(rows):
             return None
         return [from_row(rows[key]) for key in wanted]
+
+    def check_costs(self, cell: Cell, costs: Mapping[str, str | None]) -> None:
+        """Before more of a cell is decoded. (One that is whole may be of other costs: a later cell may measure anew.)
+
+        Args:
+            costs: hashes of what each method decides by now; None of one that decides by none.
+
+        Raises:
+            InputError: what there is of the cell was decided by others.
+        """
+        for method, now in costs.items():
+            before = self._costs.get((cell, method), now)
+            if before != now:
+                raise InputError(
+                    f"--resume: {self.path} was begun with other costs of {method} ({before}, now {now}), which were "
+                    "measured again since; leave out --resume to start anew"
+                )
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines, all of them or none."""

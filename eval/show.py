@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = path / "summary.json" if path.is_dir() else path
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError(summary)
         if flags == ["--markdown"]:
             print(tables.page(summary), end="")
         elif flags == ["--csv"]:

@@ -1,7 +1,8 @@
 """Long work as commands: each is printed, run once, gone on with after an interruption, and done again when it changed.
 
 Invariant: a step is done when its command, the files it reads and the steps before it are those of the ledger and what
-it makes is there. Any number of processes may work through one ledger; no step is done twice at once.
+it makes is there. Any number of processes may work through one ledger; no step is done twice at once, not even where
+one of them was killed and its step lives on.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mmspec import checkpoint
 from mmspec.types import InputError
@@ -72,14 +74,18 @@ class Ledger:
         return read_json(self._path) if self._path.is_file() else {}
 
     @contextlib.contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Waits until no other process is at what `name` stands for, and keeps others from it."""
+    def alone(self, name: str) -> Iterator[IO[str]]:
+        """Waits until no other process is at what `name` stands for, and keeps others from it.
+
+        Yields:
+            What holds the lock: a command that gets it keeps it, should this process be killed.
+        """
         place = self._folder / "locks" / name.replace(" ", "_")
         place.parent.mkdir(exist_ok=True)
         with place.open("w") as lock:
-            # The system lets go of it when this process ends, however it ends.
+            # The system lets go of it when all that have it have ended, however they end.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield lock
 
     def key(self, step: Step) -> str:
         """Of the command, of the files it reads and of the steps it depends on."""
@@ -113,12 +119,31 @@ def perform(step: Step, ledger: Ledger) -> None:
 
     Raises:
         InputError: it failed, or left nothing.
+        KeyboardInterrupt: also for SIGTERM and a hangup; what ran was ended first.
     """
-    with ledger.alone(step.name):
-        _perform(step, ledger)
+    with ledger.alone(step.name) as lock, _interruptible():
+        _perform(step, ledger, lock)
 
 
-def _perform(step: Step, ledger: Ledger) -> None:
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes SIGTERM and a hangup what Ctrl-C is: they would end this process and leave its command running, whose
+    session is its own."""
+    if threading.current_thread() is not threading.main_thread():  # another may not say what signals do
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _perform(step: Step, ledger: Ledger, lock: IO[str]) -> None:
     known = ledger.entry(step)
     if known is not None and known.get("done") and step.makes.exists():
         print(f"== {step.name}: done already", flush=True)
@@ -126,16 +151,17 @@ def _perform(step: Step, ledger: Ledger) -> None:
     words = [*step.words, *(step.resume if known is not None else ())]
     before = float(known.get("seconds", 0.0)) if known else 0.0
     print(f"== {step.name}: {' '.join(checkpoint.discreet(word) for word in words)}", flush=True)
-    ledger.note(step, seconds=before)
     if known is None:
-        _remove(step)
+        _remove(step)  # before it is noted: what is noted goes on with what is there
+    ledger.note(step, seconds=before)
     start = time.monotonic()
     left_s = step.left_s(before, known is not None)
-    code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s))
+    code, stopped = _command(words, left_s, lambda spent_s: ledger.note(step, seconds=before + spent_s), lock)
     seconds = before + time.monotonic() - start
     if not step.makes.exists() or (code != 0 and not stopped):
         ledger.note(step, seconds=seconds)
-        raise InputError(f"{step.name} ended with exit code {code}; the same command again goes on with it")
+        anew = f", or begins it anew where {step.makes.parent} is removed" if step.resume else ""
+        raise InputError(f"{step.name} ended with exit code {code}; the same command again goes on with it{anew}")
     ledger.note(step, seconds=seconds, done=True, stopped=stopped)
 
 
@@ -147,12 +173,17 @@ def _remove(step: Step) -> None:
         step.makes.unlink()
 
 
-def _command(words: Sequence[str], limit_s: float | None, beat: Any) -> tuple[int, bool]:
-    """Runs a command to its end or its limit. Returns the exit code, and whether it was stopped at the limit."""
+def _command(words: Sequence[str], limit_s: float | None, beat: Any, lock: IO[str]) -> tuple[int, bool]:
+    """Runs a command to its end or its limit; it has the lock until then, whatever becomes of this process.
+
+    Returns:
+        The exit code, and whether it was stopped at the limit.
+    """
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # A free port: the launcher's fixed one may be taken by another run on this machine.
     words = [_free_port() if word == PORT else word for word in words]
-    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
+    env = {**os.environ, "PYTHONPATH": paths}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, pass_fds=(lock.fileno(),))
     start = time.monotonic()
     try:
         while True:

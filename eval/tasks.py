@@ -166,6 +166,29 @@ def load_records(folder: Path, limit: int | None, quarantine: Quarantine, max_ba
     return good
 
 
+def image_of(record: Record) -> str:
+    """What results call the image of a record: its file's name, or the record's id where it has none."""
+    return record.image.name if record.image else record.id
+
+
+def check_left_out(quarantine: Quarantine, n_read: int, max_bad_share: float) -> None:
+    """Behind the decoding: prints how many records were left out, now also for prompts that the target cannot take.
+
+    Args:
+        quarantine: of `load_records` and `Dialogues`.
+        n_read: records there were, good and bad.
+        max_bad_share: see `Quarantine.check`.
+
+    Raises:
+        InputError: see `Quarantine.check`.
+    """
+    quarantine.check(n_read, max_bad_share)
+    if quarantine.count:
+        reason, times = next(iter(quarantine.reasons().items()))
+        listed = f"; all are listed in {quarantine.path}" if quarantine.path else ""
+        print(f"left out: {quarantine.count} of {n_read} records, most often ({times}x): {reason}{listed}")
+
+
 class Dialogues:
     """Turns records into requests, group by group, feeding answers back as history.
 

@@ -28,7 +28,16 @@ from eval.bench import N_WARMUP, Bench, Method, Result
 from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
 from eval.summary import Contention, clean, figures, hardware, unreliable
-from eval.tasks import PLAIN, Dialogues, data_folder, data_name, limit_pixels, load_records, system_text
+from eval.tasks import (
+    PLAIN,
+    Dialogues,
+    check_left_out,
+    data_folder,
+    data_name,
+    limit_pixels,
+    load_records,
+    system_text,
+)
 from mmspec import checkpoint as checkpoints
 from mmspec import metrics
 from mmspec.api import METHOD_POLICIES, TRAINED, drafter_and_policy, find_device, make_drafter, method_and_policy
@@ -154,6 +163,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     loaded = [checkpoints.load(args.ckpt, args.target, args.dtype)] if args.ckpt else []
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    n_read = len(records) + quarantine.count
     target = open_target(loaded, args.target, args.dtype, args.device)
     limit_pixels(target, None)
     if loaded:
@@ -168,6 +178,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     bench.warm_up(dialogues.warmup(N_WARMUP))
     bench.run(dialogues, results.extend)
     others = contention.cores()
+    check_left_out(quarantine, n_read, args.max_bad_share)
     plain = [result for result in results if result.method == PLAIN]
     rows = []
     for one in candidates:

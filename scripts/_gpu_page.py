@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.plots import Series, standalone, ticks
+from eval.tables import INVALID
 
 ENOUGH = {"efficiency": 0.90, "model": 0.10}
 """What is asked of a GPU: loop efficiency, and how far the oracle's speedup may be from the costs' prediction."""
@@ -54,7 +55,8 @@ def _summary(path: Path) -> dict[str, Any]:
         name: {key: method["overall"].get(key) for key in wanted}
         for name, method in summary["methods"].items()
     }  # fmt: skip
-    return {"methods": methods, "hardware": summary["hardware"], "contention": summary.get("contention", {})}
+    facts = {key: summary[key] for key in ("valid", "hardware")}
+    return {"methods": methods, **facts, "contention": summary.get("contention", {})}
 
 
 def verdicts(found: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
@@ -106,7 +108,9 @@ def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Rows]
     if found["mid"]:
         head = ("batch, method", "MAT", "speedup", "from", "to", "tokens/s", "exact match", "ties")
         keys = ("mat", "speedup", "speedup_lo", "speedup_hi", "tokens_per_s", "exact_match", "ties")
-        yield "A trained target of middle size", head, [
+        wrong = [batch for batch, summary in found["mid"].items() if not summary["valid"]]
+        title = "A trained target of middle size" + (f" (batch {', '.join(wrong)}: {INVALID})" if wrong else "")
+        yield title, head, [
             (f"{batch}, {name}", *(method[key] for key in keys))
             for batch, summary in found["mid"].items()
             for name, method in summary["methods"].items()
@@ -261,6 +265,7 @@ def paragraph(found: Mapping[str, Any], command: str) -> str:
             for name, method in summary["methods"].items()
             if name != "plain"
         ]
+        said += [] if summary["valid"] else [INVALID]
         lines.append(f"- middle-sized target, batch {batch}: {'; '.join(said)}")
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ import yaml
 
 from eval.card import NAMES
 from eval.head_tables import as_csv, depth_plot, markdown, row, speedup_plot
+from eval.lineup import without_places
 from eval.steps import hardware_line, options, read_json
 from eval.summary import clean
 from eval.tune_tree import parse_tree
@@ -48,7 +49,7 @@ def collect(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
                 budget = _budget(out, table, method, how)
                 rows[table].append(row(label, summary, method, {"method": method, "budget": budget}))
         rows[table].sort(key=lambda entry: ORDER.index(entry["head"]))
-    tuning = {path.stem: _placeless(read_json(path)) for path in sorted((out / "tuning").glob("*.json"))}
+    tuning = {path.stem: without_places(read_json(path)) for path in sorted((out / "tuning").glob("*.json"))}
     return {
         "settings": options(args),
         "commit": checkpoint.git_commit(),
@@ -59,15 +60,6 @@ def collect(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "claims": {table: summary["claims"]["faster_than_plain"] for table, summary in found.items()},
         "tuning": {name: {"best": one["best"], "tried": one["tried"]} for name, one in tuning.items()},
     }
-
-
-def _placeless(value: Any) -> Any:
-    """Settings without places of this machine: of a file its name."""
-    if isinstance(value, dict):
-        return {key: _placeless(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_placeless(part) for part in value]
-    return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
 def _label(how: Mapping[str, Any], labels: Mapping[str, str]) -> str | None:

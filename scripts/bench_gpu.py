@@ -129,7 +129,9 @@ def _mid(args: argparse.Namespace) -> list[Step]:
         ]
         said += ["--device", args.device, *scored]
         evaluation = (sys.executable, "-m", "eval.mmspec", *said)
-        steps.append(Step(f"mid batch {batch}", evaluation, where / "summary.json", ("mid head",)))
+        steps.append(
+            Step(f"mid batch {batch}", evaluation, where / "summary.json", ("mid head",), resume=("--resume",))
+        )
     return steps
 
 

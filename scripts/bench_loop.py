@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class Bench:
         self.args = args
         self.target = target or load_target(args.target, args.dtype, args.device)
         self.requests = self._requests(args.prompts)
-        self.bar = tqdm(total=5 * args.repeats, unit="pass", desc="bench_loop", disable=not sys.stderr.isatty())
+        n_passes = (4 + len(BATCHES)) * args.repeats
+        self.bar = tqdm(total=n_passes, unit="pass", desc="bench_loop", disable=not sys.stderr.isatty())
         self.note, self.tree, self.head = self._head()
 
     def _requests(self, n: int) -> list[Request]:
@@ -259,23 +261,30 @@ class Bench:
     # --- batches
 
     def by_batch(self) -> dict[str, Any]:
-        """Tokens per second and median latency by batch size."""
-        policy = FixedPolicy(self.tree.depth, self.tree.budget)
+        """By batch size: tokens per second and median latency without drafting and with the head, and its speedup."""
         requests = [Request(str(i), r.prompt, r.max_new_tokens, i) for i, r in enumerate(self.requests * 4)]
-        requests = requests[: max(BATCHES) * 2]
-        table: dict[str, Any] = {}
-        for batch in BATCHES:
-            methods = {"plain": (NullDrafter(), SkipPolicy()), "head": (self.head, policy)}
-            row: dict[str, Any] = {}
-            for name, (drafter, how) in methods.items():
-                seconds, outputs = self.run(drafter, how, batch, requests)
-                row[name] = {
-                    "tokens_per_s": sum(len(o.tokens) for o in outputs) / seconds,
-                    "latency_p50_s": statistics.median(o.latency_s for o in outputs),
-                }
-            row["speedup"] = row["head"]["tokens_per_s"] / row["plain"]["tokens_per_s"]
-            table[str(batch)] = row
-        return table
+        return {str(batch): self._at_batch(batch, requests[: max(BATCHES) * 2]) for batch in BATCHES}
+
+    def _at_batch(self, batch: int, requests: Sequence[Request]) -> dict[str, Any]:
+        """A row of `by_batch`: medians of the repeats."""
+        head = self.head, FixedPolicy(self.tree.depth, self.tree.budget)
+        methods: dict[str, tuple[Drafter, Policy]] = {"plain": (NullDrafter(), SkipPolicy()), "head": head}
+        outputs: dict[str, list[list[Output]]] = {name: [] for name in methods}
+
+        def seconds_of(name: str) -> float:
+            seconds, found = self.run(*methods[name], batch, requests)
+            outputs[name].append(found)
+            return seconds
+
+        taken = self.interleaved([partial(seconds_of, name) for name in methods])
+        row: dict[str, Any] = {}
+        for name, seconds in zip(methods, taken):
+            counted = outputs[name][1:]  # the first pass warms up
+            row[name] = {
+                "tokens_per_s": sum(len(o.tokens) for o in counted[0]) / statistics.median(seconds),
+                "latency_p50_s": statistics.median(o.latency_s for some in counted for o in some),
+            }
+        return row | {"speedup": ratio(*taken)}
 
 
 class Oracle:

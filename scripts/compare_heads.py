@@ -8,7 +8,8 @@ the same regenerated answers, whose states the target computes once (--live: in 
 as many conversations, at most --minutes each; a head that does not get there is scored as far as it got, and the table
 shows its steps. Two tables: `matched` has one tree for all heads (--tree), `tuned` each head's own, chosen by speedup
 on --tune-data. A twin reads means in place of the image (mmspec/heads/_blind.py) and stands in the first table;
-eval.dependence says at which tokens that costs acceptance.
+eval.dependence says at which tokens that costs acceptance. The fastest method without training stands there too, with
+its own settings and as many nodes as pay by measured costs.
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
 step before it has changed. Several of these commands may share --out, each with --heads of its own and the other
@@ -135,7 +136,8 @@ def _evaluation(
     folder = Path(args.out) / name
     ckpts = [word for head in heads for word in ("--ckpt", str(Path(args.out) / head.name))]
     words = module("eval.mmspec", *ckpts, *more, "--out", str(folder), *_scored(args))
-    return Step(name, words, folder / "summary.json", (*(f"train {head.name}" for head in heads), *after))
+    before = (*(f"train {head.name}" for head in heads), *after)
+    return Step(name, words, folder / "summary.json", before, resume=("--resume",))
 
 
 def _shared(args: argparse.Namespace) -> list[str]:
@@ -224,9 +226,9 @@ def collect(args: argparse.Namespace, heads: Sequence[Entrant], ledger: Ledger) 
                 tables[table].append(row(method, summary, method, {**facts, "blind": runs[name].blind}))
     if not args.no_training_free:
         summary = found["matched"]
-        best = max(method_names(), key=lambda name: summary["methods"][name][OVERALL]["mat"])
-        for rows in tables.values():
-            rows.append(row(f"best training-free ({best})", summary, best, {}))
+        best = max(method_names(), key=lambda name: summary["methods"][name][OVERALL]["speedup"])
+        facts = {"tree": "defaults; nodes by cost"}
+        tables["matched"].append(row(f"best training-free ({best})", summary, best, facts))
     dependence = {h.kind: read_json(out / "dependence" / h.kind / "dependence.json") for h in heads if h.blind}
     return {
         "settings": options(args),

@@ -17,10 +17,10 @@ Two tables, each one evaluation in which everybody decodes each prompt of --data
            the methods without training, which also choose their nodes by measured costs (--method-budget adaptive)
 
 Nothing is tuned on --data (of MMSpec note that testmini is a part of test). Every step is a command, printed before it
-runs and skipped when it is done; one is done again when its command, its head or a step before it has changed; an
-evaluation goes on where it was interrupted (after an update of the code remove its folder in --out first). Run folders
-are only read. Results: --results (tables by topic with intervals and exact_match as JSON, CSV, Markdown, and plots) and
-a paragraph on the terminal.
+runs and skipped when it is done; one is done again when its command, its head, its controller or a step before it has
+changed; an evaluation goes on where it was interrupted (after an update of the code remove its folder in --out first).
+Run folders are only read. Results: --results (tables by topic with intervals and exact_match as JSON, CSV, Markdown,
+and plots) and a paragraph on the terminal.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ class Entrant:
         return Path(args.out) / f"{table}_heads" / folder_name(self.name)
 
     @property
-    def weights(self) -> Path:
-        """The file that all its steps read."""
-        return self.source / "head.safetensors"
+    def files(self) -> tuple[str, ...]:
+        """Names of what is linked."""
+        return (*FILES, *CONTROLLER) if self.name == VISKIP else FILES
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """The files that all its steps read."""
+        return tuple(self.source / name for name in self.files if name.endswith(".safetensors"))
 
 
 def entrants(args: argparse.Namespace) -> list[Entrant]:
@@ -87,7 +92,7 @@ def entrants(args: argparse.Namespace) -> list[Entrant]:
         for table in TABLES:
             folder = one.folder(args, table)
             folder.mkdir(parents=True, exist_ok=True)
-            for file in (*FILES, *(CONTROLLER if one.name == VISKIP else ())):
+            for file in one.files:
                 link = folder / file
                 if not link.is_symlink() or link.resolve() != one.source / file:
                     link.unlink(missing_ok=True)
@@ -113,7 +118,7 @@ def plan(args: argparse.Namespace, heads: Sequence[Entrant]) -> list[Step]:
         tuned.append(f"tune {name}")
 
     for head in heads:
-        ckpt, reads = ("--ckpt", str(head.folder(args, "tuned"))), (head.weights,)
+        ckpt, reads = ("--ckpt", str(head.folder(args, "tuned"))), head.weights
         if head.name == STATIC:
             most = str(max(nodes, *map(int, STATIC_GRID)))
             words = (*fit, *ckpt, "--budget", most, "--out", str(_fitted(args)), *tuning)
@@ -161,8 +166,9 @@ def _evaluation(
     )  # fmt: skip
     # What was tuned is content of files that are written right before.
     static = [head.folder(args, table) / STATIC_TREE for head in heads if head.name == STATIC]
-    reads = (methods, *(head.weights for head in heads), *(head.folder(args, table) / "tree.json" for head in heads))
-    return Step(table, words, folder / "summary.json", tuple(after), None, ("--resume",), (*reads, *static))
+    weights = [path for head in heads for path in head.weights]
+    reads = (methods, *weights, *(head.folder(args, table) / "tree.json" for head in heads), *static)
+    return Step(table, words, folder / "summary.json", tuple(after), None, ("--resume",), reads)
 
 
 def prepare(args: argparse.Namespace, table: str, heads: Sequence[Entrant]) -> None:

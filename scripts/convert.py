@@ -11,6 +11,8 @@ is where names do not: MSD's are EAGLE's.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     hub = place_of(args.head)
     place = fetch(hub) if hub else Path(args.head)
     named = origin(hub, place) if hub else None
-    made = convert(place, args.layout, target, args.out, args.taps, args.image_input, named)
+    # Whole or not at all: what an interrupted conversion left would be refused from then on.
+    out = args.out.resolve()
+    scratch = out.with_name(f".{out.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        made = convert(place, args.layout, target, scratch, args.taps, args.image_input, named)
+        os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     print(f"{made.kind} head for {Path(target.name).name}: {args.out}")
 
 

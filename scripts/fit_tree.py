@@ -30,7 +30,15 @@ from tqdm import tqdm
 
 from eval.mmspec import open_target, output_folder
 from eval.options import add_records, add_target
-from eval.tasks import Dialogues, data_folder, data_name, limit_pixels, load_records, system_text
+from eval.tasks import (
+    Dialogues,
+    check_left_out,
+    data_folder,
+    data_name,
+    limit_pixels,
+    load_records,
+    system_text,
+)
 from mmspec import checkpoint as checkpoints
 from mmspec.api import STATIC_TREE, find_device, make_drafter
 from mmspec.arguments import Parser, at_least, command
@@ -134,11 +142,12 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     """Counts on held-out prompts.
 
     Raises:
-        InputError: a checkpoint, a target or data that cannot be used.
+        InputError: a checkpoint, a target or data that cannot be used, or too much of the data.
     """
     checkpoint = checkpoints.load(args.ckpt, args.target, args.dtype) if args.ckpt else None
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
+    n_read = len(records) + quarantine.count
     target = open_target([checkpoint] if checkpoint else [], args.target, args.dtype, args.device)
     limit_pixels(target, None)
     dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine)
@@ -148,6 +157,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
         shape = args.usual.depth, args.budget
         for _ in answers(target, dialogues, CountingRecycler(target, counts), shape, args.batch_size):
             pass
+        check_left_out(quarantine, n_read, args.max_bad_share)
         return target, counts
     head: Any = checkpoint.head(target.dtype).to(target.device)
     if not isinstance(head, SteppedHead):
@@ -155,6 +165,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     shape = checkpoint.tree.depth, checkpoint.tree.budget
     for request, tokens in answers(target, dialogues, make_drafter(checkpoint, target), shape, args.batch_size):
         count_head(head, target, request, tokens, counts)
+    check_left_out(quarantine, n_read, args.max_bad_share)
     return target, counts
 
 

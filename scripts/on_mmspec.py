@@ -5,8 +5,9 @@
 
 `heads` takes every head that recipes/results/published.yaml names from the Hub (or, with --heads, from the folder of
 its name there), converts it, scores it as its figure was taken (greedy, batch 1, at most 1,024 tokens, its tree), and
-compares the mean accepted length (MAT): what lies within 5% has passed. `recipe` looks for what data and benchmark
-share, trains, and scores the head with all training-free methods beside it, on as many records as the folder has.
+compares the mean accepted length (MAT): what lies within 5% and changed no answer has passed. `recipe` looks for what
+data and benchmark share, trains, and scores the head with all training-free methods beside it, on as many records as
+the folder has.
 
 Every step is a command, printed before it runs and skipped when it is done: the same command again goes on. What one
 head is refused for, or fails at, is said and the others go on.
@@ -33,6 +34,7 @@ sys.path[0] = str(ROOT)
 
 from eval.options import DTYPES  # noqa: E402
 from eval.steps import Ledger, Step, launched, module, perform  # noqa: E402
+from eval.tables import INVALID  # noqa: E402
 from mmspec import checkpoint  # noqa: E402
 from mmspec.arguments import Parser, command  # noqa: E402
 from mmspec.recipe import load  # noqa: E402
@@ -52,7 +54,8 @@ class Verdict:
         name: of the head.
         measured: its MAT here; None where it was not scored.
         low, high: the published figure, one number or a range; None where nothing is published.
-        said: where the figure is from, or why there is no measurement.
+        said: where the figure is from, or why there is no measurement; first of all, that answers were changed.
+        valid: whether they are plain decoding's (the gate of `summary.json`); None where it was not scored.
     """
 
     name: str
@@ -60,11 +63,12 @@ class Verdict:
     low: float | None
     high: float | None
     said: str
+    valid: bool | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether it was measured within TOLERANCE of the figure."""
-        return self.off is not None and abs(self.off) <= TOLERANCE
+        """Whether it was measured within TOLERANCE of the figure, without changing an answer."""
+        return self.valid is True and self.off is not None and abs(self.off) <= TOLERANCE
 
     @property
     def off(self) -> float | None:
@@ -83,18 +87,27 @@ class Verdict:
         return f"{self.low:.2f}" if self.low == self.high else f"{self.low:.2f} to {self.high:.2f}"
 
 
-def judge(name: str, measured: float | None, figure: Mapping[str, Any] | None, sources: Mapping[str, Any]) -> Verdict:
+def judge(
+    name: str,
+    measured: float | None,
+    figure: Mapping[str, Any] | None,
+    sources: Mapping[str, Any],
+    valid: bool = True,
+) -> Verdict:
     """A head's measured MAT beside the figure published of it.
 
     Args:
         figure: of recipes/results/published.yaml, `mat` one number or the lowest and the highest; None: there is none.
         sources: of the same file.
+        valid: see `Verdict`.
     """
+    first = "" if valid else f"{INVALID}; "
     if figure is None:
-        return Verdict(name, measured, None, None, "no figure is published")
+        return Verdict(name, measured, None, None, f"{first}no figure is published", valid)
     mat = figure["mat"] if isinstance(figure["mat"], list) else [figure["mat"]] * 2
     note = f"; {figure['note']}" if "note" in figure else ""
-    return Verdict(name, measured, *map(float, mat), f"{figure['data']}, {sources[figure['source']]['name']}{note}")
+    said = f"{first}{figure['data']}, {sources[figure['source']]['name']}{note}"
+    return Verdict(name, measured, *map(float, mat), said, valid)
 
 
 # ---- public heads ----
@@ -113,7 +126,7 @@ def heads(args: argparse.Namespace) -> int:
             for step in _steps(args, head, known["targets"]):
                 perform(step, ledger)
             summary = json.loads((args.out / name / "eval" / "summary.json").read_text(encoding="utf-8"))
-            verdicts.append(judge(name, float(summary["mat"]), figure, known["sources"]))
+            verdicts.append(judge(name, float(summary["mat"]), figure, known["sources"], summary["valid"]))
         except InputError as error:
             print(f"== {error}", file=sys.stderr, flush=True)
             verdict = judge(name, None, figure, known["sources"])
@@ -157,10 +170,13 @@ def _steps(args: argparse.Namespace, head: Mapping[str, Any], targets: Mapping[s
     convert = (sys.executable, str(ROOT / "scripts/convert.py"), place, *made, "--dtype", args.dtype, *_device(args))
     tree = ("--tree", *map(str, head["tree"]))
     score = ("--ckpt", str(folder / "head"), "--target", target, *tree, "--out", str(folder / "eval"), *_scored(args))
-    return [
-        Step(f"convert {name}", convert, folder / "head" / "head.json"),
-        Step(f"score {name}", module("eval.mmspec", *score), folder / "eval" / "summary.json", (f"convert {name}",)),
-    ]
+    converted = Step(f"convert {name}", convert, folder / "head" / "head.json")
+    return [converted, _evaluation(f"score {name}", score, folder / "eval", converted.name)]
+
+
+def _evaluation(name: str, words: Sequence[str], out: Path, after: str) -> Step:
+    """An evaluation."""
+    return Step(name, module("eval.mmspec", *words), out / "summary.json", (after,), resume=("--resume",))
 
 
 def _show(verdicts: Sequence[Verdict]) -> None:
@@ -172,7 +188,7 @@ def _show(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         off = "-" if verdict.off is None else f"{verdict.off:+.1%}"
         measured = "-" if verdict.measured is None else f"{verdict.measured:.2f}"
-        word = "passed" if verdict.passed else "open" if verdict.off is None else "off"
+        word = "passed" if verdict.passed else "open" if verdict.off is None else "off" if verdict.valid else "INVALID"
         table.add_row(verdict.name, measured, verdict.published, off, word, verdict.said)
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
@@ -195,7 +211,7 @@ def recipe(args: argparse.Namespace) -> int:
     out = args.out or folder / "mmspec"
     dtype = args.dtype or settings.target.dtype
     words = ("--ckpt", str(folder), "--target", settings.target.name, "--method", "all", "--out", str(out))
-    steps.append(Step("score", module("eval.mmspec", *words, *_scored(args, dtype)), out / "summary.json", ("train",)))
+    steps.append(_evaluation("score", (*words, *_scored(args, dtype)), out, "train"))
     (folder / "on_mmspec").mkdir(parents=True, exist_ok=True)
     for step in steps:
         perform(step, ledger)

@@ -123,12 +123,17 @@ def test_figures_are_gathered_of_what_is_there(tmp_path: Path):
         (tmp_path / name).write_text(text)
     for batch in (16, 2):
         (tmp_path / "mid" / f"batch_{batch}").mkdir()
-        summary = {"methods": {"plain": {"overall": {"mat": 1.0}}}, "hardware": {}}
+        methods = {"plain": {"overall": {"mat": 1.0}}, "eagle": {"overall": {"mat": 2.0, "speedup": 1.5}}}
+        summary = {"methods": methods, "hardware": {"cpu": "c"}, "valid": batch == 2}
         (tmp_path / "mid" / f"batch_{batch}" / "summary.json").write_text(json.dumps(summary))
     gathered = _gpu_page.collect(tmp_path, _random_target.NAMES)
     assert gathered["targets"] == {"llava-1.5-7b": {"loop": {"a": 1}}}
     assert list(gathered["mid"]) == ["2", "16"]
     assert gathered["mid"]["2"]["methods"]["plain"]["mat"] == 1.0
+    assert [summary["valid"] for summary in gathered["mid"].values()] == [True, False]
+    middle = {"targets": {}, "mid": gathered["mid"]}
+    for text in (_gpu_page.page(middle), _gpu_page.paragraph(middle, "cmd")):
+        assert text.count("INVALID: answers differ") == 1
     assert _gpu_page.collect(tmp_path / "none", _random_target.NAMES) == {"targets": {}, "mid": {}}
 
 
@@ -138,6 +143,7 @@ def test_every_step_names_a_script_and_a_file_of_its_own(tmp_path: Path):
     assert len({step.name for step in steps}) == len({step.makes for step in steps}) == len(steps)
     assert {word for step in steps for word in step.words if word.endswith(".py") and not Path(word).is_file()} == set()
     assert sum(step.name.startswith("mid") for step in steps) == 4
+    assert {step.resume for step in steps if step.name.startswith("mid batch")} == {("--resume",)}
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,46 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from mmspec.types import Output
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_loop.py"
+sys.path.append(str(SCRIPT.parent))  # as for a script that is run by its path
+
+import bench_loop  # noqa: E402
+
+
+class Paced(bench_loop.Bench):
+    """Passes of made-up seconds, the first of each kind far too slow; they are noted."""
+
+    def __init__(self) -> None:
+        self.args = SimpleNamespace(repeats=3)
+        self.requests = [SimpleNamespace(prompt=None, max_new_tokens=4)]
+        self.tree, self.head = bench_loop.TREE, object()
+        self.bar = SimpleNamespace(update=lambda: None)
+        self.order: list[tuple[int, str]] = []
+
+    def run(self, drafter: Any, policy: Any, batch: int = 1, *_: Any, **__: Any) -> tuple[float, list[Output]]:
+        kind = batch, "head" if drafter is self.head else "plain"
+        self.order.append(kind)
+        seconds = 100.0 if self.order.count(kind) == 1 else {"plain": 2.0, "head": 0.5}[kind[1]]
+        return seconds, [Output("0", [1, 2, 3, 4], "length", 0.1, seconds, [])]
+
+
+def test_batch_sizes_are_compared_by_repeats_that_take_turns():
+    bench = Paced()
+    rows = bench.by_batch()
+    assert list(rows) == ["1", "2", "4", "8", "16"]
+    for row in rows.values():
+        assert row["plain"] == {"tokens_per_s": 2.0, "latency_p50_s": 2.0}
+        assert row["head"] == {"tokens_per_s": 8.0, "latency_p50_s": 0.5}
+        assert row["speedup"] == 4.0
+    turns = [name for batch, name in bench.order if batch == 8]
+    assert turns == ["plain", "head", "plain", "head", "head", "plain", "plain", "head"]
 
 
 @pytest.mark.slow

@@ -74,6 +74,18 @@ def test_steps_are_in_order_and_tables_come_last(named: list[str]) -> None:
     assert matched.words[matched.words.index("--policies") + 1 :][:3] == ("fixed", "static", "viskip")
 
 
+def test_what_was_tuned_and_scored_with_a_controller_is_done_again_when_that_was_trained_anew(
+    named: list[str], tmp_path: Path
+) -> None:
+    args = args_of(*named)
+    steps = compare_methods.plan(args, compare_methods.entrants(args))
+    for file, readers in {
+        "head.safetensors": {"fit eagle", "tune eagle_static", "tune eagle", "tune viskip", "matched", "tuned"},
+        "viskip.safetensors": {"tune viskip", "matched", "tuned"},
+    }.items():
+        assert {step.name for step in steps if tmp_path / "source" / file in step.reads} == readers
+
+
 def test_equal_budgets_are_equal_and_tuned_ones_are_what_was_best(named: list[str], tmp_path: Path) -> None:
     args = args_of(*named)
     heads = compare_methods.entrants(args)

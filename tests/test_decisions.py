@@ -6,15 +6,16 @@ import copy
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from eval import decisions, samples
+from eval import decision_page, decisions, samples
 from eval.decision_figures import Asked, Decision, _rates, level
-from eval.decisions import Decoder
+from eval.decisions import Decoder, Steered
 from eval.tasks import Dialogues, data_folder, load_records
 from mmspec import checkpoint
 from mmspec.api import drafter_and_policy
@@ -27,6 +28,7 @@ from mmspec.policy import FixedPolicy
 from mmspec.records import Quarantine
 from mmspec.sampling import GreedySampler
 from mmspec.targets import load_target
+from mmspec.types import Plan
 from tests import tiny
 
 TREE = DraftTree(3, 1, 3)
@@ -52,6 +54,29 @@ def test_only_levels_that_were_reached_are_statements():
     assert Asked(Decision(3, 3, said), chain(3), 1).statement == (said, 3)
     assert Asked(Decision(0, 0, None), chain(1), 1).statement is None
     assert Asked(Decision(0, 0, said), Outcome((), ()), 1).statement is None
+
+
+@pytest.mark.parametrize(
+    ("asks", "asleep", "left", "unseen"),
+    [(True, 0, 5, ""), (False, 0, 5, "not asked"), (True, 3, 5, "asleep"), (True, 0, 1, "nothing to draft")],
+)
+def test_why_nothing_was_foreseen_is_kept(asks: bool, asleep: int, left: int, unseen: str):
+    policy: Any = SimpleNamespace(
+        asks=asks, asleep=asleep, said=[[0.5]], offered=[0, 1], max_depth=1, max_budget=1, mass_layer=None, senses=True,
+        plan=lambda sensed, remaining: Plan(1, (1,)),
+    )  # fmt: skip
+    steered = Steered(policy)
+    steered.plan([[0.0]], [left])
+    assert steered.decisions == [Decision(1, 1, None if unseen else (0.5,), unseen)]
+
+
+def test_a_round_says_why_nothing_was_foreseen():
+    entry = {"number": 1, "plan": 3, "nodes": 3, "accepted": 2, "foreseen": None, "none": None}
+    assert decision_page._words(entry | {"unseen": "not asked"}).endswith("3 nodes planned, not asked, 2 accepted")
+    assert decision_page._words(entry | {"plan": 0, "unseen": "asleep"}) == "round 1: no draft (asleep)"
+    told = {"unseen": "", "foreseen": 1.5, "none": 0.25}
+    assert decision_page._words(entry | told).endswith("3 nodes planned, 1.5 foreseen, 2 accepted")
+    assert decision_page._words(entry | told | {"plan": 0}).endswith("(chance that nothing is accepted 25%)")
 
 
 def test_rates_by_hand():
@@ -129,6 +154,15 @@ def test_what_is_asked_about_is_what_the_largest_draft_gives(decoder: Decoder):
         assert [one.at for one in answered.asked] == places
 
 
+def test_own_seconds_are_those_of_the_answer(decoder: Decoder):
+    """Of one that is left out they count nowhere."""
+    first, second = (decoder.answer(task)[0] for task in tasks(decoder, 2))
+    assert first is not None
+    assert second is not None
+    assert 0 < first.own_s < first.output.latency_s
+    assert second.own_s == decoder.steered.own_s
+
+
 def test_the_shadow_learns_nothing_into_the_controller_that_is_shown(decoder: Decoder):
     assert decoder.shadow.learned is not decoder.steered.learned
     assert decoder.shadow.learned.controller is decoder.steered.learned.controller
@@ -174,6 +208,7 @@ def test_the_page_holds_answers_plans_and_figures(folder: Path, tmp_path: Path, 
     assert row["hindsight"] >= max(row["controller"], row["best_fixed"], row["tree"]) - 1e-9
     assert 0 <= row["regret"] < 1
     assert result["n_differing"] == 0
+    assert result["asks"]
     assert len(result["topics"]) == 1 + page.count('class="sample"')
     assert {row["batch"] for row in result["batches"]} == {1, 2}
     n_levels = sum(row["rounds"] for row in result["levels"])
@@ -195,6 +230,36 @@ def test_the_page_holds_answers_plans_and_figures(folder: Path, tmp_path: Path, 
         ]
         assert [int(number) for number, *_ in table] == list(range(1, len(table) + 1))
     assert "rounds, MAT" in capsys.readouterr().out
+    # The same where the controller would not be asked, and some answers were too short to judge.
+    other = decision_page.render({**result, "asks": False, "n_short": 2}, [])
+    assert "<li>the controller is not asked here</li>" in other
+    assert "<th>usual depth</th>" in other
+    assert "<th>controller</th>" not in other
+    assert "2 requests left out: over before a round" in other
+    assert "<th>controller</th>" in page
+
+
+def test_answers_that_are_too_short_to_judge_are_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The second among them: its rounds with the largest draft are taken away."""
+    answer, calls = Decoder.answer, []
+
+    def shortened(self: Decoder, task: Any) -> Any:
+        answered, text = answer(self, task)
+        calls.append(answered)
+        return replace(answered, asked=[]) if len(calls) == 2 else answered, text
+
+    monkeypatch.setattr(Decoder, "answer", shortened)
+    out = tmp_path / "page.html"
+    words = ["--limit", "3", "--max-new-tokens", "12", "--dtype", "float64", "--max-batch", "1", "--out", str(out)]
+    assert decisions.main(["--ckpt", str(folder), *words]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    kept = [one for place, one in enumerate(calls) if place != 1 and one.asked]
+    assert (result["n_requests"], result["n_short"]) == (len(kept), len(calls) - len(kept))
+    share = sum(one.own_s for one in kept) / sum(one.output.latency_s for one in kept)
+    assert result["control_share"] == pytest.approx(share)
+    assert f"{result['n_short']} requests left out: their answers are over before" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -382,7 +382,7 @@ BAD_OPTIONS = [
     (("--temperature", "-1"), "--temperature: must be 0 (greedy) or a positive number, got -1"),
     (("--temperature", "hot"), "--temperature: must be 0 (greedy) or a positive number, got hot"),
     (("--temperature", "nan"), "--temperature: must be 0 (greedy) or a positive number, got nan"),
-    (("--top-p", "0"), "--top-p must be above 0 and at most 1, got 0.0"),
+    (("--top-p", "0"), "argument --top-p: must be above 0 and at most 1, got 0"),
     (("--top-k", "-1"), "--top-k must be at least 0, got -1"),
     (("--repetition-penalty", "0"), "--repetition-penalty must be a positive number (1 is off), got 0.0"),
     (("--no-repeat-ngram", "-1"), "--no-repeat-ngram must be at least 0, got -1"),
@@ -472,6 +472,16 @@ def test_a_question_is_shown_as_text_not_as_markup(evaluate: Callable[..., int],
     assert "<script" not in page
     assert "<b>bold</b>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_an_answer_of_one_token_has_no_mat(evaluate: Callable[..., int], data: Path, tmp_path: Path) -> None:
+    assert evaluate("--data", str(data), "--limit", "3", "--max-new-tokens", "1", "--policies", "fixed") == 0
+    text = (tmp_path / "out" / "samples.json").read_text()
+    samples = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert {sample["mat"] for sample in samples} == {None}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "MAT -" in page
+    assert "MAT nan" not in page
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:

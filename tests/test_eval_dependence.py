@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_the_table_finds_where_the_blind_twin_fails():
         seeing = torch.full((50,), ACCEPTED, dtype=torch.int8)
         blind = torch.where(torch.arange(50) < 25, ACCEPTED, REJECTED).to(torch.int8)
         blind[0] = NOT_OFFERED
-        answers.append(Answered(f"r{k}", ("a", "b")[k % 2], kl, {"seeing": seeing, "blind": blind}))
+        answers.append(Answered(f"r{k}", ("a", "b")[k % 2], f"{k}.png", kl, {"seeing": seeing, "blind": blind}))
     found = table(answers, ["seeing", "blind"])
     for rows in (found["overall"], *found["topics"].values()):
         gains = [row["checkpoints"]["blind"]["gain"] for row in rows]
@@ -71,6 +72,27 @@ def test_the_table_finds_where_the_blind_twin_fails():
     assert found["zeros"] == 1 / 1000
     assert [row["tokens"] for row in found["overall"]] == [100] * 10
     assert sum(row["tokens"] for row in found["topics"]["a"]) == 500
+
+
+def test_of_one_image_there_is_no_interval():
+    """However many answers are about it; of two images the interval is that of their gains."""
+    seeing, blind = torch.full((20,), ACCEPTED, dtype=torch.int8), torch.full((20,), ACCEPTED, dtype=torch.int8)
+    blind[10:] = REJECTED
+
+    def answer(topic: str, image: str, outcomes: torch.Tensor) -> Answered:
+        return Answered(f"{topic}{image}", topic, image, torch.zeros(20), {"seeing": seeing, "blind": outcomes})
+
+    answers = [answer("lone", "a", blind), answer("lone", "a", seeing)] * 5
+    answers += [answer("two", "b", torch.full_like(seeing, REJECTED)), answer("two", "c", seeing)] * 5
+    found = table(answers, ["seeing", "blind"])
+    for row in found["topics"]["lone"]:
+        cell = row["checkpoints"]["blind"]
+        assert math.isfinite(cell["gain"])
+        assert math.isnan(cell["gain_lo"])
+        assert math.isnan(cell["gain_hi"])
+    for row in found["topics"]["two"]:
+        cell = row["checkpoints"]["blind"]
+        assert (cell["gain_lo"], cell["gain_hi"]) == (0.0, 1.0)
 
 
 def test_a_chart_stands_alone():

@@ -16,6 +16,7 @@ import torch
 
 from eval import bench as bench_module
 from eval.bench import Bench, Method, Result
+from eval.lineup import file_hash, named_files, without_places
 from eval.plots import Series, line_chart, ticks
 from eval.policy_runs import AGAIN, Scored
 from eval.ranks import Ranks
@@ -24,8 +25,8 @@ from eval.report_dependence import joined
 from eval.report_views import leaders
 from eval.rows import Rows, as_row, from_row, read
 from eval.samples import texts
-from eval.summary import clean, figures, hardware, summarise, unreliable
-from eval.tasks import PLAIN, Dialogues, balanced
+from eval.summary import busiest, clean, figures, gained, hardware, summarise, unreliable
+from eval.tasks import PLAIN, Dialogues, balanced, check_left_out
 from mmspec import metrics
 from mmspec.records import Quarantine, Record
 from mmspec.types import InputError, Output, Prompt, Request
@@ -276,6 +277,50 @@ def test_contention_is_called_out_only_when_cores_were_short(monkeypatch: pytest
     assert not unreliable(0.1, 2)
     assert not unreliable(1.0, 1)
     assert not unreliable(None, 2)
+
+
+def test_of_the_sittings_the_busiest_counts() -> None:
+    """Of two processes, each with a core of its own; in the second sitting one of them finished nothing."""
+
+    def line(sitting: float, group: int, all_cores: float) -> dict[str, Any]:
+        return {"sitting": sitting, "group": group, "busy": [all_cores, 1.0]}
+
+    first = [line(1.0, 0, 9.0), line(1.0, 2, 3.0), line(1.0, 1, 3.0)]
+    assert busiest(first, 2) == 1.0, "what a process saw up to its last group"
+    assert busiest([*first, line(2.0, 4, 9.0), line(3.0, 3, 2.0), line(3.0, 6, 2.0)], 2) == 1.0
+    assert busiest([line(3.0, 3, 2.0), line(3.0, 6, 2.0), *first], 2) == 1.0
+    assert busiest([{"sitting": 1.0, "group": 0, "busy": None}], 1) is None
+    assert busiest([], 2) is None
+
+
+def test_what_is_left_out_is_said_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    quarantine = Quarantine(None)
+    check_left_out(quarantine, 2, 0.0)
+    assert capsys.readouterr().out == ""
+    quarantine.add("mmspec.jsonl", 1, "r1", "prompt longer than the context: turn 1 has 99 tokens")
+    check_left_out(quarantine, 20, 0.05)
+    assert capsys.readouterr().out == "left out: 1 of 20 records, most often (1x): prompt longer than the context\n"
+    with pytest.raises(InputError, match=r"1 of 10 records are unusable \(10\.0%, allowed 5\.0%\)"):
+        check_left_out(quarantine, 10, 0.05)
+
+
+def test_settings_name_no_folder_and_their_files_are_known_by_content(tmp_path: Path) -> None:
+    """Also those of the method that a hybrid copies by."""
+    automaton = tmp_path / "sam.safetensors"
+    automaton.write_text("a")
+    settings = {"retrieval": "sam", "min_match": 2, "settings": {"static": str(automaton), "prefer": "recent"}}
+    shown = {"retrieval": "sam", "min_match": 2, "settings": {"static": "sam.safetensors", "prefer": "recent"}}
+    assert without_places(settings) == shown
+    assert without_places({"tree": "runs/fitted/tree.json", "some": ["/a/b"]}) == {"tree": "tree.json", "some": ["b"]}
+    before = named_files(settings)
+    assert before == {"settings": {"static": file_hash(automaton)}}
+    automaton.write_text("b")
+    assert named_files(settings) != before
+
+
+def test_a_gain_without_an_interval_is_said_without_one() -> None:
+    assert gained({"gain": 0.1, "gain_lo": 0.05, "gain_hi": 0.15}) == "+0.100 [+0.050, +0.150]"
+    assert gained({"gain": -0.1, "gain_lo": None, "gain_hi": None}) == "-0.100"
 
 
 def test_hardware_names_no_host(tmp_path: Path) -> None:

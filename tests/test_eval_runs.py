@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from eval import mmspec as cli
+from eval.ranks import Ranks
 from eval.rows import ROUND, SCHEMA, alone
+from eval.summary import Contention
 from mmspec.checkpoint import DraftTree
 from tests import tiny
 from tests.test_eval import records_in, rows_of, write_records
@@ -118,7 +120,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers_and_frozen_to_the_same_r
     assert evaluate(*words) == 0
     unbroken, rows, times = said(out, rounds=True), rows_of(out), {}
     whole = (out / "requests.jsonl").read_bytes()
-    for share in (0.0, 0.13, 0.4, 0.71, 0.99):
+    for share in (0.0, 0.13, 0.71, 0.99):
         (out / "requests.jsonl").write_bytes(whole[: int(len(whole) * share)])
         (out / "summary.json").unlink()
         assert evaluate(*words, "--resume") == 0
@@ -128,8 +130,9 @@ def test_an_interrupted_run_goes_on_to_the_same_answers_and_frozen_to_the_same_r
         times[share] = sum(after[row["id"], row["turn"], row["method"]] == row["total_s"] for row in rows)
     assert times[0.0] == 0, "nothing was kept, all was decoded again"
     assert len(rows) / 2 < times[0.99] < len(rows), "what was there was kept"
-    assert evaluate(*words, "--resume") == 0, "a finished run is only summarised again"
-    assert [row["total_s"] for row in rows_of(out)] == [row["total_s"] for row in rows_of(out)]
+    finished = (out / "requests.jsonl").read_bytes()
+    assert evaluate(*words, "--resume") == 0
+    assert (out / "requests.jsonl").read_bytes() == finished, "a finished run is only summarised again"
 
 
 def test_a_run_goes_on_only_as_what_it_was(
@@ -147,6 +150,85 @@ def test_a_run_goes_on_only_as_what_it_was(
     assert said(tmp_path / "out") == before
     assert evaluate("--limit", "2") == 0, "without --resume it starts anew"
     assert len(said(tmp_path / "out")) == 6
+
+
+def test_a_run_goes_on_only_with_the_files_that_its_settings_name(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree, settings = tmp_path / "tree.json", tmp_path / "settings.yaml"
+    tree.write_text('{"paths": [[0], [1], [0, 0]]}')
+    settings.write_text(f"recycling: {{tree: {tree}}}\n")
+    words = ["--method", "recycling", "--method-settings", str(settings), "--method-budget", "fixed"]
+    words += ["--policies", "fixed", "--limit", "3"]
+    assert evaluate(*words) == 0
+    assert summary_of(tmp_path / "out")["settings"]["methods"]["recycling"]["tree"] == "tree.json"
+    assert evaluate(*words, "--resume") == 0
+    tree.write_text('{"paths": [[0], [0, 0]]}')
+    assert evaluate(*words, "--resume") == 2
+    assert "was begun with another files.recycling.tree" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_only_by_the_costs_that_it_was_begun_with(
+    evaluate: Callable[..., int], run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another command may measure them again, as for a larger batch; a cell that is whole has no use for them."""
+    requests = tmp_path / "out" / "requests.jsonl"
+    assert evaluate("--frozen") == 0
+    unbroken, whole = said(tmp_path / "out", rounds=True), requests.read_bytes()
+    [table] = (run_folder / "costs").glob("*.json")
+    before = table.read_text()
+    other = json.loads(before)
+    other["verify_s"]["1"]["1"] *= 2
+    try:
+        table.write_text(json.dumps(other))
+        assert evaluate("--frozen", "--resume") == 0
+        requests.write_bytes(whole[: len(whole) // 2])
+        assert evaluate("--frozen", "--resume") == 2
+        error = capsys.readouterr().err
+        assert "requests.jsonl was begun with other costs of viskip" in error
+        assert error.count("\n") == 1
+    finally:
+        table.write_text(before)
+    assert evaluate("--frozen", "--resume") == 0
+    assert said(tmp_path / "out", rounds=True) == unbroken
+
+
+def test_a_sitting_that_other_work_slowed_is_not_forgotten(
+    evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one count that decoded nothing."""
+    requests = tmp_path / "out" / "requests.jsonl"
+    found = []
+    for others, share in ((8.0, 0.5), (0.5, 1.0), (99.0, 1.0)):
+        monkeypatch.setattr(Contention, "busy", lambda self, others=others: (1.0 + others, 1.0))
+        assert evaluate("--policies", "fixed", "--resume") == 0
+        found.append(summary_of(tmp_path / "out")["contention"]["other_cores"])
+        whole = requests.read_bytes()
+        requests.write_bytes(whole[: int(len(whole) * share)])
+    assert found == [8.0, 8.0, 8.0]
+
+
+class Twice(Ranks):
+    """One process that hears of what it quarantined twice, as from a peer that found as much."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * (2 if isinstance(value, dict) else 1)
+
+
+def test_processes_are_held_together_to_the_share_of_bad_records(
+    evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of six is too long for the target, of which each process finds as many: a third in all."""
+    folder = tmp_path / "long"
+    records = records_in(folder, 6)
+    records[0]["turns"] = ["w1 " * 400]
+    words = ("--data", str(write_records(folder, records)), "--policies", "fixed", "--max-bad-share", "0.2")
+    assert evaluate(*words) == 0
+    monkeypatch.setattr(cli, "join", Twice)
+    assert evaluate(*words) == 2
+    error = capsys.readouterr().err
+    assert "error: 2 of 6 records are unusable (33.3%, allowed 20.0%), most often (2x): prompt longer" in error
+    assert error.strip().endswith("quarantine.jsonl")
 
 
 def test_two_runs_do_not_write_to_one_folder(

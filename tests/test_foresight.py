@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from eval import foresight
+from eval import decisions, dependence, foresight, tune_tree
 from eval.foresight import Paper, Round
+from eval.tasks import Dialogues
 from mmspec.checkpoint import DraftTree
+from mmspec.records import RecordError
 from mmspec.targets import load_target
+from scripts import fit_tree
 from tests import tiny
 
 COST_S = (1.0, 1.2, 1.4, 1.6)
 
 
-def some(accepted: int, request: int, foreseen: tuple[float, ...] = (0.5, 0.5, 0.5), sure: float = 0.5) -> Round:
+def some(accepted: int, image: int, foreseen: tuple[float, ...] = (0.5, 0.5, 0.5), sure: float = 0.5) -> Round:
     scores = tuple(math.log(sure) * level for level in (1, 2, 3))
-    return Round(request, foreseen, scores, accepted)
+    return Round(f"{image:04}.png", foreseen, scores, accepted)
 
 
 def test_rates_and_hindsight_by_hand():
@@ -57,7 +62,7 @@ def test_the_fit_finds_the_truth_on_the_other_half():
     accepted = (rng.random((4000, 3)) < truth).cumprod(1).sum(1)
     sure = 1 / (1 + np.exp(-2.0 * (1.0 + hidden)))
     rounds = [
-        Round(i, tuple(1 / (1 + np.exp(-s))), tuple(np.log(p).cumsum()), int(a))
+        Round(f"{i:04}.png", tuple(1 / (1 + np.exp(-s))), tuple(np.log(p).cumsum()), int(a))
         for i, (s, p, a) in enumerate(zip(seen, sure, accepted))
     ]
     paper = Paper(rounds, COST_S)
@@ -66,6 +71,18 @@ def test_the_fit_finds_the_truth_on_the_other_half():
     assert paper.nll(both) < paper.nll(alone) < paper.nll(np.broadcast_to(paper.usual(), truth.shape))
     assert paper.nll(alone) < paper.nll(paper.sure)
     assert paper.nll(both) == pytest.approx(paper.nll(truth), abs=0.01)
+
+
+def test_rounds_of_one_image_are_fitted_on_and_drawn_together():
+    """All drafts about one image come true and none about the other: either is foreseen by what the other was like."""
+    rounds = [some(3, 0), some(0, 1)] * 20
+    paper = Paper(rounds, COST_S)
+    first = paper.fitted(paper.sure)[:, 0]
+    assert (first[::2] < 0.1).all()
+    assert (first[1::2] > 0.9).all()
+    gain = paper.gain(paper.hindsight())
+    assert (gain.lo, gain.hi) == pytest.approx((1.0, 1.6)), "one image twice, or the other"
+    assert math.isnan(Paper([some(3, 0), some(0, 0)], COST_S).gain(np.array([3, 0])).lo)
 
 
 def test_outcomes_that_nothing_tells_are_worth_nothing_but_in_hindsight():
@@ -82,11 +99,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.run_folder(tmp_path_factory.mktemp("runs") / "run", load_target("tiny_llava"), DraftTree(4, 2, 8))
 
 
-def test_the_command_compares_what_may_be_known(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_compares_what_may_be_known(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Round] = []
+    judge = foresight.figures
+    monkeypatch.setattr(foresight, "figures", lambda rounds, cost_s: seen.extend(rounds) or judge(rounds, cost_s))
     out = tmp_path / "some" / "foresight.json"
     words = ["--ckpt", str(folder), "--offer", "2", "--limit", "6", "--max-new-tokens", "12", "--out", str(out)]
     assert foresight.main(words) == 0
     assert "| the draft's scores |" in capsys.readouterr().out
+    assert all(one.image.endswith(".png") for one in seen)
+    assert len({one.image for one in seen}) <= 6, "later turns are about the image of the first"
     found = json.loads(out.read_text())
     assert list(found["temperatures"]) == ["0", "1"]
     for part in found["temperatures"].values():
@@ -105,4 +129,31 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.
     assert foresight.main(["--ckpt", str(bare)]) == 2
     assert "has no controller" in capsys.readouterr().err
     assert foresight.main(["--ckpt", str(folder), "--offer", "4", "--limit", "2", "--max-new-tokens", "4"]) == 2
-    assert "fewer than two requests" in capsys.readouterr().err
+    assert "fewer than two images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (foresight.main, ["--out", "foresight.json"]),
+        (tune_tree.main, ["--out", "best.json", "--grid", "2,1,2"]),
+        (fit_tree.main, ["--out", "tree.json"]),
+        (dependence.main, ["--out", "where"]),
+        (decisions.main, ["--out", "page.html", "--max-batch", "1"]),
+    ],
+)
+def test_this_command_and_others_stop_where_the_target_takes_too_few_records(
+    command: Callable[[list[str]], int], words: list[str], folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """Here none, so that nothing is decoded."""
+
+    def refuse(*_: Any) -> None:
+        raise RecordError("prompt longer than the context: turn 1 has 9 tokens")
+
+    monkeypatch.setattr(Dialogues, "_encode", refuse)
+    monkeypatch.chdir(tmp_path)
+    given = ["--ckpt", str(folder), "--data", "synth:testmini", "--limit", "2", "--max-new-tokens", "4"]
+    assert command([*given, "--device", "cpu", *words]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "2 of 2 records are unusable (100.0%, allowed 5.0%), most often (2x): prompt longer" in last

@@ -41,6 +41,39 @@ def test_passed_is_within_five_percent_of_a_figure_or_of_a_range(measured: Any, 
     assert verdict.off == (None if off is None else pytest.approx(off, abs=1e-3))
 
 
+def test_a_head_that_changes_answers_does_not_pass():
+    verdict = on_mmspec.judge("x", 3.98, figure(3.98), SOURCES, valid=False)
+    assert verdict.off == 0
+    assert not verdict.passed
+    assert verdict.said.startswith("INVALID: answers differ")
+
+
+def test_the_gate_of_a_score_counts_and_a_score_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done = []
+
+    def pretend(step: Any, ledger: Any) -> None:
+        done.append(step)
+        if step.makes.suffix == ".json":
+            step.makes.parent.mkdir(parents=True, exist_ok=True)
+            step.makes.write_text(json.dumps({"mat": 3.98, "valid": False}))
+
+    monkeypatch.setattr(on_mmspec, "perform", pretend)
+    write_records(tmp_path, [])
+    head = {"name": "eagle", "target": "t", "layout": "eagle", "hub": str(tmp_path), "tree": [4, 3, 9]}
+    known = {"sources": SOURCES, "targets": {"t": "x"}, "heads": [head], "figures": [figure(3.98)]}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump(known))
+    words = ["--data", str(tmp_path), "--device", "cpu"]
+    public = ["--published", str(tmp_path / "list.yaml"), "--out", str(tmp_path / "out")]
+    assert on_mmspec.main(["heads", *words, *public]) == 1
+    [found] = json.loads((tmp_path / "out" / "verdict.json").read_text())["heads"]
+    assert (found["off"], found["valid"], found["passed"]) == (0, False, False)
+    made = str(on_mmspec.ROOT / "recipes" / "eagle_tiny.yaml")
+    assert on_mmspec.main(["recipe", made, f"run.out={tmp_path / 'runs'}", *words]) == 0
+    assert [step.resume for step in done if step.name.startswith("score")] == [("--resume",)] * 2
+
+
 def test_without_a_figure_nothing_passes():
     assert not on_mmspec.judge("x", 4.0, None, SOURCES).passed
 

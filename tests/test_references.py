@@ -58,6 +58,27 @@ def test_references_are_by_record_and_turn_and_a_bad_line_is_named(tmp_path: Pat
         path.write_text(bad)
         with pytest.raises(InputError, match=words):
             load_references(tmp_path)
+    path.write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(InputError, match="line 1: no reference"):
+        load_references(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        b"{",
+        b'{"a": "\xff"}',
+        b"[1]",
+        b'{"a": [1]}',
+        b'{"a": [{"turn": 0}]}',
+        b'{"a": [{"turn": "0", "kind": "count", "expected": "two"}]}',
+        b'{"a": [{"turn": 0, "kind": "count", "expected": 2}]}',
+    ],
+)
+def test_facts_that_are_none_are_named(facts: bytes, tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_bytes(facts)
+    with pytest.raises(InputError, match=r"facts\.json holds no facts"):
+        load_references(tmp_path)
 
 
 def test_a_dataset_of_the_hub_is_found_in_the_cache_and_a_missing_one_is_one_line(tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def test_a_run_writes_a_row_for_each_cell_method_and_topic(
     assert "pld" in capsys.readouterr().out
     for words in ([], [str(out), "--csv", "--markdown"], [str(tmp_path)], [str(out / "tables.md")]):
         assert show.main(words) == 2
+    capsys.readouterr()
+    assert show.main([str(out / "samples.json")]) == 2
+    assert capsys.readouterr().err.endswith("is no summary of eval.mmspec: ValueError\n")
 
 
 def test_an_invalid_run_says_so_in_its_tables(evaluate: Callable[..., int], tmp_path: Path) -> None:
