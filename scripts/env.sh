@@ -11,8 +11,11 @@ mmspec_environment() {
         echo "== environment: .venv (once; pinned by scripts/constraints.txt)"
         [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
         # torch first and on its own: asked for by another package, a newer build with CUDA could be taken.
-        .venv/bin/python -m pip install -q -c scripts/constraints.txt "torch==$(sed -n 's/^torch==//p' scripts/constraints.txt)"
-        .venv/bin/python -m pip install -q -c scripts/constraints.txt -e ".[train,eval,dev]"
+        .venv/bin/python -m pip install -q --no-compile -c scripts/constraints.txt \
+            "torch==$(sed -n 's/^torch==//p' scripts/constraints.txt)"
+        .venv/bin/python -m pip install -q --no-compile -c scripts/constraints.txt -e ".[train,eval,dev]"
+        # On all cores, where pip would take one; some packages ship files that are no Python, as templates.
+        .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
         echo "$want" >"$stamp"
     fi
     # shellcheck disable=SC1091

@@ -15,5 +15,5 @@ fi
 python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || marks="${marks:+$marks and }not gpu"
 echo "== format" && ruff format --check .
 echo "== lint" && ruff check .
-echo "== types" && mypy
+echo "== types" && mypy -n 2
 echo "== tests" && python -m pytest -q -n 2 --dist worksteal -m "$marks" "$@"

@@ -15,7 +15,7 @@ from tests import tiny
 def run_of(folder: Path) -> Path:
     """A sweep of an untrained head on the embedded target in `eval`, and its dependence in `where`."""
     tiny.run_folder(folder, load_target("tiny_llava"), DraftTree(3, 2, 4))
-    given = ["--ckpt", str(folder), "--limit", "6", "--max-new-tokens", "8"]
+    given = ["--ckpt", str(folder), "--limit", "6", "--max-new-tokens", "5"]
     sweep = ["--method", "pld", "recycling", "--method-budget", "fixed", "--batch-size", "1", "2"]
     sweep += ["--temperature", "0", "1"]
     assert mmspec.main([*given, *sweep]) == 0
