@@ -265,11 +265,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes safetensors atomically; tensors are copied, so shared storage is no obstacle."""
+    """Writes safetensors atomically, equal tensors as equal bytes; copied, so shared storage is no obstacle."""
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    header, data = _in_order(save(copied, metadata=dict(metadata or {})))
     # `save_file` would make a file that only its owner may read, whatever the umask says.
-    with replacing(path) as scratch:
-        scratch.write_bytes(save(copied, metadata=dict(metadata or {})))
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        file.write(header)
+        file.write(data)
+
+
+def _in_order(raw: bytes) -> tuple[bytes, memoryview]:
+    """Header and data of a safetensors file, its metadata in order: the library has them in that of a random hash."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:end])
+    if "__metadata__" in entries:
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # data are aligned
+    return len(header).to_bytes(8, "little") + header, memoryview(raw)[end:]
 
 
 def _git(root: Path, *words: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmspec import checkpoint
@@ -134,3 +135,20 @@ def test_provenance_says_how_and_not_where(tmp_path: Path):
     assert said["command"][1:] == ["recipes/a.yaml", "data.train=.../data.json"]
     assert said["data_hash"] == "abc"
     assert said["libraries"]["torch"] == torch.__version__
+
+
+def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    """Files are compared and keyed by their bytes; the library's own order of metadata is another one in every call."""
+    tensors = {"b.weight": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "c": torch.zeros(0)}
+    about = {"format": "pt", "schema": "1", "z": "größe", "y": "2"}
+    path = tmp_path / "head.safetensors"
+    found = set()
+    for _ in range(8):
+        checkpoint.write_tensors(path, tensors, about)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    with safe_open(str(path), framework="pt") as file:
+        assert file.metadata() == about
+    back = load_file(str(path))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in tensors.items())
