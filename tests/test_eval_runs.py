@@ -45,6 +45,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, run_folder: Path, data: Path, tmp_
 
     def call(*words: str, out: str = "out") -> int:
         given = ["--ckpt", str(run_folder), "--data", str(data), "--dtype", "float64", "--max-new-tokens", "8"]
+        given += ["--method-budget", "fixed"]  # no costs to measure in every run
         return cli.main([*given, "--out", str(tmp_path / out), *words])
 
     return call

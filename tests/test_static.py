@@ -49,7 +49,7 @@ QUICK = [("llava", "sampled"), ("qwen3_vl", "greedy")]
 )
 def test_fixed_shapes_change_no_token(family, sampler):
     model, draw = build(family), SAMPLERS[sampler]
-    asked = requests(model, 4, 24)
+    asked = requests(model, 4, 18)
     plain = generate(model, asked, NullDrafter(), SkipPolicy(), draw)
     model = at_fixed_shapes(model)
     for batch in (1, 3):
