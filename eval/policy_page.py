@@ -23,9 +23,12 @@ from eval.policy_tables import (
     WANTED_SHARE,
     batch_lines,
     facts_of,
+    key_of,
     labels_of,
     reliability_lines,
+    sentences,
 )
+from eval.steps import hardware_line
 from eval.summary import OVERALL, interval, number, warmth
 from mmspec.pages import template
 
@@ -61,6 +64,10 @@ def render(table: Mapping[str, Any]) -> str:
     wrong = sorted(
         {row["policy"] for row in table["rows"] if row["exact_match"] is not None and row["exact_match"] < 1}
     )
+    scored = {
+        key_of(cell["settings"]): f"at {(cell['commit'] or 'no commit')[:7]} on {_machine(cell)}"
+        for cell in table["cells"]
+    }
     busy = dict.fromkeys(_name(row) for row in table["rows"] if row["unreliable"])
     return template(TEMPLATE, number=number, percent=_percent).render(
         table=table,
@@ -71,8 +78,12 @@ def render(table: Mapping[str, Any]) -> str:
         legend=[(label, css, _key(label, css)) for label, css in COLOURS.items() if label in labels],
         thin=[label for label in labels if label not in (*COLOURS, ORACLE)],
         promises=[
-            {**row, "name": _name(row), "uneven": uneven(row)} for row in table["promises"]
+            {**row, "name": _name(row), "scored": scored[key_of(row)], "uneven": uneven(row)}
+            for row in table["promises"]
         ],
+        missed=sentences(table["promises"]),
+        machines=list(dict.fromkeys(map(_machine, table["cells"]))),
+        places=list(dict.fromkeys(hardware_line(cell["hardware"]) for cell in table["cells"])),
         heads=headlines(table["promises"]),
         floors={"plain": PLAIN_FLOOR, "best": BASELINE_FLOOR, "share": WANTED_SHARE, "large": LARGE, "own": OWN_SHARE,
                 "ece": ECE},
@@ -82,6 +93,10 @@ def render(table: Mapping[str, Any]) -> str:
         cells=[_drafter(table, name, labels) for name in drafters],
         n_levels=2,
     )  # fmt: skip
+
+
+def _machine(cell: Mapping[str, Any]) -> str:
+    return str(cell["hardware"]["gpu"] or cell["hardware"]["cpu"])
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -73,7 +73,7 @@ def headroom_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], list[str]]:
+def judge(found: Mapping[str, Any], label: str = "P8") -> dict[str, Any]:
     """What was promised of the learned policy, in one cell.
 
     A topic of which the batches are too few for an interval is not judged.
@@ -88,8 +88,8 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
         the speedup over plain decoding and over the best baseline, with their topics; `ratio, lo, hi` to that baseline
         and `attention, attention_lo, attention_hi` to the paper's threshold, overall; `headroom` and the `captured`
         share; `control`, the largest own share of the time; `ece` with `ece_depth` and `ece_chance`; `again_ratio,
-        again_lo, again_hi`, how fast plain decoding was the second time; `misses`, which of these are not as promised.
-        And a sentence for each thing that does not hold.
+        again_lo, again_hi`, how fast plain decoding was the second time; `misses`, for each of these that is not as
+        promised the sentences that say so.
     """
     how, best = found["settings"], found["best"]
     where = f"{how['drafter']} batch {how['batch']} T {how['temperature']:g} {how['data']}"
@@ -145,13 +145,54 @@ def judge(found: Mapping[str, Any], label: str = "P8") -> tuple[dict[str, Any], 
         if depth["ece"] > ECE:
             few = f", of which {depth['honest']:.3f} is chance" if "honest" in depth else ""
             miss("ece", f"{name} is off by {depth['ece']:.3f} (ECE{few}) at depth {depth['depth']}")
-    figures["misses"] = list(missed)
-    return figures, [line for lines in missed.values() for line in lines]
+    return {**figures, "misses": missed}
+
+
+def sentences(promises: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All that does not hold, of all cells."""
+    return [line for cell in promises for lines in cell["misses"].values() for line in lines]
 
 
 def facts_of(how: Mapping[str, Any]) -> dict[str, Any]:
     """Which cell: drafter, batch, temperature, data, of a file's settings."""
     return {name: how[name] for name in ("drafter", "batch", "temperature", "data")}
+
+
+def key_of(how: Mapping[str, Any]) -> Key:
+    """The same of anything that has these facts, to look cells up by."""
+    return how["drafter"], how["batch"], how["temperature"], how["data"]
+
+
+def merged(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with the cells of another that it lacks, in the order of that other.
+
+    What is said of a drafter, not of a cell, is that of `new` where it has any: its controllers, and its costs on each
+    machine.
+
+    Args:
+        new: of `collect`, without what is computed of all rows, `means` and `break_even`.
+        old: one written before.
+    """
+    known = {key_of(cell["settings"]) for cell in new["cells"]}
+    lacks = [key for cell in old["cells"] if (key := key_of(cell["settings"])) not in known]
+    drafters = list(dict.fromkeys(cell["settings"]["drafter"] for cell in (*old["cells"], *new["cells"])))
+    order = list(dict.fromkeys(key_of(cell["settings"]) for cell in (*old["cells"], *new["cells"])))
+
+    def place(entry: Mapping[str, Any]) -> tuple[int, int]:
+        key = key_of(entry.get("settings", entry))
+        return drafters.index(key[0]), order.index(key)
+
+    table = dict(new)
+    for name in ("rows", "headroom", "promises", "cells"):
+        kept = [entry for entry in old[name] if key_of(entry.get("settings", entry)) in lacks]
+        table[name] = sorted([*new[name], *kept], key=place)
+    costs = {name: {entry["hardware"]: entry for entry in entries} for name, entries in old["costs"].items()}
+    for name, entries in new["costs"].items():
+        costs[name] = {**costs.get(name, {}), **{entry["hardware"]: entry for entry in entries}}
+    table["costs"] = {name: list(entries.values()) for name, entries in costs.items()}
+    fresh = {name: found for name, found in new["controllers"].items() if any(found.values())}
+    table["controllers"] = {**old["controllers"], **fresh}
+    return table
 
 
 def _groups(found: Mapping[str, Any]) -> dict[str, int]:

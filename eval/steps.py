@@ -267,4 +267,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def hardware_line(hardware: Mapping[str, Any]) -> str:
     """The machine of a summary in one line."""
-    return ", ".join(f"{key} {value}" for key, value in hardware.items())
+    return ", ".join(f"{key} {value}" for key, value in hardware.items() if value is not None)

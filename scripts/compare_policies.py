@@ -17,7 +17,8 @@ batch 1. Times of a busy machine are marked unreliable, and so are the costs tha
 
 Every step is a command, printed before it runs and skipped when it is done; a step is done again when its command or a
 step before it has changed. Results: runs/policies/table.json, and --results (the same, a page, plots); --so-far makes
-them of the cells that are there, and says which are not.
+them of the cells that are there, and says which are not; with --keep those that only --results has stay in it, as they
+were made on another machine. Each cell names its commit and its machine.
 """
 
 from __future__ import annotations
@@ -37,13 +38,17 @@ from eval.options import DTYPES
 from eval.policy_page import render
 from eval.policy_runs import BASELINES, LEARNED, ORACLE
 from eval.policy_tables import (
+    Key,
     break_even,
     headroom_of,
     judge,
+    key_of,
     markdown,
     means,
+    merged,
     plot,
     rows_of,
+    sentences,
     skip_quality,
 )
 from eval.steps import ROOT, Ledger, Step, hardware_line, module, options, perform
@@ -189,12 +194,11 @@ def _cell(args: argparse.Namespace, entrant: Entrant, batch: int, temperature: f
     after = (f"tune {name}", *(f"controller {entrant.name} {k}" for k in trained))
     limit = ["--limit", str(args.data_limit)] if args.data_limit else []
     every = [*BASELINES, *QUESTIONED] if entrant.name == UNTRAINED else [*BASELINES, *LEARNED, ORACLE]
-    what = {"short": (args.data, every), "long": (args.long_data, args.long_policies)}
-    for part in _parts(args, entrant):
-        data, policies = what[part]
+    whose = {"short": every, "long": args.long_policies}
+    for part, data in _parts(args, entrant).items():
         makes = folder / f"{part}.json"
         said = [*base, *read, "--max-new-tokens", str(args.max_new_tokens), "--tuned", str(tuned)]
-        said += ["--data", data, *limit, "--policies", *policies]
+        said += ["--data", data, *limit, "--policies", *whose[part]]
         steps.append(Step(f"score {name} {part}", module("eval.policies", *said, "--out", str(makes)), makes, after))
     return steps
 
@@ -204,9 +208,10 @@ def _readers(entrant: Entrant) -> dict[str, list[str]]:
     return {"full": CONTROLLERS["full"]} if entrant.name == UNTRAINED else CONTROLLERS
 
 
-def _parts(args: argparse.Namespace, entrant: Entrant) -> tuple[str, ...]:
+def _parts(args: argparse.Namespace, entrant: Entrant) -> dict[str, str]:
     """What a drafter is scored on: the untrained one, about which there is one question, on the short data alone."""
-    return ("short", "long") if args.long_data and entrant.name != UNTRAINED else ("short",)
+    short = {"short": str(args.data)}
+    return {**short, "long": args.long_data} if args.long_data and entrant.name != UNTRAINED else short
 
 
 def make_untrained(like: Path, folder: Path) -> None:
@@ -223,39 +228,60 @@ def collect(args: argparse.Namespace, drafters: Sequence[Entrant]) -> dict[str, 
     """The table: rows, headroom, what does not hold, and what else the cells say.
 
     Raises:
-        InputError: a cell is missing, and not only those so far are asked for; or there is none.
+        InputError: a cell is missing, and not only those so far are asked for; there is none; or a cell that is to be
+            kept was made with another offer, length or dtype.
     """
     files: list[dict[str, Any]] = []
-    missing: list[Path] = []
+    missing: dict[Key, Path] = {}
     for entrant in drafters:
         for batch in args.batches:
             for temperature in args.temperatures:
                 folder = Path(args.out) / "cells" / f"{entrant.name}_b{batch}_t{temperature:g}"
-                for part in _parts(args, entrant):
+                for part, data in _parts(args, entrant).items():
                     path = folder / f"{part}.json"
                     if not path.is_file():
-                        missing.append(path)
+                        missing[entrant.name, batch, temperature, data] = path
                         continue
                     found = json.loads(path.read_text(encoding="utf-8"))
                     found["settings"]["drafter"] = entrant.name
                     files.append(found)
-    if missing and not (args.so_far and files):
-        raise InputError(f"{missing[0]} is missing: run the shard that makes it, then this command again")
-    rows = [row for found in files for row in rows_of(found)]
-    facts = ("commit", "settings", "best", "control", "calibration", "against", "skips")
+    facts = ("commit", "hardware", "settings", "best", "control", "calibration", "against", "skips")
     for found in files:
         found["skips"] = {k: skip_quality(v) for k, v in found.pop("outcomes", {}).items()}
-    judged = [judge(found) for found in files]
-    return {
-        "settings": _settings(args), "commit": checkpoint.git_commit(), "hardware": files[0]["hardware"],
-        "rows": rows, "headroom": [row for found in files for row in headroom_of(found)],
-        "promises": [figures for figures, _ in judged], "verdicts": [line for _, said in judged for line in said],
-        "means": means(rows), "break_even": break_even(rows),
-        "missing": [f"{path.parent.name}/{path.stem}" for path in missing],
+    table: dict[str, Any] = {
+        "settings": _settings(args), "commit": checkpoint.git_commit(),
+        "rows": [row for found in files for row in rows_of(found)],
+        "headroom": [row for found in files for row in headroom_of(found)],
+        "promises": [judge(found) for found in files],
         "cells": [{key: found.get(key) for key in facts} for found in files],
         "costs": {entrant.name: _costs_of(args, entrant) for entrant in drafters},
         "controllers": {entrant.name: _held_out(args, entrant) for entrant in drafters},
     }  # fmt: skip
+    if args.keep:
+        table = merged(table, _kept(args))
+    for cell in table["cells"]:
+        missing.pop(key_of(cell["settings"]), None)
+    if missing and not (args.so_far and table["cells"]):
+        first_missing = next(iter(missing.values()))
+        raise InputError(f"{first_missing} is missing: run the shard that makes it, then this command again")
+    table["missing"] = [f"{path.parent.name}/{path.stem}" for path in missing.values()]
+    return {**table, "means": means(table["rows"]), "break_even": break_even(table["rows"])}
+
+
+def _kept(args: argparse.Namespace) -> dict[str, Any]:
+    """The table that --results has already."""
+    path = Path(args.results) / "policies.json"
+    if not path.is_file():
+        raise InputError(f"--keep: there is no {path} whose cells could be kept")
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for cell in table["cells"]:
+        for name in ("offer", "max_new_tokens", "dtype"):
+            if cell["settings"][name] != getattr(args, name):
+                said = f"--{name.replace('_', '-')} {cell['settings'][name]}"
+                raise InputError(
+                    f"--keep: {path} has cells of {said}, not {getattr(args, name)}; give another --results"
+                )
+    return table
 
 
 def _held_out(args: argparse.Namespace, entrant: Entrant) -> dict[str, dict[str, float]]:
@@ -311,14 +337,14 @@ def write(args: argparse.Namespace, table: Mapping[str, Any]) -> str:
         f"{row['over_P1']:.3f} of P1 (geometric means of {row['n_cells']} cells)"
         for row in table["means"]
     )
-    machine = hardware_line(table["hardware"])
-    missed = "\n".join(f"- {line}" for line in table["verdicts"]) or "Everything that was promised holds."
+    machines = "; ".join(dict.fromkeys(hardware_line(cell["hardware"]) for cell in table["cells"]))
+    missed = "\n".join(f"- {line}" for line in sentences(table["promises"])) or "Everything that was promised holds."
     missed += f"\n\nNot scored yet: {', '.join(table['missing'])}." if table["missing"] else ""
     said = " ".join(map(checkpoint.discreet, args.said))
     scored_at = ", ".join(dict.fromkeys(str(cell["commit"]) for cell in table["cells"]))
     return (
         f"## {date.today()} · Policies side by side\n\n`bash scripts/compare_policies.sh {said}`, collected at commit "
-        f"{table['commit']}, scored at {scored_at}, {machine}.\n\n{markdown(table['rows'])}\n{averages}\n\n{missed}\n"
+        f"{table['commit']}, scored at {scored_at}, {machines}.\n\n{markdown(table['rows'])}\n{averages}\n\n{missed}\n"
     )
 
 
@@ -368,6 +394,7 @@ def _parse(said: Sequence[str]) -> argparse.Namespace:
     add("--so-far", action="store_true", help="do no step: table, page and plots of the cells that are there")
     add("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to change, for all controllers")
     add("--make-untrained", metavar="DIR", help=argparse.SUPPRESS)
+    add("--keep", action="store_true", help="keep the cells that --results has and --out does not: another machine's")
     args = parser.parse_args(said)
     at_least(args, batches=1, tune_limit=1, tune_tokens=1, max_new_tokens=1, data_limit=1)
     if any("=" not in pair for pair in args.heads):

@@ -10,7 +10,7 @@ import pytest
 
 from eval import policies
 from eval.policy_page import headlines, render
-from eval.policy_tables import break_even, headroom_of, judge, markdown, means, plot, rows_of, skip_quality
+from eval.policy_tables import break_even, headroom_of, judge, markdown, means, plot, rows_of, sentences, skip_quality
 from eval.steps import Ledger
 from mmspec import checkpoint, metrics
 from mmspec.types import InputError
@@ -32,7 +32,15 @@ def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=
             if policy == "P9":
                 rows[-1] |= {"exact_match": None, "speedup_lo": None, "speedup_hi": None}
     return {
-        "settings": {"drafter": "eagle", "batch": 1, "temperature": 0.0, "data": "synth:testmini"},
+        "settings": {
+            "drafter": "eagle",
+            "batch": 1,
+            "temperature": 0.0,
+            "data": "synth:testmini",
+            "offer": "12,2,16",
+            "max_new_tokens": 256,
+            "dtype": "float32",
+        },
         "best": "P1",
         "rows": rows,
         "against": [
@@ -43,12 +51,12 @@ def cell(p8=2.3, hi=2.4, ratio_hi=1.1, exact=1.0, oracle=2.6, control=0.01, ece=
         "control": {"P8": control},
         "calibration": {"P8": [{"depth": 1, "n": 500, "ece": ece, "honest": 0.02, "brier": 0.1, "bins": []}]},
         "contention": {"unreliable": False},
-        "hardware": {"cpu": "x"},
+        "hardware": {"cpu": "x", "gpu": None},
     }
 
 
 def verdicts(files):
-    return [line for found in files for line in judge(found)[1]]
+    return sentences([judge(found) for found in files])
 
 
 def test_verdicts_name_what_does_not_hold_and_nothing_else():
@@ -87,15 +95,12 @@ def test_rows_headroom_and_plots_come_from_the_cells():
 def table_of(*files):
     """As `collect` makes it."""
     rows = [row for found in files for row in rows_of(found)]
-    judged = [judge(found) for found in files]
     return {
         "settings": {"offer": "12,1,12", "max_new_tokens": 256, "dtype": "float32", "tune_limit": 32, "set": ["<b>"]},
         "commit": "c" * 40,
-        "hardware": {"cpu": "x", "gpu": None},
         "rows": rows,
         "headroom": [row for found in files for row in headroom_of(found)],
-        "promises": [figures for figures, _ in judged],
-        "verdicts": [line for _, said in judged for line in said],
+        "promises": [judge(found) for found in files],
         "means": means(rows),
         "break_even": break_even(rows),
         "missing": [],
@@ -123,10 +128,10 @@ def test_the_page_shows_what_holds_what_does_not_and_every_cell():
     assert "<sam>" not in html
     assert html.count('class="panel ') == 2, "one a drafter"
     assert html.count("<svg viewBox") >= 1, "of the drafter with two batch sizes"
-    assert len(table["verdicts"]) == 3
+    assert len(sentences(table["promises"])) == 3
     red = html.count('class="miss"')
     assert red == 3, "captured, own time, calibration"
-    assert [row["misses"] for row in table["promises"]] == [[], ["captured", "control"], ["ece"]]
+    assert [list(row["misses"]) for row in table["promises"]] == [[], ["captured", "control"], ["ece"]]
     assert "ddddddd" in html
     assert "Valid." in html
     assert "Invalid" in render(table_of(cell(exact=0.99)))
@@ -143,9 +148,8 @@ def test_the_page_takes_cells_without_an_oracle_a_controller_or_intervals():
         {**row, "speedup_lo": None, "speedup_hi": None} for row in found["rows"] if row["policy"] in ("P0", "P1")
     ]
     found |= {"against": [], "control": {}, "calibration": {}}
-    figures, said = judge(found)
-    assert said == []
-    assert figures.pop("misses") == []
+    figures = judge(found)
+    assert figures.pop("misses") == {}
     assert {key for key, value in figures.items() if value is not None} == {
         "drafter", "batch", "temperature", "data", "best", "n_judged"
     }  # fmt: skip
@@ -294,7 +298,7 @@ def test_a_missing_cell_is_named_or_left_out_so_far(head: Path, tmp_path: Path):
             command.collect(asked, command.entrants(asked))
     made = tmp_path / "cells" / "mine_b1_t1" / "short.json"
     made.parent.mkdir(parents=True)
-    made.write_text(json.dumps({**cell(), "hardware": {"cpu": "x", "gpu": None}}))
+    made.write_text(json.dumps(at(cell(), temperature=1.0)))
     with pytest.raises(InputError, match=r"mine_b1_t0.short\.json is missing"):
         command.collect(args, command.entrants(args))
     assert command.main([*words, "--so-far"]) == 0
@@ -307,14 +311,43 @@ def test_a_missing_cell_is_named_or_left_out_so_far(head: Path, tmp_path: Path):
     assert command.main([*two, "--so-far"]) == 0, "no line can be drawn of one batch size"
     assert not list((tmp_path / "results").rglob("*.svg"))
     (tmp_path / "cells" / "mine_b4_t1").mkdir()
-    found = at({**cell(), "hardware": {"cpu": "x", "gpu": None}}, batch=4)
+    found = at(cell(), batch=4, temperature=1.0)
     (tmp_path / "cells" / "mine_b4_t1" / "short.json").write_text(json.dumps(found))
     assert command.main([*two, "--so-far"]) == 0
-    assert [path.name for path in (tmp_path / "results").rglob("*.svg")] == ["mine_t0.svg"]
+    assert [path.name for path in (tmp_path / "results").rglob("*.svg")] == ["mine_t1.svg"]
+
+
+def test_cells_of_another_machine_are_kept_where_this_one_has_none(head: Path, tmp_path: Path):
+    """And their place; what this machine has is its own, and all that is computed of rows is computed anew."""
+    words = ["--heads", f"mine={head}", "--methods", "--no-untrained", "--batches", "1", "--temperatures", "0"]
+    words += ["--long-data", "", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--so-far"]
+    made = tmp_path / "out" / "cells" / "mine_b1_t0" / "short.json"
+    made.parent.mkdir(parents=True)
+    made.write_text(json.dumps(cell(p8=2.05)))
+    with pytest.raises(InputError, match=r"--keep: there is no .*policies\.json"):
+        command.collect(command._parse([*words, "--keep"]), [])
+    there = [at(cell(control=0.03), **how) for how in ({}, {"drafter": "mine"}, {"drafter": "mine", "batch": 4})]
+    old = {**table_of(*there), "costs": {"eagle": [{"hardware": "cpu-x"}], "mine": []}, "controllers": {"eagle": {}}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "policies.json").write_text(command.in_lines(old))
+    assert command.main([*words, "--keep"]) == 0
+    table = json.loads((tmp_path / "results" / "policies.json").read_text())
+    facts = [(c["settings"]["drafter"], c["settings"]["batch"], c["control"]["P8"]) for c in table["cells"]]
+    assert facts == [("eagle", 1, 0.03), ("mine", 1, 0.01), ("mine", 4, 0.03)]
+    assert [list(row["misses"]) for row in table["promises"]] == [["control"], ["captured"], ["control"]]
+    speeds = [row["speedup"] for row in table["rows"] if (row["policy"], row["topic"]) == ("P8", "overall")]
+    assert speeds == [2.3, 2.05, 2.3]
+    assert next(r for r in table["means"] if r["drafter"] == "mine" and r["policy"] == "P8")["n_cells"] == 2
+    assert table["costs"] == {"eagle": [{"hardware": "cpu-x"}], "mine": []}
+    assert table["missing"] == []
+    again = command.collect(command._parse([*words, "--keep"]), command.entrants(command._parse(words)))
+    assert len(again["rows"]) == len(table["rows"]), "twice is once"
+    with pytest.raises(InputError, match=r"has cells of --dtype float32, not float64; give another --results"):
+        command.collect(command._parse([*words, "--keep", "--dtype", "float64"]), [])
 
 
 def test_an_entry_of_the_table_is_a_line():
-    table = {"rows": [{"a": 1.5, "b": [1, 2]}, {"a": None}], "commit": "c", "verdicts": []}
+    table = {"rows": [{"a": 1.5, "b": [1, 2]}, {"a": None}], "commit": "c", "missing": []}
     said = command.in_lines(table)
     assert json.loads(said) == table
     assert '\n{"a":1.5,"b":[1,2]},\n{"a":null}\n' in said
