@@ -170,7 +170,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     path = Path(args.out)
     quarantine = Quarantine(output_folder(path.parent) / f"{path.stem}.quarantine.jsonl", fresh=True)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    n_read = len(records) + quarantine.count
     target = open_target([loaded], args.target, args.dtype, args.device)
     limit_pixels(target, None)
     system = system_text(target)
@@ -190,7 +189,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             answers.append(answered)
         else:
             short += 1
-    check_left_out(quarantine, n_read, args.max_bad_share)
+    check_left_out(quarantine, args.max_bad_share)
     if not answers:
         raise InputError(f"no usable record in {args.data} has an answer that takes more than one round")
     result = {

@@ -280,7 +280,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     out = output_folder(Path(args.out))
     quarantine = Quarantine(out / "quarantine.jsonl", fresh=True)
     read = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    n_read = len(read) + quarantine.count
     records = [record for record in read if record.image is not None]
     if not records:
         raise InputError(f"--data {args.data} has no record with an image: nothing depends on one")
@@ -301,7 +300,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         dialogues.answer(task, target.decode(tokens))
         differing += answered is None
         answers += [answered] if answered is not None and len(answered.kl) else []
-    check_left_out(quarantine, n_read, args.max_bad_share)
+    check_left_out(quarantine, args.max_bad_share)
     if not answers:
         raise InputError(f"no usable record in {args.data} has an answer of more than one token")
     result = {

@@ -275,7 +275,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     limit_pixels(target, None)
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    n_read, noted = len(records) + quarantine.count, set[str]()
+    noted = set[str]()
     result: dict[str, Any] = {"temperatures": {}}
     for temperature in args.temperature:
         sampler = make_sampler(temperature, seed=args.seed)
@@ -287,7 +287,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             listener.image = image_of(task.record)
             [output] = all_complete(generate(target, [task.request], drafter, listener, sampler))
             dialogues.answer(task, target.decode(output.tokens))
-        check_left_out(quarantine, n_read, args.max_bad_share)
+        check_left_out(quarantine, args.max_bad_share)
         if len({r.image for r in listener.rounds}) < 2:
             raise InputError(f"fewer than two images had a draft of all {listener.max_depth} levels; give more --data")
         cost_s = [policy.cost(d) for d in range(listener.max_depth + 1)]

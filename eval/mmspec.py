@@ -124,7 +124,7 @@ def _score(
     folder = ranks.in_turn(lambda: data_folder(args.data))
     records = ranks.agree(lambda: load_records(folder, args.limit, quarantine, args.max_bad_share))
     references = ranks.agree(lambda: load_references(folder))
-    n_read = len(records) + quarantine.count
+    n_read = quarantine.n_read
     device = own_device(args.device, ranks)
     target = ranks.agree(lambda: open_target([head.checkpoint for head in heads], args.target, args.dtype, device))
     pixels = ranks.agree(lambda: limit_pixels(target, args.pixels))

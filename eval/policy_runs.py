@@ -185,7 +185,6 @@ class Scored:
     ):
         quarantine, self.args, self.setup = Quarantine(None), args, setup
         records = load_records(data_folder(data), limit, quarantine, args.max_bad_share)
-        n_read = len(records) + quarantine.count
         if mixed:
             records = [replace(record, topic=OVERALL) for record in records]
         dialogues = Dialogues(setup.target, records, system_text(setup.target), args.max_new_tokens, quarantine)
@@ -206,7 +205,7 @@ class Scored:
             self.recorder.steps.clear()
         contention = Contention()
         bench.run(dialogues, self._take)
-        check_left_out(quarantine, n_read, args.max_bad_share)
+        check_left_out(quarantine, args.max_bad_share)
         self.other_cores = contention.cores()
         self.methods = methods
 

@@ -139,7 +139,7 @@ def load_records(folder: Path, limit: int | None, quarantine: Quarantine, max_ba
     Args:
         folder: in MMSpec's layout.
         limit: see `balanced`.
-        quarantine: receives what is unusable.
+        quarantine: receives what is unusable, and the number of all.
         max_bad_share: see `Quarantine.check`.
 
     Returns:
@@ -162,7 +162,8 @@ def load_records(folder: Path, limit: int | None, quarantine: Quarantine, max_ba
     if not good:
         reason = next(iter(quarantine.reasons()))
         raise InputError(f"no usable record in {folder}: {len(chosen)} of {len(chosen)} quarantined, first: {reason}")
-    quarantine.check(len(chosen) + n_unreadable, max_bad_share)
+    quarantine.n_read = len(chosen) + n_unreadable
+    quarantine.check(quarantine.n_read, max_bad_share)
     return good
 
 
@@ -171,22 +172,21 @@ def image_of(record: Record) -> str:
     return record.image.name if record.image else record.id
 
 
-def check_left_out(quarantine: Quarantine, n_read: int, max_bad_share: float) -> None:
+def check_left_out(quarantine: Quarantine, max_bad_share: float) -> None:
     """Behind the decoding: prints how many records were left out, now also for prompts that the target cannot take.
 
     Args:
         quarantine: of `load_records` and `Dialogues`.
-        n_read: records there were, good and bad.
         max_bad_share: see `Quarantine.check`.
 
     Raises:
         InputError: see `Quarantine.check`.
     """
-    quarantine.check(n_read, max_bad_share)
+    quarantine.check(quarantine.n_read, max_bad_share)
     if quarantine.count:
         reason, times = next(iter(quarantine.reasons().items()))
         listed = f"; all are listed in {quarantine.path}" if quarantine.path else ""
-        print(f"left out: {quarantine.count} of {n_read} records, most often ({times}x): {reason}{listed}")
+        print(f"left out: {quarantine.count} of {quarantine.n_read} records, most often ({times}x): {reason}{listed}")
 
 
 class Dialogues:

@@ -163,7 +163,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     loaded = [checkpoints.load(args.ckpt, args.target, args.dtype)] if args.ckpt else []
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    n_read = len(records) + quarantine.count
     target = open_target(loaded, args.target, args.dtype, args.device)
     limit_pixels(target, None)
     if loaded:
@@ -178,7 +177,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     bench.warm_up(dialogues.warmup(N_WARMUP))
     bench.run(dialogues, results.extend)
     others = contention.cores()
-    check_left_out(quarantine, n_read, args.max_bad_share)
+    check_left_out(quarantine, args.max_bad_share)
     plain = [result for result in results if result.method == PLAIN]
     rows = []
     for one in candidates:

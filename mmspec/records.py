@@ -58,6 +58,8 @@ class Quarantine:
 
     def __init__(self, path: Path | None, fresh: bool = False) -> None:
         self.path = path
+        self.n_read = 0
+        """Records there were, good and bad, where who reads them says so."""
         self._reasons: Counter[str] = Counter()
         if fresh and path is not None:
             path.unlink(missing_ok=True)

@@ -147,7 +147,6 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     checkpoint = checkpoints.load(args.ckpt, args.target, args.dtype) if args.ckpt else None
     quarantine = Quarantine(None)
     records = load_records(data_folder(args.data), args.limit, quarantine, args.max_bad_share)
-    n_read = len(records) + quarantine.count
     target = open_target([checkpoint] if checkpoint else [], args.target, args.dtype, args.device)
     limit_pixels(target, None)
     dialogues = Dialogues(target, records, system_text(target), args.max_new_tokens, quarantine)
@@ -157,7 +156,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
         shape = args.usual.depth, args.budget
         for _ in answers(target, dialogues, CountingRecycler(target, counts), shape, args.batch_size):
             pass
-        check_left_out(quarantine, n_read, args.max_bad_share)
+        check_left_out(quarantine, args.max_bad_share)
         return target, counts
     head: Any = checkpoint.head(target.dtype).to(target.device)
     if not isinstance(head, SteppedHead):
@@ -165,7 +164,7 @@ def measure(args: argparse.Namespace) -> tuple[Target, Counts]:
     shape = checkpoint.tree.depth, checkpoint.tree.budget
     for request, tokens in answers(target, dialogues, make_drafter(checkpoint, target), shape, args.batch_size):
         count_head(head, target, request, tokens, counts)
-    check_left_out(quarantine, n_read, args.max_bad_share)
+    check_left_out(quarantine, args.max_bad_share)
     return target, counts
 
 
