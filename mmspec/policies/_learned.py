@@ -35,6 +35,8 @@ _UNSAID = 0.25
 """Of what foresight gains, the part that remains where the draft's own scores have a say as well (DESIGN 118)."""
 _TRUST = 4.0
 """Log-odds of the controller against what drafts of late say, at most and at least: either is heard again soon."""
+_NEWS = 0.05
+"""Of the share of rows that there are drafts for: a change that is reckoned with."""
 _PROBE_SHARE = 0.005
 """Of the time, which drafts may lose that are made to see whether drafting pays by now."""
 
@@ -62,6 +64,7 @@ class _Pace:
 
     Args:
         asks: whether the controller is worth asking.
+        share: of the rows that there were drafts for, when that was judged.
     """
 
     price: Price
@@ -69,6 +72,7 @@ class _Pace:
     probing: Probing
     usual_nodes: float
     asks: bool
+    share: float
 
 
 class LearnedPolicy:
@@ -120,30 +124,37 @@ class LearnedPolicy:
         self.met = self._met[sampled]
         self.verify_s = [self.costs.verify(max_batch, 1 + n) for n in range(self.max_budget + 1)]
         self.draft_s = [0.0, *(self.costs.draft(max_batch, d) for d in range(1, self.max_depth + 1))]
-        pace = self._paces.get(self.opened)
+        self.rows, pace = max_batch, self._paces.get(self.opened)
         seconds = self._reckon(pace.usual_nodes if pace else self.max_budget)
         if pace is None:
-            price = Price(max((1 + sum(self.prior[:d])) / s for d, s in enumerate(seconds)), max_batch)
+            share = self.met.usual.share
+            price = Price(max((1 + share * sum(self.prior[:d])) / s for d, s in enumerate(seconds)), max_batch)
             refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, price, self.met.sure)
-            probing, asks = Probing(_PROBE_SHARE, self.draft_s[1]), self._worth_asking(max_batch)
-            pace = self._paces[self.opened] = _Pace(price, refine, probing, self.max_budget, asks)
+            probing, asks = Probing(_PROBE_SHARE, self.draft_s[1]), self._worth_asking()
+            pace = self._paces[self.opened] = _Pace(price, refine, probing, self.max_budget, asks, share)
+        elif pace.asks and self.met.usual.share < pace.share - _NEWS:
+            pace.asks, pace.share = self._worth_asking(), self.met.usual.share
         self.pace, self.price, self.refine, self.probing = pace, pace.price, pace.refine, pace.probing
         self.asks = self.senses = pace.asks
 
     def _reckon(self, usual_nodes: float) -> list[float]:
         """Seconds to expect of a round by planned depth, which depths are compared by from now on."""
-        self.usual_nodes = round(usual_nodes)
-        seconds = expected_seconds(self.trials, [self.cost(d) for d in range(self.max_depth + 1)])
+        self.usual_nodes, self.reckoned_share = round(usual_nodes), self.met.usual.share
+        # Where drafts are pruned, the usual nodes are those of the widest row already.
+        rows = 1 if self.refines else self.rows
+        costs = [self.cost(d) for d in range(self.max_depth + 1)]
+        seconds = expected_seconds(self.trials, costs, rows, self.met.usual.share)
         self.extra_s = [s - seconds[0] for s in seconds[1:]]
         """Of a draft of each depth, beyond a round without one."""
         self.met.usual.price(seconds)
         return seconds
 
-    def _worth_asking(self, rows: int) -> bool:
+    def _worth_asking(self) -> bool:
         """Whether the controller is ahead of what plans would be without it; one that brings no trials is trusted."""
         if self.trials is None:
             return True
-        gain, error = advantage(self.trials, [self.cost(d) for d in range(self.max_depth + 1)], rows)
+        costs = [self.cost(d) for d in range(self.max_depth + 1)]
+        gain, error = advantage(self.trials, costs, self.rows, self.met.usual.share)
         left = (gain - error) * (_UNSAID if self.refines else 1.0)
         return left > _OWN_S / self.cost(self.met.usual.depth)
 
@@ -189,7 +200,9 @@ class LearnedPolicy:
             self.senses = not self.asleep
             return self._skip(remaining)
         chances = self._chances([sensed[row] for row in active], active)
-        gains = [list(accumulate(accumulate(of_row, mul))) for of_row in chances]
+        # A row may have nothing to draft from, which is known only once it is asked for a draft.
+        share = self.met.usual.share
+        gains = [[share * gain for gain in accumulate(accumulate(of_row, mul))] for of_row in chances]
         values = [0.0, *(sum(gain) - self.price.per_s * s for gain, s in zip(zip(*gains), self.extra_s))]
         depth = max(range(deepest + 1), key=values.__getitem__)
         if not depth:
@@ -305,5 +318,7 @@ class LearnedPolicy:
         # A copy may end before the others of its batch, and a pruned tree before its levels do.
         reach = (self.refine.reach if self.refines else ()) or trace.nodes
         for accepted, budget, deep in zip(trace.accepted, trace.plan.budget, reach):
-            if budget and levels and deep:  # a drafter that had nothing to offer says nothing
+            if budget and levels and (deep or not self.refines):  # a draft that was pruned away says nothing
                 self.met.usual.learn(accepted, min(levels, deep))
+        if abs(self.met.usual.share - self.reckoned_share) > _NEWS:
+            self._reckon(self.pace.usual_nodes)

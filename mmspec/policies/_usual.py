@@ -42,6 +42,8 @@ class UsualDepth:
         """Fading counts of levels whose outcome was seen, and of those that were accepted."""
         self.passed = [self._PRIOR * chance for chance in prior]
         self._start = list(zip(self.tried, self.passed))
+        self.share = 1.0
+        """Of the rows that drafts were asked for, those for which there was any: a text may have nothing to copy."""
         self.cost_s: Sequence[float] = ()
         self.news = self.depth = self.drafting = 0
 
@@ -51,7 +53,10 @@ class UsualDepth:
         self.compare()
 
     def learn(self, accepted: int, reach: int) -> None:
-        """Take in a draft: levels accepted, and levels there were."""
+        """Take in a row's draft: levels accepted, and levels there were; 0 where the drafter had nothing to offer."""
+        self.share += (1 - self._FADE) * ((reach > 0) - self.share)
+        if not reach:
+            return
         observed = min(accepted + 1, reach, len(self.tried))
         for level in range(observed):
             self.tried[level] = self._FADE * self.tried[level] + 1.0
@@ -74,17 +79,26 @@ class UsualDepth:
         self.news, chance, tokens, rates = 0, 1.0, 1.0, [1.0 / self.cost_s[0]]
         for passed, tried, seconds in zip(self.passed, self.tried, self.cost_s[1:]):
             chance *= passed / max(tried, 1e-9)
-            tokens += chance
+            tokens += self.share * chance
             rates.append(tokens / seconds)
         self.drafting = max(range(1, len(rates)), key=rates.__getitem__)
         self.depth = self.drafting if rates[self.drafting] > rates[0] else 0
 
 
-def expected_seconds(trials: Trials | None, cost_s: Sequence[float]) -> list[float]:
-    """Seconds of a round by planned depth, where the drafter often has less to offer (a copy that ends)."""
-    if trials is None:
-        return list(cost_s)
-    seconds: list[float] = _seconds(cost_s, trials.reach).mean(0).tolist()
+def expected_seconds(trials: Trials | None, cost_s: Sequence[float], rows: int = 1, share: float = 1.0) -> list[float]:
+    """Seconds of a round by planned depth, where the drafter often has less to offer (a copy that ends) or nothing.
+
+    Args:
+        trials: rounds in which it had something; None: what is planned is what there is.
+        cost_s: seconds by depth, 0..Dmax.
+        rows: of the batch, all of which are computed as deep as the deepest of them.
+        share: of the rows for which there is anything.
+    """
+    deepest = len(cost_s) - 1
+    reach = np.array([deepest]) if trials is None else np.minimum(trials.reach, deepest)
+    shallower = np.bincount(reach, minlength=deepest + 1).cumsum() / len(reach)
+    of_deepest = np.diff((1 - share + share * shallower) ** rows, prepend=0.0)
+    seconds: list[float] = (of_deepest @ _seconds(cost_s, np.arange(deepest + 1))).tolist()
     return seconds
 
 
@@ -94,13 +108,14 @@ def _seconds(cost_s: Sequence[float], reach: np.ndarray) -> np.ndarray:
     return out
 
 
-def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float, float]:
+def advantage(trials: Trials, cost_s: Sequence[float], rows: int, share: float = 1.0) -> tuple[float, float]:
     """What asking the controller would have gained over the best single depth, as a share of the tokens.
 
     Args:
         trials: held-out rounds.
         cost_s: seconds of a round by depth, 0..Dmax.
         rows: drafts that share a depth; held-out rounds are put together at random.
+        share: of the rows for which the drafter has anything, which nobody foresees; the others are left out at random.
 
     Returns:
         The mean, and its standard error, rounds of one image being one observation: infinite where there is one image.
@@ -108,9 +123,11 @@ def advantage(trials: Trials, cost_s: Sequence[float], rows: int) -> tuple[float
     n, order = len(trials.accepted), np.random.default_rng(0)
     groups = np.arange(n)[:, None] if rows == 1 else np.stack([order.permutation(n) for _ in range(rows)], 1)
     depths, each = np.arange(len(cost_s)), np.arange(n)
-    foreseen = np.pad(trials.chances.cumprod(1).cumsum(1), ((0, 0), (1, 0)))[:, : len(cost_s)][groups].sum(1)
-    got = rows + np.minimum(trials.accepted[:, None], depths)[groups].sum(1)
-    spent, planned = _seconds(cost_s, trials.reach[groups].max(1)), np.array(expected_seconds(trials, cost_s))
+    there = order.random(groups.shape) < share
+    foreseen = share * np.pad(trials.chances.cumprod(1).cumsum(1), ((0, 0), (1, 0)))[:, : len(cost_s)][groups].sum(1)
+    got = rows + (np.minimum(trials.accepted[:, None], depths)[groups] * there[..., None]).sum(1)
+    spent = _seconds(cost_s, (trials.reach[groups] * there).max(1))
+    planned = np.array(expected_seconds(trials, cost_s, rows, share))
     rates = got.sum(0) / spent.sum(0)
     usual = int(rates.argmax())
     price = float(rates[usual])
