@@ -187,6 +187,22 @@ def test_a_batch_pays_for_the_rows_that_have_nothing_to_copy_and_gains_by_the_ot
     assert (np.mean(drafted[1000:]) < 0.1) != pays
 
 
+def test_a_controller_is_judged_again_where_there_is_less_to_draft_from():
+    """What is spared of a draft of a third of a round is as rare as drafts are, and asking is not."""
+    good = np.random.default_rng(1).random(2000) < 0.5
+    sure = np.where(good, 0.99, 0.01)[:, None]
+    known = Trials(sure, good.astype(int), np.ones(2000, int), np.arange(2000))
+    policy = make_policy("viskip", Parts(1, 1, Flat(verify=0.02, level=0.007), Told([0.5], known), 1))
+    policy.open(1, torch.device("cpu"))
+    assert policy.asks
+    for _ in range(400):
+        plan = policy.plan(sensed([0.99]), [100])
+        policy.observe(StepTrace(plan, (True,), (0,), (1,), 1, (0,)))
+    assert policy.met.usual.share < 0.05
+    assert not policy.asks
+    assert not policy.senses
+
+
 @pytest.mark.parametrize("said", [[0.98, 0.96, 0.94, 0.92], [0.02, 0.01, 0.0, 0.0]])
 def test_where_a_controller_foresees_nothing_drafts_of_late_decide(said):
     """Too sure of drafts that fail, or of none where all come through; without the correction of its logits."""

@@ -35,8 +35,9 @@ _UNSAID = 0.25
 """Of what foresight gains, the part that remains where the draft's own scores have a say as well (DESIGN 118)."""
 _TRUST = 4.0
 """Log-odds of the controller against what drafts of late say, at most and at least: either is heard again soon."""
-_NEWS = 0.05
-"""Of the share of rows that there are drafts for: a change that is reckoned with."""
+_NEWS, _FEWER = 0.05, 0.8
+"""Of the share of rows that there are drafts for: a change that is reckoned with; and of what it was, at which the
+controller is judged again, which takes some milliseconds."""
 _PROBE_SHARE = 0.005
 """Of the time, which drafts may lose that are made to see whether drafting pays by now."""
 
@@ -132,10 +133,16 @@ class LearnedPolicy:
             refine = Refinement(self.costs, max_batch, self.max_depth, self.max_budget, price, self.met.sure)
             probing, asks = Probing(_PROBE_SHARE, self.draft_s[1]), self._worth_asking()
             pace = self._paces[self.opened] = _Pace(price, refine, probing, self.max_budget, asks, share)
-        elif pace.asks and self.met.usual.share < pace.share - _NEWS:
-            pace.asks, pace.share = self._worth_asking(), self.met.usual.share
         self.pace, self.price, self.refine, self.probing = pace, pace.price, pace.refine, pace.probing
         self.asks = self.senses = pace.asks
+        self._judge_anew()
+
+    def _judge_anew(self) -> None:
+        """Whether to go on asking, where there is less to draft from than when that was judged."""
+        if self.pace.asks and self.met.usual.share < _FEWER * self.pace.share:
+            self.pace.asks, self.pace.share = self._worth_asking(), self.met.usual.share
+            self.asks = self.pace.asks
+            self.senses = self.senses and self.asks
 
     def _reckon(self, usual_nodes: float) -> list[float]:
         """Seconds to expect of a round by planned depth, which depths are compared by from now on."""
@@ -322,3 +329,4 @@ class LearnedPolicy:
                 self.met.usual.learn(accepted, min(levels, deep))
         if abs(self.met.usual.share - self.reckoned_share) > _NEWS:
             self._reckon(self.pace.usual_nodes)
+            self._judge_anew()
