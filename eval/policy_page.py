@@ -22,7 +22,6 @@ from eval.policy_tables import (
     PLAIN_FLOOR,
     WANTED_SHARE,
     batch_lines,
-    facts_of,
     key_of,
     labels_of,
     reliability_lines,
@@ -184,8 +183,8 @@ def _where(how: Mapping[str, Any]) -> str:
 
 
 def _of(cell: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    facts = facts_of(cell["settings"])
-    return [row for row in rows if facts_of(row) == facts]
+    key = key_of(cell["settings"])
+    return [row for row in rows if key_of(row) == key]
 
 
 def _speeds(cell: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:

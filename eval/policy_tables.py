@@ -174,17 +174,19 @@ def merged(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
         old: one written before.
     """
     known = {key_of(cell["settings"]) for cell in new["cells"]}
-    lacks = [key for cell in old["cells"] if (key := key_of(cell["settings"])) not in known]
     drafters = list(dict.fromkeys(cell["settings"]["drafter"] for cell in (*old["cells"], *new["cells"])))
     order = list(dict.fromkeys(key_of(cell["settings"]) for cell in (*old["cells"], *new["cells"])))
 
+    def of(entry: Mapping[str, Any]) -> Key:
+        return key_of(entry.get("settings", entry))
+
     def place(entry: Mapping[str, Any]) -> tuple[int, int]:
-        key = key_of(entry.get("settings", entry))
+        key = of(entry)
         return drafters.index(key[0]), order.index(key)
 
     table = dict(new)
     for name in ("rows", "headroom", "promises", "cells"):
-        kept = [entry for entry in old[name] if key_of(entry.get("settings", entry)) in lacks]
+        kept = [entry for entry in old[name] if of(entry) not in known]
         table[name] = sorted([*new[name], *kept], key=place)
     costs = {name: {entry["hardware"]: entry for entry in entries} for name, entries in old["costs"].items()}
     for name, entries in new["costs"].items():
@@ -223,8 +225,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[Key, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["topic"] == OVERALL:
-            key = (row["drafter"], row["batch"], row["temperature"], row["data"])
-            cells.setdefault(key, {})[row["policy"]] = row
+            cells.setdefault(key_of(row), {})[row["policy"]] = row
     for (drafter, batch, temperature, data), by in cells.items():
         said = [number(by[label]["speedup"]) if label in by else "-" for label in labels]
         lines.append([drafter, batch, f"{temperature:g}", data, *said])

@@ -149,8 +149,9 @@ class LearnedPolicy:
         self.usual_nodes, self.reckoned_share = round(usual_nodes), self.met.usual.share
         # Where drafts are pruned, the usual nodes are those of the widest row already.
         rows = 1 if self.refines else self.rows
-        costs = [self.cost(d) for d in range(self.max_depth + 1)]
-        seconds = expected_seconds(self.trials, costs, rows, self.met.usual.share)
+        self.round_s = [self.cost(d) for d in range(self.max_depth + 1)]
+        """Of a round by depth, where every row has a draft as deep as planned."""
+        seconds = expected_seconds(self.trials, self.round_s, rows, self.met.usual.share)
         self.extra_s = [s - seconds[0] for s in seconds[1:]]
         """Of a draft of each depth, beyond a round without one."""
         self.met.usual.price(seconds)
@@ -160,10 +161,9 @@ class LearnedPolicy:
         """Whether the controller is ahead of what plans would be without it; one that brings no trials is trusted."""
         if self.trials is None:
             return True
-        costs = [self.cost(d) for d in range(self.max_depth + 1)]
-        gain, error = advantage(self.trials, costs, self.rows, self.met.usual.share)
+        gain, error = advantage(self.trials, self.round_s, self.rows, self.met.usual.share)
         left = (gain - error) * (_UNSAID if self.refines else 1.0)
-        return left > _OWN_S / self.cost(self.met.usual.depth)
+        return left > _OWN_S / self.round_s[self.met.usual.depth]
 
     def unasked(self, max_batch: int, device: torch.device, sampled: bool) -> tuple[object, ...] | None:
         """What plans follow from where the controller is asked at no batch size up to `max_batch`; None where it is.
